@@ -1,0 +1,444 @@
+"""Router and experts on one base layer: the tuner layer that PEFT injects.
+
+It knows the adapters of one layer and reads the task from the scope; how the task gets there is `conditioning.py`'s and
+`model.py`'s business.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .conditioning import InjectAuxLoss, TaskState, current_state
+from .config import TaskMoELoraConfig
+from .experts import expert_update
+from .fused import ExpertShape, FusedUpdate, fused_inference, inference_weights
+from .peft_type import PREFIX
+from .router import gates_from_logits, load_balancing_loss, router_logits
+
+_NOT_LINEAR = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.MultiheadAttention)
+
+
+class TaskMoELoraLayer(BaseTunerLayer):
+    """The adapters of one layer, by adapter name: A `(e*r, in)`, B `(out, e*r)`, router `(e, in + task_dim)`, and their numbers."""
+
+    adapter_layer_names = (f"{PREFIX}A", f"{PREFIX}B", f"{PREFIX}router")
+    other_param_names = ("num_experts", "r", "lora_alpha", "scaling", "lora_dropout", "configs", "shapes")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        self.base_layer = base_layer
+        self.taskmoe_lora_A = nn.ModuleDict()
+        self.taskmoe_lora_B = nn.ModuleDict()
+        self.taskmoe_lora_router = nn.ModuleDict()
+        self.num_experts: dict[str, int] = {}
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.lora_dropout: dict[str, float] = {}
+        self.configs: dict[str, TaskMoELoraConfig] = {}
+        self.shapes: dict[str, ExpertShape] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.in_features, self.out_features = _linear_features(self.get_base_layer())
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: TaskMoELoraConfig) -> None:
+        """Add or replace an adapter.
+
+        Args:
+            adapter_name: Its name.
+            r: Rank of each expert here (`rank_pattern` may make it differ from `config.r`).
+            lora_alpha: Alpha here.
+            config: Everything else.
+        """
+        reads_token, reads_task = "token" in config.router_inputs, "task" in config.router_inputs
+        router_in = self.in_features * reads_token + config.task_dim * reads_task
+        self.num_experts[adapter_name] = config.num_experts
+        self.r[adapter_name] = r
+        self.lora_alpha[adapter_name] = lora_alpha
+        self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
+        self.lora_dropout[adapter_name] = config.lora_dropout
+        self.configs[adapter_name] = config
+        self.shapes[adapter_name] = ExpertShape(
+            config.num_experts, r, self.scaling[adapter_name], config.top_k, reads_token, reads_task
+        )
+        rank = config.num_experts * r
+        self.taskmoe_lora_A[adapter_name] = nn.Linear(self.in_features, rank, bias=False)
+        self.taskmoe_lora_B[adapter_name] = nn.Linear(rank, self.out_features, bias=False)
+        self.taskmoe_lora_router[adapter_name] = nn.Linear(router_in, config.num_experts, bias=False)
+        self.reset_parameters(adapter_name, config.init_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def reset_parameters(self, adapter_name: str, init_weights: bool) -> None:
+        """Draw A and the router as `nn.Linear` does (uniform within `1 / sqrt(in)`), and set B to zero.
+
+        Each expert's A has `in` inputs, so its initial scale is that of a single LoRA's A.
+
+        Args:
+            adapter_name: Which adapter.
+            init_weights: If False, B is drawn too.
+        """
+        for layer in (self.taskmoe_lora_A, self.taskmoe_lora_router, self.taskmoe_lora_B):
+            nn.init.kaiming_uniform_(layer[adapter_name].weight, a=math.sqrt(5))
+        if init_weights:
+            nn.init.zeros_(self.taskmoe_lora_B[adapter_name].weight)
+
+    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
+        """`s * sum_i g_i B_i A_i` for the task of the current `task_context`, shaped like the base weight.
+
+        Raises:
+            ValueError: If the router reads the token (the gates then differ by token, and no single weight exists), or if
+                there is not exactly one task to take the gates of.
+        """
+        shape = self.shapes[adapter_name]
+        if shape.reads_token:
+            raise ValueError(
+                f'The router of adapter "{adapter_name}" reads the token (`router_inputs='
+                f'"{self.configs[adapter_name].router_inputs}"`), so the gates differ from token to token and no single weight '
+                "equals the adapter: it cannot be merged. Keep the adapter unmerged, or call `to_lora(model, ...)` for a plain "
+                'LoRA that approximates it; adapters with `router_inputs="task"` merge exactly, per task.'
+            )
+        state = current_state()
+        task = self._task(adapter_name, state)
+        if task is None or task.shape[0] != 1:
+            raise ValueError(
+                f'Merging adapter "{adapter_name}" needs the one task to merge for, but '
+                f"{'no' if task is None else task.shape[0]} task embeddings are in scope. "
+                "Merge inside `with task_context(encoder([prompt])):`."
+            )
+        weight_a, weight_b, router_weight = self._weights(adapter_name)
+        logits = router_logits(weight_a.new_zeros(1, 0), router_weight, task, None, reads_token=False)
+        gates = gates_from_logits(logits, shape.top_k).repeat_interleave(shape.r, dim=-1)
+        delta = (weight_b * gates.to(weight_b.dtype)) @ weight_a * shape.scaling
+        return delta.T if self.configs[adapter_name].fan_in_fan_out else delta
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapter of the current task to the base weight; `router_inputs="task"` only.
+
+        Args:
+            safe_merge: Check a copy for values that are not finite first.
+            adapter_names: Which adapters; None for the active ones.
+
+        Raises:
+            ValueError: See `get_delta_weight`; or if the merged weight is not finite (`safe_merge`).
+        """
+        for adapter_name in check_adapters_to_merge(self, adapter_names) or []:
+            if adapter_name not in self.taskmoe_lora_A:
+                continue
+            delta = self.get_delta_weight(adapter_name)
+            weight = self.get_base_layer().weight
+            if not weight.is_floating_point():
+                raise ValueError(
+                    f"The base weight is quantised ({weight.dtype}), and adding to it would round the adapter away. "
+                    "Keep the adapter unmerged, or load the base model unquantised to merge."
+                )
+            merged = weight.data + delta.to(weight.dtype)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(
+                    f'Merging adapter "{adapter_name}" gives values that are not finite: its weights are broken. '
+                    "The base weight was left as it was."
+                )
+            self._before_merge = getattr(self, "_before_merge", {})
+            self._before_merge[adapter_name] = delta
+            weight.data = merged
+            self.merged_adapters.append(adapter_name)
+
+    def unmerge(self) -> None:
+        """Take the merged adapters out of the base weight again."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            delta = self._before_merge.pop(self.merged_adapters.pop())
+            weight = self.get_base_layer().weight
+            weight.data = weight.data - delta.to(weight.dtype)
+
+    def _weights(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return (
+            self.taskmoe_lora_A[adapter_name].weight,
+            self.taskmoe_lora_B[adapter_name].weight,
+            self.taskmoe_lora_router[adapter_name].weight,
+        )
+
+    def _task(self, adapter_name: str, state: TaskState | None) -> torch.Tensor | None:
+        """The task embeddings in scope at the scale this adapter reads them; None if it does not read the task."""
+        if not self.shapes[adapter_name].reads_task:
+            return None
+        config = self.configs[adapter_name]
+        device = self.taskmoe_lora_router[adapter_name].weight.device
+        task = None if state is None else state.normalized_embeds(config.task_norm, device)
+        if task is None:
+            raise ValueError(missing_task_message(adapter_name))
+        if task.shape[-1] != config.task_dim:
+            raise ValueError(
+                f'The task embeddings have {task.shape[-1]} dimensions, but the router of adapter "{adapter_name}" was built for '
+                f"`task_dim={config.task_dim}`. Use the encoder it was trained with, or build the adapter with "
+                f"`TaskMoELoraConfig(task_dim={task.shape[-1]})`."
+            )
+        return task
+
+
+def missing_task_message(adapter_name: str) -> str:
+    """What to say to a forward without a task."""
+    return (
+        f"This forward has no task embedding. The router of adapter \"{adapter_name}\" reads the task, so every example needs one. "
+        "Pass task_embeds=..., or call attach_task_encoder(model). Where the call is not yours, run it inside "
+        "`with task_context(task_embeds):`."
+    )
+
+
+def _linear_features(base_layer: nn.Module) -> tuple[int, int]:
+    """In- and out-features of anything that behaves like a linear layer.
+
+    Raises:
+        TypeError: If it does not, or if PyTorch reads its weight without calling it.
+    """
+    if isinstance(base_layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise TypeError(
+            "The output projection of `nn.MultiheadAttention` is read by its parent without being called, so an adapter on it "
+            "would do nothing. Leave it out with `exclude_modules`."
+        )
+    if not isinstance(base_layer, _NOT_LINEAR):
+        if isinstance(base_layer, nn.Linear | Conv1D) or hasattr(base_layer, "weight"):
+            features = _get_in_out_features(base_layer)
+            if all(isinstance(size, int) for size in features):
+                return features  # type: ignore[return-value]
+    raise TypeError(
+        f"`{type(base_layer).__name__}` is no linear layer, and Task-Aware MoELoRA adapts linear layers only (`nn.Linear`, "
+        "transformers' `Conv1D`, and layers with `in_features` and `out_features` that behave like them). "
+        "Name other modules in `target_modules`, or leave this one out with `exclude_modules`."
+    )
+
+
+class Linear(nn.Module, TaskMoELoraLayer):
+    """An adapted linear layer.
+
+    Args:
+        base_layer: The layer to adapt, or a tuner layer around it.
+        adapter_name: Name of the first adapter.
+        r: See `TaskMoELoraLayer.update_layer`.
+        lora_alpha: Likewise.
+        config: Likewise.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, r: int, lora_alpha: float, config: TaskMoELoraConfig
+    ) -> None:
+        super().__init__()
+        TaskMoELoraLayer.__init__(self, base_layer)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, lora_alpha, config)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """`W_0 x` plus the update of every active adapter (or of each row's own).
+
+        Args:
+            x: `(..., in)`, rows of the batch first.
+            *args: Passed to the base layer.
+            **kwargs: Likewise.
+
+        Returns:
+            `(..., out)`.
+        """
+        if self._disable_adapters or self.merged_adapters:
+            if self._disable_adapters and self.merged_adapters:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        state = current_state()
+        if state is not None and state.adapter_names is not None:
+            return self._forward_by_row(x, state, *args, **kwargs)
+        active = [name for name in self.active_adapters if name in self.taskmoe_lora_A]
+        if len(active) == 1 and not args and not kwargs:
+            return self._forward_one(x, active[0], state)
+        out = self.base_layer(x, *args, **kwargs)
+        for adapter_name in active:
+            out = self._add_update(x, out, adapter_name, state)
+        return out
+
+    def _forward_one(self, x: torch.Tensor, adapter_name: str, state: TaskState | None) -> torch.Tensor:
+        """One adapter, no other arguments: the fast cases."""
+        if state is not None and state.memo is not None and not self.training and _plain_float(x):
+            return self._forward_memoised(x, adapter_name, state)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and self._frozen_linear(x, adapter_name):
+            task, token_tasks = self._task_of(x, adapter_name, state)
+            if not self._needs_plain_form(adapter_name, state):
+                base = self.base_layer
+                return FusedUpdate.apply(
+                    x, None, base.weight, base.bias, *self._weights(adapter_name), task, token_tasks,
+                    self.shapes[adapter_name], self._dropout(adapter_name),
+                )  # fmt: skip
+        return self._add_update(x, self.base_layer(x), adapter_name, state)
+
+    def _forward_memoised(self, x: torch.Tensor, adapter_name: str, state: TaskState) -> torch.Tensor:
+        """Generation: what does not change between steps is computed once per `generate` call."""
+        out = self.base_layer(x)
+        weight_a, weight_b, router_weight = self._weights(adapter_name)
+        if (
+            state.recorder is not None
+            or torch.is_grad_enabled()
+            or not (x.dtype == out.dtype == weight_a.dtype)
+            or not out.is_contiguous()
+        ):
+            return self._add_update(x, out, adapter_name, state)
+        assert state.memo is not None
+        key = (id(self), adapter_name)
+        prepared = state.memo.get(key)
+        task, token_tasks = self._task_of(x, adapter_name, state)
+        shape = self.shapes[adapter_name]
+        if prepared is None:
+            prepared = state.memo[key] = inference_weights(weight_a, weight_b, router_weight, task, shape)
+        return fused_inference(x, out, prepared, token_tasks, shape)
+
+    def _add_update(
+        self, x: torch.Tensor, out: torch.Tensor, adapter_name: str, state: TaskState | None
+    ) -> torch.Tensor:
+        """Add one adapter's update to the output of any base layer, in the adapter's dtype (or autocast's)."""
+        task, token_tasks = self._task_of(x, adapter_name, state)
+        weights = self._weights(adapter_name)
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+        else:
+            dtype = weights[0].dtype
+        if torch.compiler.is_compiling() or self._needs_plain_form(adapter_name, state):
+            update = self._plain_update(x.to(dtype), adapter_name, task, token_tasks, state)
+            return (out + update.view(out.shape)).to(out.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            weight_a, weight_b, router_weight = (weight.to(dtype) for weight in weights)
+            total = FusedUpdate.apply(
+                x.to(dtype), out.to(dtype), None, None, weight_a, weight_b, router_weight, task, token_tasks,
+                self.shapes[adapter_name], self._dropout(adapter_name),
+            )  # fmt: skip
+        return total.to(out.dtype)
+
+    def _plain_update(
+        self,
+        x: torch.Tensor,
+        adapter_name: str,
+        task: torch.Tensor | None,
+        token_tasks: torch.Tensor | None,
+        state: TaskState | None,
+    ) -> torch.Tensor:
+        """The update in the plain form: for torch.compile, which fuses it itself, the load-balancing loss and recorders."""
+        shape = self.shapes[adapter_name]
+        weight_a, weight_b, router_weight = self._weights(adapter_name)
+        x2 = x.reshape(-1, x.shape[-1])
+        logits = router_logits(x2, router_weight, task, token_tasks, shape.reads_token)
+        gates = gates_from_logits(logits, shape.top_k)
+        dropped = F.dropout(x2, self.lora_dropout[adapter_name], self.training)
+        update = expert_update(dropped, gates, weight_a, weight_b, shape.scaling)
+        if state is None:
+            return update
+        if state.recorder is not None:
+            state.recorder(self, adapter_name, gates.detach(), token_tasks)
+        coef = self.configs[adapter_name].router_aux_loss_coef
+        if state.aux is not None and coef and self.training:
+            mask = state.aux.token_mask
+            if mask is not None and mask.shape[0] != logits.shape[0]:
+                mask = None  # another sequence than the one the mask is of, such as an encoder's
+            loss = load_balancing_loss(logits, shape.top_k, mask) * (coef / state.aux.num_layers[adapter_name])
+            if state.aux.open:
+                state.aux.value = state.aux.value + loss.detach()
+            update = InjectAuxLoss.apply(update, loss, state.aux)
+        return update
+
+    def _forward_by_row(
+        self, x: torch.Tensor, state: TaskState, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """Each row of the batch with the adapter named for it; `"__base__"` for none."""
+        out = self.base_layer(x, *args, **kwargs)
+        names = repeat_names(state.adapter_names or (), x.shape[0])
+        for adapter_name in sorted(set(names)):
+            if adapter_name not in self.taskmoe_lora_A:
+                continue
+            rows = torch.tensor([i for i, name in enumerate(names) if name == adapter_name], device=x.device)
+            embeds = state.task_embeds
+            if embeds is not None:
+                embeds = embeds[(rows // (x.shape[0] // embeds.shape[0])).to(embeds.device)]
+            of_rows = TaskState(task_embeds=embeds, recorder=state.recorder)
+            out = out.index_copy(0, rows, self._add_update(x[rows], out[rows], adapter_name, of_rows))
+        return out
+
+    def _task_of(
+        self, x: torch.Tensor, adapter_name: str, state: TaskState | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Task embeddings and, for packed rows, each token's task; checked against the rows of x."""
+        task = self._task(adapter_name, state)
+        if task is None:
+            return None, None
+        assert state is not None
+        tokens = x.numel() // x.shape[-1]
+        if state.token_tasks is not None:
+            if state.token_tasks.shape[0] != tokens:
+                raise ValueError(
+                    f"This layer gets {tokens} tokens, but the packed batch has {state.token_tasks.shape[0]}, so its tokens cannot "
+                    "be told apart by document. Leave the layer out with `exclude_modules`, or do not pack."
+                )
+            return task, state.token_tasks.to(x.device)
+        rows, length = state.rows, state.length
+        if x.dim() <= 2 and rows is not None and length is not None and x.shape[0] not in (rows, rows * length):
+            raise ValueError(
+                f"This layer gets {x.shape[0]} rows in a batch of {rows} x {length} tokens: a part of the tokens, as in a sparse "
+                "mixture-of-experts block, so which example each belongs to is unknown here. Leave the layer out with "
+                "`exclude_modules`."
+            )
+        if tokens % task.shape[0] or (x.dim() > 2 and x.shape[0] % task.shape[0]):
+            raise ValueError(
+                f"{task.shape[0]} task embeddings do not fit an input of shape {tuple(x.shape)}: every example needs exactly one. "
+                "Pass one row of `task_embeds` per row of the batch."
+            )
+        return task, None
+
+    def _needs_plain_form(self, adapter_name: str, state: TaskState | None) -> bool:
+        """Whether the gates themselves are wanted: by a recorder or by the load-balancing loss."""
+        if state is None:
+            return False
+        wants_loss = self.training and self.configs[adapter_name].router_aux_loss_coef > 0
+        return state.recorder is not None or (state.aux is not None and wants_loss)
+
+    def _frozen_linear(self, x: torch.Tensor, adapter_name: str) -> bool:
+        """Whether the base is a plain frozen `nn.Linear` that nobody hooked, so that its product may be computed here."""
+        base = self.base_layer
+        if type(base) is not nn.Linear or "forward" in base.__dict__:
+            return False
+        weight = base.weight
+        return (
+            type(weight) in (nn.Parameter, torch.Tensor)
+            and not weight.requires_grad
+            and (base.bias is None or not base.bias.requires_grad)
+            and x.dtype == weight.dtype == self.taskmoe_lora_A[adapter_name].weight.dtype
+            and not torch.is_autocast_enabled(x.device.type)
+            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+        )
+
+    def _dropout(self, adapter_name: str) -> float:
+        return self.lora_dropout[adapter_name] if self.training else 0.0
+
+    def __repr__(self) -> str:
+        return "taskmoe_lora." + super().__repr__()
+
+
+def _plain_float(x: torch.Tensor) -> bool:
+    return not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type)
+
+
+def repeat_names(names: Sequence[str], rows: int) -> list[str]:
+    """Adapter names for `rows` rows, each name repeated in place where beams repeat the rows.
+
+    Raises:
+        ValueError: If the rows are no multiple of the names.
+    """
+    if rows % len(names):
+        raise ValueError(
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(names)} and {rows} respectively."
+        )
+    return [name for name in names for _ in range(rows // len(names))]
+

@@ -1,0 +1,480 @@
+"""The tuner: injects the adapted layers and gives every forward of the model its task.
+
+It wraps `forward` and `generate` of the base model's instance, so that the scope opens wherever the model is called from: through
+`PeftModel`, through a Trainer, or bare after `inject_adapter_in_model`. Nothing of the model's class is touched.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial, wraps
+from types import MethodType
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .automatic import PromptEncoder, packed_documents
+from .conditioning import (
+    AddAuxLoss,
+    AuxLoss,
+    TaskState,
+    carry_into_recompute,
+    check_task_embeds,
+    current_state,
+    entered,
+)
+from .config import TaskMoELoraConfig
+from .encoder import TaskEncoder, TaskEncoderConfig
+from .layer import Linear, TaskMoELoraLayer, missing_task_message, repeat_names
+from .peft_type import PREFIX
+
+_CHECKPOINT_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
+
+
+class Conditioner:
+    """What the wrapped `forward` and `generate` of one model need: its adapted layers and its encoder.
+
+    It is a plain attribute of the model, no module: the encoder's weights stay out of parameters and state dicts.
+
+    Args:
+        model: The base model, with adapters injected.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.prompt_encoder: PromptEncoder | None = None
+        self.aux_loss: float | None = None
+        self.find_layers(model)
+
+    def find_layers(self, model: nn.Module) -> None:
+        """Look up the adapted layers and the modules that checkpoint; again after every injection."""
+        modules = list(model.modules())
+        self.layers = [m for m in modules if isinstance(m, TaskMoELoraLayer)]
+        self.checkpointing = [m for m in modules if hasattr(m, "gradient_checkpointing") or hasattr(m, "checkpoint_fn")]
+
+    def adapters_that_read_the_task(self, adapter_names: Sequence[str] | None) -> list[tuple[str, int]]:
+        """Names and task dimensions of the adapters this forward uses whose router reads the task."""
+        found: dict[str, int] = {}
+        for layer in self.layers:
+            if layer.disable_adapters or layer.merged:
+                continue
+            for name in layer.active_adapters if adapter_names is None else adapter_names:
+                shape = layer.shapes.get(name)
+                if shape is not None and shape.reads_task:
+                    found[name] = layer.configs[name].task_dim
+        return list(found.items())
+
+    def aux_layers(self) -> dict[str, int]:
+        """Number of layers per active adapter that has a load-balancing loss."""
+        found: dict[str, int] = {}
+        for layer in self.layers:
+            if layer.disable_adapters or layer.merged:
+                continue
+            for name in layer.active_adapters:
+                if name in layer.configs and layer.configs[name].router_aux_loss_coef > 0:
+                    found[name] = found.get(name, 0) + 1
+        return found
+
+    def carry_task_into_recompute(self) -> None:
+        """Make whatever checkpoints recompute under the task of its forward; at each forward, so that it does not matter when and
+        by which method checkpointing was switched on."""
+        for module in self.checkpointing:
+            for attribute in _CHECKPOINT_ATTRIBUTES:
+                checkpoint = module.__dict__.get(attribute)
+                if checkpoint is not None:
+                    setattr(module, attribute, carry_into_recompute(checkpoint))
+
+
+def install_conditioning(model: nn.Module) -> Conditioner:
+    """Wrap `forward` and `generate` of this model instance; harmless when done already.
+
+    Args:
+        model: The base model, with adapters injected.
+
+    Returns:
+        Its `Conditioner`.
+    """
+    conditioner = conditioner_of(model)
+    if conditioner is not None:
+        conditioner.find_layers(model)
+        return conditioner
+    conditioner = Conditioner(model)
+    model.__dict__["_taskmoe_conditioner"] = conditioner
+    for name, wrapper in (("forward", _wrap_forward), ("generate", _wrap_generate)):
+        if not hasattr(model, name):
+            continue
+        own = model.__dict__.get(name)  # a wrapper of accelerate's, say
+        if own is not None:
+            model.__dict__[f"_taskmoe_wrapped_{name}"] = own
+        model.__dict__[name] = MethodType(wrapper(type(model)), model)
+    return conditioner
+
+
+def remove_conditioning(model: nn.Module) -> None:
+    """Undo `install_conditioning`."""
+    if model.__dict__.pop("_taskmoe_conditioner", None) is None:
+        return
+    for name in ("forward", "generate"):
+        model.__dict__.pop(name, None)
+        own = model.__dict__.pop(f"_taskmoe_wrapped_{name}", None)
+        if own is not None:
+            model.__dict__[name] = own
+
+
+def conditioner_of(model: nn.Module) -> Conditioner | None:
+    """The conditioner of a base model, or None."""
+    return model.__dict__.get("_taskmoe_conditioner")
+
+
+def _inner(model: nn.Module, name: str, cls: type) -> Callable[..., Any]:
+    """What was called `name` before it was wrapped."""
+    own = model.__dict__.get(f"_taskmoe_wrapped_{name}")
+    return own if own is not None else partial(getattr(cls, name), model)
+
+
+def _wrap_forward(cls: type) -> Callable[..., Any]:
+    @wraps(cls.forward)  # type: ignore[attr-defined]
+    def forward(
+        self: nn.Module, *args: Any, task_embeds: torch.Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        inner = _inner(self, "forward", cls)
+        outer = current_state()
+        conditioner = conditioner_of(self)
+        if conditioner is None:
+            return inner(*args, **kwargs)
+        if outer is not None and outer.memo is not None and task_embeds is None:
+            return inner(*args, **kwargs)  # a step of `generate`, whose state is set
+        call = _bind(cls, args, kwargs)
+        state = _state_for_forward(self, conditioner, call, task_embeds, outer)
+        if self.training and torch.is_grad_enabled():
+            conditioner.carry_task_into_recompute()
+        with entered(state):
+            outputs = inner(*args, **kwargs)
+        return _add_aux_loss(conditioner, state, outputs)
+
+    forward.__signature__ = _with_task_embeds(cls.forward)  # type: ignore[attr-defined]
+    return forward
+
+
+def _wrap_generate(cls: type) -> Callable[..., Any]:
+    @wraps(cls.generate)  # type: ignore[attr-defined]
+    def generate(
+        self: nn.Module, *args: Any, task_embeds: torch.Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        inner = _inner(self, "generate", cls)
+        conditioner = conditioner_of(self)
+        if conditioner is None:
+            return inner(*args, **kwargs)
+        call = dict(kwargs)
+        if args:
+            call["input_ids"] = args[0]
+        elif "inputs" in call:
+            call["input_ids"] = call["inputs"]
+        call.pop("labels", None)
+        outer = current_state()
+        state = _state_for_forward(self, conditioner, call, task_embeds, outer)
+        state.rows = state.length = None
+        state.memo = {}
+        with entered(state):
+            return inner(*args, **kwargs)
+
+    return generate
+
+
+def _with_task_embeds(forward: Callable[..., Any]) -> inspect.Signature:
+    """The signature of `forward` with `task_embeds` in it, so that a Trainer keeps a column of that name."""
+    signature = inspect.signature(forward)
+    parameters = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    rest = [p for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
+    extra = inspect.Parameter("task_embeds", inspect.Parameter.KEYWORD_ONLY, default=None)
+    return signature.replace(parameters=[*parameters, extra, *rest])
+
+
+def _bind(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward by name."""
+    if not args:
+        return kwargs
+    names = list(inspect.signature(cls.forward).parameters)[1:]  # type: ignore[attr-defined]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _batch_shape(call: dict[str, Any]) -> tuple[int | None, int | None]:
+    """Rows and tokens per row of a batch, as far as its arguments tell."""
+    for name in ("input_ids", "inputs_embeds"):
+        value = call.get(name)
+        if isinstance(value, torch.Tensor) and value.dim() >= 2:
+            return value.shape[0], value.shape[1]
+    for value in call.values():
+        if isinstance(value, torch.Tensor) and value.dim() >= 1:
+            return value.shape[0], None
+    return None, None
+
+
+def _state_for_forward(
+    model: nn.Module,
+    conditioner: Conditioner,
+    call: dict[str, Any],
+    task_embeds: torch.Tensor | None,
+    outer: TaskState | None,
+) -> TaskState:
+    """The state of one forward (or generation): the given task, the outer scope's, or the encoder's, in this order.
+
+    Raises:
+        ValueError: If a task is needed and missing, or does not fit the batch.
+    """
+    adapter_names = None if outer is None else outer.adapter_names
+    rows, length = _batch_shape(call)
+    state = TaskState(
+        adapter_names=adapter_names,
+        rows=rows,
+        length=length,
+        recorder=None if outer is None else outer.recorder,
+    )
+    readers = conditioner.adapters_that_read_the_task(adapter_names)
+    if task_embeds is not None:
+        check_task_embeds(task_embeds)
+        state.task_embeds = task_embeds
+    elif outer is not None and outer.task_embeds is not None:
+        state.task_embeds, state.token_tasks = outer.task_embeds, outer.token_tasks
+    elif readers and conditioner.prompt_encoder is not None and call.get("input_ids") is not None:
+        labels = None if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else call.get("labels")
+        found = conditioner.prompt_encoder.tasks_of(
+            call["input_ids"], labels, call.get("attention_mask"), call.get("position_ids")
+        )
+        state.task_embeds, state.token_tasks = found.task_embeds, found.token_tasks
+    if readers:
+        _check_fit(state, readers, rows, call)
+    aux_layers = conditioner.aux_layers() if model.training and torch.is_grad_enabled() else None
+    if aux_layers:
+        mask = call.get("attention_mask")
+        whole = isinstance(mask, torch.Tensor) and mask.dim() == 2
+        state.aux = AuxLoss(mask.reshape(-1).bool() if whole else None, aux_layers)  # type: ignore[union-attr]
+    return state
+
+
+def _check_fit(
+    state: TaskState, readers: list[tuple[str, int]], rows: int | None, call: dict[str, Any]
+) -> None:
+    embeds = state.task_embeds
+    if embeds is None:
+        raise ValueError(missing_task_message(readers[0][0]))
+    for name, task_dim in readers:
+        if embeds.shape[1] != task_dim:
+            raise ValueError(
+                f'The task embeddings have {embeds.shape[1]} dimensions, but the router of adapter "{name}" was built for '
+                f"`task_dim={task_dim}`. Use the encoder it was trained with, or build the adapter with "
+                f"`TaskMoELoraConfig(task_dim={embeds.shape[1]})`."
+            )
+    if rows is None or state.token_tasks is not None or embeds.shape[0] == rows:
+        return
+    documents = packed_documents(call.get("position_ids"), call.get("attention_mask"))
+    if documents is not None and embeds.shape[0] == int(documents[-1]) + 1:
+        state.token_tasks = documents
+        return
+    raise ValueError(
+        f"There are {embeds.shape[0]} task embeddings for a batch of {rows} rows, but every row is routed by its own. "
+        f"Pass `task_embeds` of shape ({rows}, {embeds.shape[1]}): one row per example, repeated where examples share a task."
+    )
+
+
+def _add_aux_loss(conditioner: Conditioner, state: TaskState, outputs: Any) -> Any:
+    """Add the collected load-balancing loss to the loss that the model returns."""
+    aux = state.aux
+    if aux is None:
+        return outputs
+    aux.open = False
+    conditioner.aux_loss = float(aux.value)
+    if isinstance(outputs, dict) and isinstance(outputs.get("loss"), torch.Tensor):
+        outputs["loss"] = AddAuxLoss.apply(outputs["loss"], aux)
+    elif isinstance(outputs, tuple) and outputs and isinstance(outputs[0], torch.Tensor) and outputs[0].dim() == 0:
+        outputs = (AddAuxLoss.apply(outputs[0], aux), *outputs[1:])
+    return outputs
+
+
+class TaskMoELoraModel(BaseTuner):
+    """Task-Aware MoELoRA on a model: what `get_peft_model(model, TaskMoELoraConfig(...))` builds.
+
+    Args:
+        model: The model to adapt, in place.
+        config: A `TaskMoELoraConfig`.
+        adapter_name: Name of the adapter.
+        low_cpu_mem_usage: Create empty adapter weights on the meta device, to be loaded.
+
+    Source: the method of Guo, Sanz-Cruzado, McCreadie, ECAI 2025, DOI 10.3233/FAIA251308.
+    """
+
+    prefix: str = PREFIX
+    tuner_layer_cls = TaskMoELoraLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # PEFT's name; "all-linear" is the default
+
+    def _prepare_adapter_config(self, peft_config: TaskMoELoraConfig, model_config: dict[str, Any]) -> TaskMoELoraConfig:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = "all-linear"
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: TaskMoELoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        rank_key = get_pattern_key(list(peft_config.rank_pattern), current_key)
+        alpha_key = get_pattern_key(list(peft_config.alpha_pattern), current_key)
+        r = peft_config.rank_pattern.get(rank_key, peft_config.r)
+        lora_alpha = peft_config.alpha_pattern.get(alpha_key, peft_config.lora_alpha)
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        is_conv1d = isinstance(base, Conv1D)
+        if is_conv1d or isinstance(base, nn.Linear):
+            peft_config.fan_in_fan_out = is_conv1d
+        if isinstance(target, TaskMoELoraLayer):
+            target.update_layer(adapter_name, r, lora_alpha, peft_config)
+            return
+        layer = Linear(target, adapter_name, r, lora_alpha, peft_config)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """Create the adapted layers, as every tuner does, and open the way for the task."""
+        super().inject_adapter(model, *args, **kwargs)
+        install_conditioning(model)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        remove_conditioning(model)
+        return model
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT calls this around `forward` and `generate`: here `adapter_names` enter the scope."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        self._check_adapter_names(names)
+        outer = current_state() or TaskState()
+        state = TaskState(
+            task_embeds=outer.task_embeds, adapter_names=list(names), recorder=outer.recorder
+        )
+        handles = [
+            module.register_forward_pre_hook(partial(_pass_adapter_names, names=list(names)), with_kwargs=True)
+            for module in self.model.modules()
+            if isinstance(module, AuxiliaryTrainingWrapper)
+        ]
+        try:
+            with entered(state):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_adapter_names(self, names: Sequence[str]) -> None:
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Call `model.eval()` first.")
+        known = set(self.peft_config)
+        unknown = sorted(set(names) - known - {"__base__"})
+        if unknown:
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. "
+                f'This model has {", ".join(sorted(known))}, and "__base__" for none.'
+            )
+        if any(layer.merged for layer in self.model.modules() if isinstance(layer, TaskMoELoraLayer)):
+            raise ValueError("Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first.")
+
+
+def _pass_adapter_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str]) -> Any:
+    """Hand each row's adapter to a module that is saved with the adapters."""
+    rows = next(value.shape[0] for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+    kwargs["adapter_names"] = repeat_names(names, rows)
+    return args, kwargs
+
+
+def base_model_of(model: nn.Module) -> nn.Module:
+    """The model inside a `PeftModel` (or inside DDP, or compiled), or the model itself.
+
+    Raises:
+        ValueError: If no Task-Aware MoELoRA adapter is on it.
+    """
+    model = getattr(model, "_orig_mod", model)
+    model = getattr(model, "module", model) if not hasattr(model, "get_base_model") else model
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if conditioner_of(base) is None:
+        raise ValueError(
+            f"`{type(model).__name__}` has no Task-Aware MoELoRA adapter, so there is no router to give a task to. "
+            "Call `get_peft_model(model, TaskMoELoraConfig(...))` or `PeftModel.from_pretrained(...)` first."
+        )
+    return base
+
+
+def attach_task_encoder(
+    model: nn.Module, encoder: TaskEncoder | None = None, tokenizer: Any = None
+) -> nn.Module:
+    """Give a model its task encoder: from here on the task embedding follows from `input_ids`.
+
+    In `forward` the task text is what precedes the first label that is not -100 (everything, where there are no labels), in
+    `generate` it is `input_ids`; special tokens and padding are left out. Works in any trainer, with packing, in
+    pipelines. A `task_embeds` argument still wins. The encoder stays outside the model: not trained, not saved.
+
+    Args:
+        model: A model with a Task-Aware MoELoRA adapter, wrapped in `PeftModel` or not.
+        encoder: The encoder; None reads its name and settings from the adapter's config and loads it.
+        tokenizer: The tokenizer of the adapted model; None loads it from the base model's name.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: If the encoder's dimension differs from the adapter's `task_dim`, or the config names no encoder.
+    """
+    base = base_model_of(model)
+    conditioner = conditioner_of(base)
+    assert conditioner is not None
+    configs: dict[str, TaskMoELoraConfig] = {
+        name: layer.configs[name] for layer in conditioner.layers for name in layer.configs
+    }
+    active = [name for layer in conditioner.layers for name in layer.active_adapters if name in layer.configs]
+    if encoder is None:
+        encoder = TaskEncoder.from_config(_encoder_config(configs, active))
+    if tokenizer is None:
+        from transformers import AutoTokenizer
+
+        name = getattr(getattr(base, "config", None), "_name_or_path", None) or getattr(base, "name_or_path", None)
+        if not name:
+            raise ValueError(
+                "The base model has no name to load its tokenizer from, and without the tokenizer `input_ids` cannot be read. "
+                "Pass it: `attach_task_encoder(model, encoder, tokenizer)`."
+            )
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    for name, config in configs.items():
+        if "task" not in config.router_inputs:
+            continue
+        if config.task_dim != encoder.task_dim:
+            raise ValueError(
+                f"The encoder gives vectors of {encoder.task_dim} dimensions, but the router of adapter \"{name}\" was built "
+                f"for `task_dim={config.task_dim}`. Build the adapter with `TaskMoELoraConfig(task_dim={encoder.task_dim})`, or "
+                "attach the encoder it was trained with."
+            )
+        if config.task_encoder is None:
+            config.task_encoder = encoder.config
+    conditioner.prompt_encoder = PromptEncoder(encoder, tokenizer)
+    return model
+
+
+def _encoder_config(configs: dict[str, TaskMoELoraConfig], active: Sequence[str]) -> TaskEncoderConfig:
+    for name in [*active, *configs]:
+        found = configs[name].task_encoder
+        if isinstance(found, TaskEncoderConfig):
+            return found
+    raise ValueError(
+        "The adapter's config names no task encoder (`task_encoder` is None), so none can be loaded. "
+        'Pass one: `attach_task_encoder(model, TaskEncoder("Salesforce/codet5-base"), tokenizer)`.'
+    )

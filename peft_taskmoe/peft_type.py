@@ -1,0 +1,23 @@
+"""The name under which PEFT knows the method.
+
+PEFT keys its tables by members of its own `PeftType`, which cannot be extended from outside. Members of a `str` enum hash
+and compare like their value, so a one-member enum of ours finds its way through the same tables, through
+`adapter_config.json` (where it is a plain string) and through code that reads `peft_type.value`.
+"""
+
+from __future__ import annotations
+
+import enum
+
+
+class TaskMoELoraType(str, enum.Enum):
+    """A one-member companion of `peft.PeftType`."""
+
+    TASKMOE_LORA = "TASKMOE_LORA"
+
+
+TASKMOE_LORA = TaskMoELoraType.TASKMOE_LORA
+"""The `peft_type` of `TaskMoELoraConfig`."""
+
+PREFIX = "taskmoe_lora_"
+"""What the names of all adapter parameters begin with; transformers derives it from the type by lower-casing."""

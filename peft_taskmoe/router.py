@@ -1,0 +1,133 @@
+"""The router: token states and task embedding to gates. Pure torch; it knows no PEFT and no layer.
+
+This is the plain, readable form. `fused.py` computes the same in one autograd function and is tested against it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def normalize_task(task_embeds: torch.Tensor, task_norm: str) -> torch.Tensor:
+    """Bring task embeddings to the scale at which the router reads them.
+
+    `"rms"`: `e / sqrt(mean(e^2))`, entries of size about 1 as behind a transformer's normalisation layers;
+    `"none"`: the raw vector.
+
+    Args:
+        task_embeds: `(n, task_dim)`.
+        task_norm: `"rms"` or `"none"`.
+
+    Returns:
+        `(n, task_dim)`.
+    """
+    if task_norm == "none":
+        return task_embeds
+    return F.rms_norm(task_embeds, task_embeds.shape[-1:], eps=1e-12)
+
+
+def spread_over_tokens(
+    per_task: torch.Tensor, num_tokens: int, token_tasks: torch.Tensor | None
+) -> torch.Tensor:
+    """Repeat one row per task to one row per token.
+
+    Tokens are flattened in row-major order, so without `token_tasks` each of the n tasks owns `num_tokens / n` consecutive
+    tokens; beams and `num_return_sequences`, which repeat each prompt in place, come out right by the same rule.
+
+    Args:
+        per_task: `(n, e)`.
+        num_tokens: Number of tokens.
+        token_tasks: `(num_tokens,)` index of each token's task, for packed rows; None for the rule above.
+
+    Returns:
+        `(num_tokens, e)`.
+    """
+    if token_tasks is not None:
+        return per_task[token_tasks]
+    return per_task.repeat_interleave(num_tokens // per_task.shape[0], dim=0)
+
+
+def router_logits(
+    x: torch.Tensor,
+    router_weight: torch.Tensor,
+    task: torch.Tensor | None,
+    token_tasks: torch.Tensor | None,
+    reads_token: bool,
+) -> torch.Tensor:
+    """`W_r [x_t ; e]` as `W_x x_t + W_e e`, so that the task part costs one product per task, not per token.
+
+    Args:
+        x: Input of the adapted layer, `(tokens, in)`.
+        router_weight: `(e, in + task_dim)`, `(e, in)` or `(e, task_dim)` by what the router reads.
+        task: Normalised task embeddings `(n, task_dim)`, or None if the router does not read the task.
+        token_tasks: See `spread_over_tokens`.
+        reads_token: Whether the router reads the token.
+
+    Returns:
+        `(tokens, e)` float32 (float64 for float64 weights).
+    """
+    precise = torch.promote_types(router_weight.dtype, torch.float32)
+    token_dim = router_weight.shape[1] - (0 if task is None else task.shape[-1])
+    logits: torch.Tensor | None = None
+    if reads_token:
+        logits = F.linear(x, router_weight[:, :token_dim]).to(precise)
+    if task is not None:
+        per_task = F.linear(task.to(router_weight.dtype), router_weight[:, token_dim:]).to(precise)
+        per_token = spread_over_tokens(per_task, x.shape[0], token_tasks)
+        logits = per_token if logits is None else logits + per_token
+    assert logits is not None
+    return logits
+
+
+def keep_top_k(logits: torch.Tensor, top_k: int | None) -> torch.Tensor:
+    """Set all but the `top_k` largest logits of each row to minus infinity (ties: exactly `top_k` are kept)."""
+    if top_k is None or top_k == logits.shape[-1]:
+        return logits
+    kept = logits.topk(top_k, dim=-1).indices
+    dropped = torch.ones_like(logits, dtype=torch.bool).scatter(-1, kept, False)
+    return logits.masked_fill(dropped, float("-inf"))
+
+
+def gates_from_logits(logits: torch.Tensor, top_k: int | None) -> torch.Tensor:
+    """Softmax over the experts, in float32 at least; with `top_k`, over the `top_k` largest alone.
+
+    Args:
+        logits: `(tokens, e)`.
+        top_k: Number of gates to keep, or None for all.
+
+    Returns:
+        `(tokens, e)`, rows that sum to 1.
+    """
+    return torch.softmax(keep_top_k(logits, top_k), dim=-1)
+
+
+def load_balancing_loss(
+    logits: torch.Tensor, top_k: int | None, token_mask: torch.Tensor | None
+) -> torch.Tensor:
+    r"""`E * sum_i f_i P_i` over the tokens that are not padding: 1 when all experts are used alike, up to E.
+
+    `f_i` is the share of the (token, slot) choices that fall on expert i, with `top_k` slots per token (1 where all gates
+    are kept), and `P_i` the mean of the full softmax. The gradient flows through `P_i`.
+    Source: Fedus et al., "Switch Transformers", JMLR 2022, equations 4 to 6.
+
+    Args:
+        logits: `(tokens, e)`, before `top_k`.
+        top_k: Gates kept per token.
+        token_mask: `(tokens,)` bool, True for tokens that count; None for all.
+
+    Returns:
+        A scalar.
+    """
+    num_experts = logits.shape[-1]
+    probs = torch.softmax(logits, dim=-1)
+    slots = top_k or 1
+    chosen = torch.zeros_like(probs).scatter(-1, logits.topk(slots, dim=-1).indices, 1.0)
+    if token_mask is None:
+        weights = torch.full_like(probs[:, :1], 1.0 / probs.shape[0])
+    else:
+        counted = token_mask.to(probs.dtype).unsqueeze(-1)
+        weights = counted / counted.sum().clamp(min=1.0)
+    share = (chosen * weights).sum(0) / slots
+    mean_prob = (probs * weights).sum(0)
+    return num_experts * (share.detach() * mean_prob).sum()

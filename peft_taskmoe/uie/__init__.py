@@ -1,0 +1,1 @@
+"""Universal information extraction: schema and text in, typed records with offsets out."""

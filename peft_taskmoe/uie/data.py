@@ -1,0 +1,550 @@
+"""Documents from files and data sets, back to files, and as training examples.
+
+Knows the formats: JSONL (the project's own, written and read), CoNLL columns, BRAT standoff, IEPile-style JSON and
+data sets of the Hub. Every other format is turned into rows of the JSONL format, so that one check covers all. Does
+not know what a prompt looks like (`prompt`) or how an answer is scored (`score`); needs `datasets` only where a
+`datasets.Dataset` comes in or goes out.
+
+No line is skipped silently. A reader returns a `ReadReport`: the documents, and a `ReadProblem` with file and line for
+whatever was not taken as it stands. An "error" costs a document or an annotation, or had to be repaired;
+`on_error="raise"` (the default) stops at the first, `on_error="collect"` goes on. A "note" (an attribute of BRAT, an
+unknown key) says what the format of a document cannot hold, and never stops.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from peft_taskmoe.uie.records import Document
+from peft_taskmoe.uie.schema import TASKS, Label, Schema
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+OnError = Literal["raise", "collect"]
+TagScheme = Literal["IOB1", "IOB2", "BIOES"]
+READ_PROBLEM_KINDS: dict[str, str] = {
+    "encoding": "bytes that are no UTF-8, or a character that UTF-8 cannot hold; the document is left out",
+    "json": "a line that is no JSON; it is left out",
+    "row": "a row with a missing key or a value of the wrong type; the document is left out",
+    "task": "a task that does not exist; the document is left out",
+    "schema": "a schema that is not valid for its task; the document is left out",
+    "offsets": "a mention that does not stand where its offsets say; the document is left out",
+    "label": "a label or role that the schema does not have; the document is left out",
+    "duplicate_id": "an id that an earlier document has; the document is left out",
+    "empty": "a file without a document",
+    "columns": "a CoNLL line without the columns asked for; its sentence is left out",
+    "tags": "a CoNLL tag that the scheme does not allow here; repaired as the message says",
+    "brat": "a BRAT line that cannot be read, or refers to a line that is not there; the annotation is left out",
+    "discontinuous": "a BRAT mention of several pieces; it and what refers to it are left out",
+    "not_in_text": "a mention without offsets that the text does not contain; the annotation is left out",
+    "mapping": "a row that the mapping function of a data set could not map; the row is left out",
+    "unsupported": "note: something that a document cannot hold, such as a BRAT attribute",
+}
+"""Every kind of `ReadProblem`, and what becomes of what it is about."""
+
+_ADVICE = (
+    'A row is {"id", "text", "task": "NER|RE|EE|EAE", "schema", "annotations"[, "entities"]}, and every mention '
+    "has text[start:end] == its text."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ReadProblem:
+    """Something in a file that was not taken as it stands.
+
+    Args:
+        kind: one of `READ_PROBLEM_KINDS`.
+        message: what was found, why it cannot be used, what to do.
+        file: the file, or the name of the data set.
+        line: line number from 1 (row number for data sets); None where it is about the whole file.
+        severity: "error", or "note" where nothing that a document can hold was lost.
+    """
+
+    kind: str
+    message: str
+    file: str
+    line: int | None = None
+    severity: Literal["error", "note"] = "error"
+
+    def __str__(self) -> str:
+        place = self.file if self.line is None else f"{self.file}:{self.line}"
+        return f"{place}: {self.kind}: {self.message}"
+
+
+class ReadError(ValueError):
+    """The first error of a file read with `on_error="raise"`; `problem` has its parts."""
+
+    def __init__(self, problem: ReadProblem) -> None:
+        super().__init__(f'{problem}\nPass on_error="collect" to read the rest and get a list of all problems.')
+        self.problem = problem
+
+
+@dataclass
+class ReadReport:
+    """What a reader found: the documents, in the order of the file, and the problems."""
+
+    documents: list[Document] = field(default_factory=list)
+    problems: list[ReadProblem] = field(default_factory=list)
+
+    @property
+    def errors(self) -> list[ReadProblem]:
+        """The problems that cost something."""
+        return [problem for problem in self.problems if problem.severity == "error"]
+
+    def counts(self) -> dict[str, int]:
+        """How often each kind of problem occurs."""
+        return dict(Counter(problem.kind for problem in self.problems))
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in self.counts().items())
+        return f"{len(self.documents)} documents, {len(self.problems)} problems" + (f": {kinds}" if kinds else "")
+
+
+class _Reading:
+    """Collects the documents and problems of one reader; raises at the first error where asked to."""
+
+    def __init__(self, on_error: OnError) -> None:
+        if on_error not in ("raise", "collect"):
+            raise ValueError(f'There is no on_error="{on_error}". Choose "raise" or "collect".')
+        self.on_error = on_error
+        self.report = ReadReport()
+        self.places: dict[str, str] = {}
+
+    def error(self, kind: str, message: str, file: str | Path, line: int | None = None) -> None:
+        problem = ReadProblem(kind, message, str(file), line)
+        if self.on_error == "raise":
+            raise ReadError(problem)
+        self.report.problems.append(problem)
+
+    def note(self, message: str, file: str | Path, line: int | None = None) -> None:
+        self.report.problems.append(ReadProblem("unsupported", message, str(file), line, "note"))
+
+    def add(self, row: Any, file: str | Path, line: int | None) -> None:
+        """Check a row of the JSONL format and take its document, or report all its faults."""
+        faults = list(_faults(row))
+        document = None
+        if not faults:
+            try:
+                document = Document.from_dict(row)
+            except ValueError as error:
+                faults = [("schema", str(error))]
+        if document is not None and document.id in self.places:
+            message = f"The id `{document.id}` is that of {self.places[document.id]}. Give every document its own."
+            faults = [("duplicate_id", message)]
+        for kind, message in faults:
+            self.error(kind, message, file, line)
+        if document is not None and not faults:
+            self.places[document.id] = f"line {line}" if line is not None else str(file)
+            self.report.documents.append(document)
+            if strange := _unknown_keys(row):
+                self.note(f"The annotations have keys that are not kept: {', '.join(strange)}.", file, line)
+
+    def finish(self, file: str | Path, found: int) -> None:
+        """Report a file without anything in it."""
+        if not found:
+            self.error("empty", "The file has no document. Check that it is the right one.", file)
+
+
+# The check of a row ---------------------------------------------------------------------------------------------------
+
+_REQUIRED: dict[str, tuple[type, str]] = {
+    "id": (str, "a string"),
+    "text": (str, "a string"),
+    "task": (str, "a string"),
+    "schema": (Mapping, "an object"),
+    "annotations": (list, "a list"),
+}
+
+
+def _faults(row: Any) -> Iterator[tuple[str, str]]:
+    """Every fault of a row of the JSONL format, as (kind, message)."""
+    if not isinstance(row, Mapping):
+        yield "row", f"Found {_shown(row)}, which is no JSON object. {_ADVICE}"
+        return
+    found = list(_shape_faults(row))
+    yield from found
+    if found:
+        return
+    text, task = row["text"], row["task"]
+    try:
+        schema = Schema.from_dict(task, row["schema"])
+    except ValueError as error:
+        yield "schema" if task in TASKS else "task", str(error)
+        return
+    if task == "EAE" and not row["annotations"]:
+        yield "row", "An EAE document needs the event whose arguments are asked for, with its type and trigger."
+    for i, annotation in enumerate(row["annotations"]):
+        yield from _annotation_faults(annotation, f"annotations[{i}]", task, text, schema)
+    for i, entity in enumerate(row.get("entities", [])):
+        yield from _annotation_faults(entity, f"entities[{i}]", "NER", text, None)
+
+
+def _shape_faults(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for key, (type_, name) in _REQUIRED.items():
+        if key not in row:
+            yield "row", f"The key `{key}` is missing (keys: {', '.join(map(str, row)) or 'none'}). {_ADVICE}"
+        elif not isinstance(row[key], type_) or row[key] == "" and key == "id":
+            yield "row", f"The value of `{key}` is {_shown(row[key])}; it has to be {name}. {_ADVICE}"
+        elif type_ is str and (at := _surrogate(row[key])) is not None:
+            yield "encoding", f"`{key}` has half a character (a lone surrogate) at {at}, which UTF-8 cannot hold."
+    if not isinstance(row.get("entities", []), list):
+        yield "row", f"The value of `entities` is {_shown(row['entities'])}; it has to be a list. {_ADVICE}"
+
+
+def _annotation_faults(
+    annotation: Any, where: str, task: str, text: str, schema: Schema | None
+) -> Iterator[tuple[str, str]]:
+    """Faults of one annotation; without a schema any label will do."""
+    if not isinstance(annotation, Mapping):
+        yield "row", f"`{where}` is {_shown(annotation)}, not an object. {_ADVICE}"
+        return
+    if task == "UIE":
+        task = "RE" if "relation" in annotation else "EE" if "trigger" in annotation else "NER"
+    kind, key = {"NER": ("entity", "label"), "RE": ("relation", "relation")}.get(task, ("event", "type"))
+    name = annotation.get(key)
+    label = None
+    if not isinstance(name, str) or not name:
+        yield "row", f"`{where}` has no `{key}` (keys: {', '.join(map(str, annotation)) or 'none'}). {_ADVICE}"
+    elif schema is not None and (label := schema.get(kind, name)) is None:
+        known = ", ".join(f"`{label.name}`" for label in schema.labels if label.kind == kind)
+        yield "label", f"`{where}` has the {key} `{name}`, which the schema does not have. Its own: {known}."
+    if kind == "entity":
+        yield from _span_faults(annotation, where, text)
+    elif kind == "relation":
+        for side in ("head", "tail"):
+            yield from _span_faults(annotation.get(side), f"{where}.{side}", text)
+    else:
+        yield from _span_faults(annotation.get("trigger"), f"{where}.trigger", text)
+        arguments = annotation.get("arguments", [])
+        if not isinstance(arguments, list):
+            yield "row", f"`{where}.arguments` is {_shown(arguments)}, not a list. {_ADVICE}"
+            return
+        for i, argument in enumerate(arguments):
+            yield from _argument_faults(argument, f"{where}.arguments[{i}]", text, label)
+
+
+def _argument_faults(argument: Any, where: str, text: str, label: Label | None) -> Iterator[tuple[str, str]]:
+    yield from _span_faults(argument, where, text)
+    if isinstance(argument, Mapping):
+        role = argument.get("role")
+        roles = [] if label is None else [slot.name for slot in label.roles]
+        if not isinstance(role, str) or not role:
+            yield "row", f"`{where}` has no `role` (keys: {', '.join(map(str, argument)) or 'none'}). {_ADVICE}"
+        elif label is not None and role not in roles:
+            known = ", ".join(f"`{name}`" for name in roles) or "none"
+            yield "label", f"`{where}` has the role `{role}`, which `{label.name}` does not have. Its own: {known}."
+
+
+def _span_faults(span: Any, where: str, text: str) -> Iterator[tuple[str, str]]:
+    if not isinstance(span, Mapping):
+        yield "row", f"`{where}` is {_shown(span)}, not an object with text, start and end."
+        return
+    mention, start, end = (span.get(key) for key in ("text", "start", "end"))
+    if not isinstance(mention, str) or type(start) is not int or type(end) is not int:
+        yield "row", f"`{where}` needs a text and two integers, start and end; found {_shown(dict(span))}."
+    elif not 0 <= start < end <= len(text):
+        yield "offsets", f"`{where}` is at [{start}:{end}], outside of the text of {len(text)} characters or empty."
+    elif text[start:end] != mention:
+        stands = text.find(mention) if mention else -1
+        hint = f"The mention stands at {stands}: offsets count characters, not bytes." if stands >= 0 else "Correct one."
+        yield "offsets", f"`{where}` says {_shown(mention)}, but text[{start}:{end}] is {_shown(text[start:end])}. {hint}"
+
+
+def _unknown_keys(row: Mapping[str, Any]) -> list[str]:
+    """Keys of the annotations that a record does not hold."""
+    span = {"text", "start", "end", "alignment"}
+    strange: dict[str, None] = {}
+
+    def check(data: Mapping[str, Any], known: set[str]) -> None:
+        strange.update(dict.fromkeys(f"`{key}`" for key in data if key not in known))
+
+    for annotation in row["annotations"]:
+        if "relation" in annotation and row["task"] in ("RE", "UIE"):
+            check(annotation, {"relation", "head", "tail", "confidence"})
+            for side in ("head", "tail"):
+                check(annotation[side], span | {"type"})
+        elif "trigger" in annotation and row["task"] != "NER":
+            check(annotation, {"type", "trigger", "arguments", "confidence"})
+            check(annotation["trigger"], span)
+            for argument in annotation.get("arguments", []):
+                check(argument, span | {"role"})
+        else:
+            check(annotation, span | {"label", "confidence"})
+    return list(strange)
+
+
+def _shown(value: Any, length: int = 60) -> str:
+    shown = repr(value)
+    return f"`{shown if len(shown) <= length else shown[: length - 3] + '...'}`"
+
+
+def _surrogate(text: str) -> int | None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
+
+
+def _lines(path: Path, reading: _Reading) -> Iterator[tuple[int, str | None]]:
+    r"""Numbered lines of a UTF-8 file without their ends (`\n` or `\r\n`); None for one that cannot be decoded."""
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            raw = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+            try:
+                yield number, raw.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
+            except UnicodeDecodeError as error:
+                reading.error("encoding", _no_utf8(error), path, number)
+                yield number, None
+
+
+def _no_utf8(error: UnicodeDecodeError) -> str:
+    return f"Byte {error.start} (0x{error.object[error.start]:02x}) is no UTF-8. Save the file as UTF-8."
+
+
+def _json(text: str) -> Any:
+    """Parse JSON; raises ValueError with a reason, also for a key given twice and for too deep nesting."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(keys := dict(pairs)) < len(pairs):
+            repeated = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise ValueError(f"the key `{repeated}` is given twice in one object")
+        return keys
+
+    try:
+        return json.loads(text, object_pairs_hook=once)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+# JSONL ----------------------------------------------------------------------------------------------------------------
+
+
+def read_jsonl(path: str | Path, *, on_error: OnError = "raise") -> ReadReport:
+    """Read documents from the project's format, one JSON object a line.
+
+    Each line is `{"id", "text", "task", "schema", "annotations"[, "entities"]}`; other keys are kept in
+    `Document.extra`. Offsets count characters and have to fit: `text[start:end]` is the mention.
+
+    Args:
+        path: the file, UTF-8 with or without a byte order mark.
+        on_error: "raise" at the first error, or "collect" them all.
+
+    Raises:
+        ReadError: at the first error, where asked to.
+    """
+    path, reading = Path(path), _Reading(on_error)
+    found = 0
+    blank: list[int] = []
+    for number, line in _lines(path, reading):
+        if line is not None and not line.strip():
+            blank.append(number)
+            continue
+        found += 1
+        for earlier in blank:  # blank lines at the end of a file are no surprise
+            reading.note("The line is blank.", path, earlier)
+        blank.clear()
+        if line is None:
+            continue
+        try:
+            row = _json(line)
+        except ValueError as error:
+            reading.error("json", f"The line is no JSON: {error}. Write one object a line. {_ADVICE}", path, number)
+        else:
+            reading.add(row, path, number)
+    reading.finish(path, found)
+    return reading.report
+
+
+def write_jsonl(documents: Iterable[Document], path: str | Path) -> int:
+    """Write documents in the format that `read_jsonl` reads; a file that is there is replaced when all is written.
+
+    Args:
+        documents: the documents.
+        path: the file to write.
+
+    Returns:
+        How many were written.
+    """
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    written = 0
+    try:
+        with unfinished.open("w", encoding="utf-8", newline="\n") as file:
+            for document in documents:
+                file.write(json.dumps(document.to_dict(), ensure_ascii=False) + "\n")
+                written += 1
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return written
+
+
+# CoNLL columns --------------------------------------------------------------------------------------------------------
+
+
+def read_conll(
+    path: str | Path,
+    *,
+    schema: Mapping[str, str] | None = None,
+    scheme: TagScheme = "IOB2",
+    token_column: int = 0,
+    tag_column: int = -1,
+    separator: str | None = None,
+    unit: Literal["sentence", "document"] = "sentence",
+    comment: str | None = None,
+    on_error: OnError = "raise",
+) -> ReadReport:
+    """Read named entities from columns, one token a line, a blank line behind each sentence.
+
+    The text is the tokens joined by spaces, sentences of a document by line breaks. A tag that the scheme does not
+    allow (I- behind O in IOB2, an entity without its end in BIOES) is an error; collected, it is read as an entity
+    that starts, or ends, there. An entity does not cross a sentence.
+
+    Args:
+        path: the file, UTF-8.
+        schema: `{label: description}`; None: the labels of the file, without descriptions.
+        scheme: "IOB1" (B- only between neighbours of one label), "IOB2" (B- at every start) or "BIOES" (also BILOU).
+        token_column: column of the token, from 0; negative from the end.
+        tag_column: column of the tag.
+        separator: what stands between columns; None: any white space.
+        unit: a document is a "sentence", or what stands between -DOCSTART- lines ("document").
+        comment: lines that start with it are skipped, e.g. "# id"; None: there are none.
+        on_error: "raise" at the first error, or "collect" them all.
+
+    Raises:
+        ReadError: at the first error, where asked to.
+        ValueError: if there is no such scheme or unit.
+    """
+    if scheme not in _TAG_PREFIXES or unit not in ("sentence", "document"):
+        raise ValueError(f"Found scheme={scheme!r}, unit={unit!r}. Choose IOB1, IOB2 or BIOES; sentence or document.")
+    path, reading = Path(path), _Reading(on_error)
+    units: list[tuple[int, list[_Sentence]]] = []
+    sentence, broken, new_unit, first = _Sentence(), False, True, 1
+
+    def end_sentence() -> None:
+        nonlocal sentence, broken, new_unit
+        if sentence.tokens and not broken:
+            if new_unit or unit == "sentence":
+                units.append((first, []))
+            units[-1][1].append(sentence)
+            new_unit = False
+        sentence, broken = _Sentence(), False
+
+    for number, line in _lines(path, reading):
+        if line is None:
+            broken = True
+            continue
+        if comment is not None and line.startswith(comment):
+            continue
+        fields = line.split(separator)
+        if not line.strip() or fields[0] == "-DOCSTART-":
+            end_sentence()
+            new_unit = new_unit or bool(line.strip())
+            continue
+        if not sentence.tokens:
+            first = number
+        columns = range(-len(fields), len(fields))
+        if token_column not in columns or tag_column not in columns or not fields[token_column].strip():
+            broken = True
+            wanted = f"token_column={token_column} and tag_column={tag_column}"
+            reading.error("columns", f"Found {_shown(line)}: {len(fields)} columns, asked for {wanted}.", path, number)
+            continue
+        sentence.tokens.append(fields[token_column])
+        sentence.tags.append(fields[tag_column])
+        sentence.lines.append(number)
+    end_sentence()
+
+    rows = []
+    for first, sentences in units:
+        text, annotations = "", []
+        for sentence in sentences:
+            text += "\n" if text else ""
+            annotations += _tagged_mentions(
+                sentence.tokens, sentence.tags, scheme, len(text),
+                lambda i, message, lines=sentence.lines: reading.error("tags", message, path, lines[i]),
+            )
+            text += " ".join(sentence.tokens)
+        rows.append((first, text, annotations))
+    labels = dict.fromkeys(annotation["label"] for _, _, annotations in rows for annotation in annotations)
+    described = dict(schema) if schema is not None else dict.fromkeys(labels, "")
+    if rows and not described:
+        reading.error("schema", "The file has no tagged token. Pass schema={label: description}.", path)
+        rows = []
+    for n, (line_number, text, annotations) in enumerate(rows):
+        row = {"id": f"{path.stem}-{n}", "text": text, "task": "NER", "schema": described, "annotations": annotations}
+        reading.add(row, path, line_number)
+    if not reading.report.problems:
+        reading.finish(path, len(rows))
+    return reading.report
+
+
+@dataclass(slots=True)
+class _Sentence:
+    tokens: list[str] = field(default_factory=list)
+    tags: list[str] = field(default_factory=list)
+    lines: list[int] = field(default_factory=list)
+
+
+_TAG_PREFIXES: dict[TagScheme, str] = {"IOB1": "BI", "IOB2": "BI", "BIOES": "BIESLU"}
+
+
+def _tagged_mentions(
+    tokens: Sequence[str], tags: Sequence[str], scheme: TagScheme, offset: int, fault: Callable[[int, str], None]
+) -> list[dict[str, Any]]:
+    """The NER annotations of one tagged sentence.
+
+    Args:
+        tokens: its tokens, to be joined by spaces.
+        tags: the tag of each.
+        scheme: what the tags mean.
+        offset: where the sentence starts in its text.
+        fault: called with a token's index and a message for each tag that the scheme does not allow.
+    """
+    starts = [offset]
+    for token in tokens:
+        starts.append(starts[-1] + len(token) + 1)
+    mentions: list[dict[str, Any]] = []
+    open_label: str | None = None
+    first = 0
+
+    def close(behind: int, ended: bool = True) -> None:
+        nonlocal open_label
+        if open_label is None:
+            return
+        if scheme == "BIOES" and not ended:
+            fault(behind - 1, f"The entity `{open_label}` does not end with E- or S-. It is read as ending here.")
+        start, end = starts[first], starts[behind] - 1
+        words = " ".join(tokens[first:behind])
+        mentions.append({"label": open_label, "text": words, "start": start, "end": end})
+        open_label = None
+
+    for i, tag in enumerate(tags):
+        prefix, dash, label = tag.partition("-")
+        if tag == "O":
+            close(i, ended=False)
+        elif not dash or not label or prefix not in _TAG_PREFIXES[scheme]:
+            close(i, ended=False)
+            fault(i, f"The tag `{tag}` is none of {scheme}. It is read as O; pass another scheme if the file has one.")
+        else:
+            continues = prefix in "IEL" and label == open_label
+            if not continues:
+                close(i, ended=False)
+                if prefix in "IEL" and scheme != "IOB1":
+                    message = f"The tag `{tag}` continues no entity in {scheme}. It is read as the start of one;"
+                    fault(i, f'{message} pass scheme="IOB1" if that is what the file has.')
+                open_label, first = label, i
+            if prefix in "ESLU":
+                close(i + 1)
+    close(len(tokens), ended=False)
+    return mentions
