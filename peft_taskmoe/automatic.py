@@ -16,6 +16,8 @@ import torch
 from .encoder import TaskEncoder
 
 IGNORED_LABEL = -100
+SCHEMA_END = "# This is the text to analyze"
+"""The line of a prompt before which only the schema stands."""
 _CACHED_PROMPTS = 65_536
 
 
@@ -121,10 +123,23 @@ class PromptEncoder:
         key = tuple(ids)
         text = self._texts.get(key)
         if text is None:
-            text = self.encoder.task_text(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+            text = self._read(self.tokenizer.decode(list(ids), skip_special_tokens=True))
             self._texts[key] = text
             if len(self._texts) > _CACHED_PROMPTS:
                 self._texts.popitem(last=False)
         else:
             self._texts.move_to_end(key)
         return text
+
+    def _read(self, prompt: str) -> str:
+        """The part of a prompt that the encoder reads, by its `text` setting."""
+        if self.encoder.config.text == "prompt":
+            return prompt
+        schema, end, _ = prompt.partition(SCHEMA_END)
+        if not end:
+            raise ValueError(
+                f"The task encoder reads only the schema (`text=\"schema\"`), which ends where a prompt says {SCHEMA_END!r}, but "
+                f"this prompt does not say so: {prompt[:80]!r}... Write prompts in the format of `peft_taskmoe.uie`, or encode the "
+                "schemas yourself and pass `task_embeds`."
+            )
+        return schema

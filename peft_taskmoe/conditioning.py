@@ -77,18 +77,18 @@ class TaskState:
     memo: dict[Hashable, Any] | None = None
     aux: AuxLoss | None = None
     recorder: GateRecorder | None = None
-    normalized: dict[str, torch.Tensor] = field(default_factory=dict)
+    normalized: dict[Hashable, torch.Tensor] = field(default_factory=dict)
 
-    def normalized_embeds(self, task_norm: str, device: torch.device) -> torch.Tensor | None:
-        """The task embeddings at the router's scale, on the layer's device; computed once per forward."""
+    def normalized_embeds(self, task_norm: str, in_features: int, device: torch.device) -> torch.Tensor | None:
+        """The task embeddings at the router's scale, on the layer's device; computed once per forward and input width."""
         if self.task_embeds is None:
             return None
         if torch.compiler.is_compiling():
-            return normalize_task(self.task_embeds.to(device), task_norm)
-        key = f"{task_norm}@{device}"
+            return normalize_task(self.task_embeds.to(device), task_norm, in_features)
+        key = (task_norm, in_features, device)
         found = self.normalized.get(key)
         if found is None:
-            found = self.normalized[key] = normalize_task(self.task_embeds.to(device), task_norm)
+            found = self.normalized[key] = normalize_task(self.task_embeds.to(device), task_norm, in_features)
         return found
 
 

@@ -14,7 +14,7 @@ from .encoder import TaskEncoderConfig
 from .peft_type import TASKMOE_LORA
 
 ROUTER_INPUTS = ("token+task", "token", "task")
-TASK_NORMS = ("rms", "none")
+TASK_NORMS = ("matched", "rms", "none")
 
 
 @dataclass
@@ -41,9 +41,9 @@ class TaskMoELoraConfig(PeftConfig):
         router_aux_loss_coef: Weight of the load-balancing loss `E * sum_i f_i P_i` (mean over adapted layers) that is
             added to the loss the model returns while it trains. 0.0 turns it off.
         task_dim: Dimension of the task embedding, 768 for CodeT5-base.
-        task_norm: Scale at which the router reads the task embedding: `"rms"` divides it by its root mean square, so
-            that encoders of any scale start out with a say comparable to the token's; `"none"` is the paper's raw
-            vector.
+        task_norm: Scale at which the router reads the task embedding. `"matched"` gives it the norm that the layer's own input
+            typically has, `0.25 sqrt(in)`, so that encoders of any scale start out with about the token's say; `"rms"` divides
+            it by its root mean square; `"none"` is the paper's raw vector. Measured by `benchmarks/router_scale.py`.
         task_encoder: Which frozen encoder made the embeddings (a `TaskEncoderConfig` or its dict). It travels in
             `adapter_config.json`, its weights never do; `attach_task_encoder(model)` reads it.
         target_modules: Names (suffixes), a regex, or `"all-linear"`: every linear layer but the output head.
@@ -71,8 +71,8 @@ class TaskMoELoraConfig(PeftConfig):
     top_k: int | None = field(default=None, metadata={"help": "Keep only the top_k gates of a token."})
     router_aux_loss_coef: float = field(default=0.0, metadata={"help": "Weight of the load-balancing loss."})
     task_dim: int = field(default=768, metadata={"help": "Dimension of the task embedding."})
-    task_norm: Literal["rms", "none"] = field(
-        default="rms", metadata={"help": "Scale of the task embedding at the router: 'rms' or 'none'."}
+    task_norm: Literal["matched", "rms", "none"] = field(
+        default="matched", metadata={"help": "Scale of the task embedding at the router: 'matched', 'rms' or 'none'."}
     )
     task_encoder: TaskEncoderConfig | dict[str, Any] | None = field(
         default=None, metadata={"help": "The frozen encoder of the task texts."}

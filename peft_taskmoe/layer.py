@@ -174,7 +174,7 @@ class TaskMoELoraLayer(BaseTunerLayer):
             return None
         config = self.configs[adapter_name]
         device = self.taskmoe_lora_router[adapter_name].weight.device
-        task = None if state is None else state.normalized_embeds(config.task_norm, device)
+        task = None if state is None else state.normalized_embeds(config.task_norm, self.in_features, device)
         if task is None:
             raise ValueError(missing_task_message(adapter_name))
         if task.shape[-1] != config.task_dim:

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Hashable
+from bisect import bisect_left
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, TypeAlias
 
 from peft_taskmoe.uie.records import Alignment, Span
+
+Place: TypeAlias = tuple[int, int]
+"""Start and end in the text."""
 
 MAX_OCCURRENCES = 10_000
 """Occurrences of one mention that are looked at; a text with more of them keeps to the first ones."""
@@ -36,10 +40,12 @@ class Occurrences:
     Attributes:
         alignment: `"exact"`, `"normalised"`, or `"not_found"` with no places.
         places: `(start, end)` of each occurrence.
+        alone: How many of them, at the front, stand as words of their own.
     """
 
     alignment: Alignment
-    places: tuple[tuple[int, int], ...]
+    places: tuple[Place, ...]
+    alone: int = 0
 
 
 class TextIndex:
@@ -62,6 +68,7 @@ class TextIndex:
         self.text = text
         self._found: dict[str, Occurrences] = {}
         self._folded: _Folded | None = None
+        self._numbers: dict[str, dict[Place, int]] = {}
 
     def occurrences(self, mention: str) -> Occurrences:
         """All places of a mention; `O(len(text) + len(mention))` but for its first `MAX_OCCURRENCES` places."""
@@ -73,16 +80,124 @@ class TextIndex:
         if not mention:
             return Occurrences("not_found", ())
         if exact := _find_all(mention, self.text):
-            places = [(start, start + len(mention)) for start in exact]
-            return Occurrences("exact", self._in_order(places))
+            return self._ordered("exact", [(start, start + len(mention)) for start in exact])
         if wanted := normalise(mention):
             self._folded = self._folded or _Folded(self.text)
             if places := self._folded.places(wanted):
-                return Occurrences("normalised", self._in_order(places))
+                return self._ordered("normalised", places)
         return Occurrences("not_found", ())
 
-    def _in_order(self, places: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-        return tuple(sorted(places, key=lambda place: (not stands_alone(self.text, *place), place)))
+    def _ordered(self, alignment: Alignment, places: list[Place]) -> Occurrences:
+        alone = [place for place in places if stands_alone(self.text, *place)]
+        if len(alone) < len(places):
+            places = alone + [place for place in places if not stands_alone(self.text, *place)]
+        return Occurrences(alignment, tuple(places), len(alone))
+
+    def span(self, mention: str, place: Place) -> Span:
+        """The span of one of a mention's occurrences."""
+        return Span(self.text[place[0] : place[1]], *place, self.occurrences(mention).alignment)
+
+    def nth(self, mention: str, number: int) -> Place | None:
+        """The occurrence with this number, counted from 1 in the order above; `None` where there is none."""
+        places = self.occurrences(mention).places
+        return places[number - 1] if 1 <= number <= len(places) else None
+
+    def number(self, mention: str, place: Place) -> int | None:
+        """The number of an occurrence, counted from 1; the inverse of `nth`."""
+        if mention not in self._numbers:
+            places = self.occurrences(mention).places
+            self._numbers[mention] = {place: number for number, place in enumerate(places, start=1)}
+        return self._numbers[mention].get(place)
+
+
+class Aligner:
+    """Which occurrence each record of one answer means, where the answer does not say.
+
+    The rules, by which a record takes the first place of its kind that no earlier one has taken:
+
+    - An entity's span, an event's trigger: the k-th record with the same words under the same label takes the k-th
+      occurrence.
+    - A relation: the k-th with the same head and tail under the same label takes the k-th occurrence of both; a side
+      with fewer occurrences stays at its last one. Where head and tail are the same words, the tail is the
+      occurrence behind the head's. Where one side's occurrence is said, the other takes its own in order.
+    - An argument: the occurrence nearest to its event's trigger, then the next nearest, for the same words in the
+      same role of the same event; at equal distance the earlier one.
+
+    Occurrences inside longer words come last under each rule. `free_...` looks, `take` takes; both what the default
+    finds and what an occurrence number says is taken.
+    """
+
+    def __init__(self, index: TextIndex) -> None:
+        self.index = index
+        self._taken: set[tuple[Hashable, Hashable]] = set()
+        self._queues: dict[Hashable, list[Any]] = {}
+
+    def take(self, group: Hashable, place: Hashable) -> None:
+        """Mark a place (or a pair of places) as taken within a group of records."""
+        self._taken.add((group, place))
+
+    def free_place(self, group: Hashable, mention: str) -> Place | None:
+        """The place that the next span or trigger with these words takes; `None` where none is left."""
+        return self._first_free(group, mention, lambda: iter(self.index.occurrences(mention).places))
+
+    def free_pair(
+        self,
+        group: Hashable,
+        head: str,
+        tail: str,
+        head_place: Place | None = None,
+        tail_place: Place | None = None,
+    ) -> tuple[Place, Place] | None:
+        """The places that the next relation between these words takes; those that are given stay."""
+        key = (head, tail, head_place, tail_place)
+        return self._first_free(group, key, lambda: self._pairs(head, tail, head_place, tail_place))
+
+    def free_argument(self, group: Hashable, mention: str, trigger: Place | None) -> Place | None:
+        """The place that the next argument with these words takes in a group: one role of one event."""
+        return self._first_free(group, mention, lambda: _nearest(self.index.occurrences(mention), trigger))
+
+    def _pairs(
+        self, head: str, tail: str, head_place: Place | None, tail_place: Place | None
+    ) -> Iterator[tuple[Place, Place]]:
+        heads = (head_place,) if head_place else self.index.occurrences(head).places
+        tails = (tail_place,) if tail_place else self.index.occurrences(tail).places
+        if not heads or not tails:
+            return
+        if head_place or tail_place:
+            pairs = [(h, t) for h in heads for t in tails]
+            yield from [pair for pair in pairs if pair[0] != pair[1]] or pairs
+        elif heads == tails:
+            yield from zip(heads, heads[1:] or heads, strict=False)
+        else:
+            for k in range(max(len(heads), len(tails))):
+                yield heads[min(k, len(heads) - 1)], tails[min(k, len(tails) - 1)]
+
+    def _first_free(self, group: Hashable, key: Hashable, candidates: Callable[[], Iterator[Any]]) -> Any:
+        queue = self._queues.get((group, key))
+        if queue is None:
+            found = candidates()
+            queue = self._queues[group, key] = [found, next(found, None)]
+        while queue[1] is not None and (group, queue[1]) in self._taken:
+            queue[1] = next(queue[0], None)
+        return queue[1]
+
+
+def _nearest(occurrences: Occurrences, to: Place | None) -> Iterator[Place]:
+    for places in (occurrences.places[: occurrences.alone], occurrences.places[occurrences.alone :]):
+        if to is None:
+            yield from places
+            continue
+        right = bisect_left(places, to)
+        left = right - 1
+        while left >= 0 or right < len(places):
+            left_gap = max(to[0] - places[left][1], 0) if left >= 0 else None
+            right_gap = max(places[right][0] - to[1], 0) if right < len(places) else None
+            if right_gap is None or (left_gap is not None and left_gap <= right_gap):
+                yield places[left]
+                left -= 1
+            else:
+                yield places[right]
+                right += 1
 
 
 def stands_alone(text: str, start: int, end: int) -> bool:
@@ -118,7 +233,7 @@ class _Folded:
         self.form = "".join(form)
         self.sources = sources
 
-    def places(self, wanted: str) -> list[tuple[int, int]]:
+    def places(self, wanted: str) -> list[Place]:
         sources, last = self.sources, len(self.sources)
         found: dict[tuple[int, int], None] = {}
         for begin in _find_all(wanted, self.form):

@@ -548,3 +548,296 @@ def _tagged_mentions(
                 close(i + 1)
     close(len(tokens), ended=False)
     return mentions
+
+
+# BRAT standoff --------------------------------------------------------------------------------------------------------
+
+_BRAT_MENTION = re.compile(r"(T\S+)\t(\S+) (\d+ \d+(?:;\d+ \d+)*)(?:\t(.*))?")
+_BRAT_RELATION = re.compile(r"(R\S+)\t(\S+) \S+?:(\S+) \S+?:(\S+)\s*")
+_BRAT_EVENT = re.compile(r"(E\S+)\t(\S+?):(\S+)((?: \S+?:\S+)*)\s*")
+_BRAT_OTHER = {"A": "attribute", "M": "attribute", "N": "normalisation", "#": "note", "*": "equivalence"}
+
+
+def read_brat(
+    path: str | Path,
+    task: Literal["NER", "RE", "EE"],
+    *,
+    schema: Mapping[str, Any] | None = None,
+    on_error: OnError = "raise",
+) -> ReadReport:
+    """Read BRAT standoff: pairs of `name.txt` and `name.ann`, one document each.
+
+    Read are T lines (mentions), R lines (relations, first argument to second) and E lines (events). NER takes the
+    mentions that are no event's trigger, RE the relations with those mentions as `entities`, EE the events. A number
+    behind a role (`Theme2`) is left out where the event also has the role without it; an event as argument
+    stands for its trigger. What the task does not ask for, and attributes, normalisations, notes and equivalences,
+    become notes.
+
+    Args:
+        path: a folder, searched with its subfolders, or one of the two files.
+        task: what to read.
+        schema: as in the JSONL format; None: the labels and roles of all files, without descriptions.
+        on_error: "raise" at the first error, or "collect" them all.
+
+    Raises:
+        ReadError: at the first error, where asked to.
+        ValueError: if BRAT has no such task.
+    """
+    if task not in ("NER", "RE", "EE"):
+        raise ValueError(f'Found task="{task}". BRAT files hold NER, RE and EE.')
+    path, reading = Path(path), _Reading(on_error)
+    stems = [path.with_suffix("")]
+    if path.is_dir():
+        stems = sorted({file.with_suffix("") for suffix in ("*.ann", "*.txt") for file in path.rglob(suffix)})
+    rows: list[tuple[Path, dict[str, Any]]] = []
+    for stem in stems:
+        text_file, annotation_file = stem.with_name(stem.name + ".txt"), stem.with_name(stem.name + ".ann")
+        if lacking := [file for file in (text_file, annotation_file) if not file.is_file()]:
+            reading.error("brat", "The file is missing. BRAT needs a .txt and an .ann for every document.", lacking[0])
+            continue
+        try:
+            text = text_file.read_bytes().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            reading.error("encoding", _no_utf8(error), text_file)
+            continue
+        name = stem.relative_to(path).as_posix() if path.is_dir() else stem.name
+        rows.append((annotation_file, {"id": name, "text": text, "task": task} | _brat(annotation_file, text, task, reading)))
+    described = dict(schema) if schema is not None else _schema_of([row for _, row in rows], task)
+    if rows and not described:
+        reading.error("schema", f"The files have no label for {task}. Pass schema={{label: description}}.", path)
+        rows = []
+    for file, row in rows:
+        reading.add(row | {"schema": described}, file, None)
+    if not reading.report.problems:
+        reading.finish(path, len(rows))
+    return reading.report
+
+
+def _brat(path: Path, text: str, task: str, reading: _Reading) -> dict[str, Any]:
+    """The annotations (and, for RE, entities) of one .ann file."""
+    mentions: dict[str, dict[str, Any]] = {}
+    relations: list[tuple[int, re.Match[str]]] = []
+    events: dict[str, tuple[int, re.Match[str]]] = {}
+    for number, line in _lines(path, reading):
+        if line is None or not line.strip():
+            continue
+        if line[0] in _BRAT_OTHER:
+            reading.note(f"The {_BRAT_OTHER[line[0]]} {_shown(line)} has no place in a document.", path, number)
+        elif line[0] == "T" and (match := _BRAT_MENTION.fullmatch(line)):
+            if (mention := _brat_mention(match, text, path, number, reading)) is not None:
+                mentions[match[1]] = mention
+        elif line[0] == "R" and (match := _BRAT_RELATION.fullmatch(line)):
+            relations.append((number, match))
+        elif line[0] == "E" and (match := _BRAT_EVENT.fullmatch(line)):
+            events[match[1]] = number, match
+        else:
+            reading.error("brat", f"Cannot read {_shown(line)}. Expected a T, R or E line of BRAT.", path, number)
+
+    triggers = {match[3] for _, match in events.values()}
+    entities = [mention for name, mention in mentions.items() if name not in triggers]
+
+    def span_of(name: str, number: int) -> dict[str, Any] | None:
+        if name in events:
+            reading.note(f"The argument `{name}` is an event; its trigger stands for it.", path, number)
+            name = events[name][1][3]
+        if name not in mentions:
+            reading.error("brat", f"There is no usable mention `{name}`. The annotation is left out.", path, number)
+            return None
+        return {key: mentions[name][key] for key in ("text", "start", "end")}
+
+    if task != "RE":
+        for number, _ in relations:
+            reading.note(f"The relation is not read for {task}.", path, number)
+    if task != "EE":
+        for number, _ in events.values():
+            reading.note(f"The event is not read for {task}.", path, number)
+    if task == "NER":
+        return {"annotations": entities}
+    annotations: list[dict[str, Any]] = []
+    if task == "RE":
+        for number, match in relations:
+            head, tail = span_of(match[3], number), span_of(match[4], number)
+            if head is not None and tail is not None:
+                types = [{"type": mentions[name]["label"]} if name in mentions else {} for name in (match[3], match[4])]
+                annotations.append({"relation": match[2], "head": types[0] | head, "tail": types[1] | tail})
+        return {"annotations": annotations, "entities": entities}
+    for number, match in events.values():
+        pairs = [pair.split(":", 1) for pair in match[4].split()]
+        bare = {role for role, _ in pairs}
+        arguments = []
+        for role, name in pairs:
+            role = unnumbered if (unnumbered := role.rstrip("0123456789")) in bare else role
+            if (span := span_of(name, number)) is not None:
+                arguments.append({"role": role} | span)
+        if (trigger := span_of(match[3], number)) is not None:
+            annotations.append({"type": match[2], "trigger": trigger, "arguments": arguments})
+    return {"annotations": annotations}
+
+
+def _brat_mention(
+    match: re.Match[str], text: str, path: Path, number: int, reading: _Reading
+) -> dict[str, Any] | None:
+    if ";" in match[3]:
+        message = f"The mention `{match[1]}` has several pieces ({match[3]}), but a span has one. It is left out."
+        reading.error("discontinuous", message, path, number)
+        return None
+    start, end = map(int, match[3].split())
+    words = text[start:end]
+    # BRAT writes line breaks inside a mention as spaces.
+    if not words or (match[4] is not None and re.sub(r"\s", " ", words) != re.sub(r"\s", " ", match[4])):
+        message = f"The mention `{match[1]}` says {_shown(match[4])}, but text[{start}:{end}] is {_shown(words)}."
+        reading.error("offsets", f"{message} Offsets count characters of the .txt. The mention is left out.", path, number)
+        return None
+    return {"label": match[2], "text": words, "start": start, "end": end}
+
+
+def _schema_of(rows: Iterable[Mapping[str, Any]], task: str) -> dict[str, Any]:
+    """The labels (and roles) that occur in rows, in the JSONL format, without descriptions."""
+    annotations = [annotation for row in rows for annotation in row["annotations"]]
+    if task in ("NER", "RE"):
+        return dict.fromkeys((annotation["label" if task == "NER" else "relation"] for annotation in annotations), "")
+    roles: dict[str, dict[str, None]] = {}
+    for event in annotations:
+        roles.setdefault(event["type"], {}).update(dict.fromkeys(a["role"] for a in event["arguments"]))
+    return {type_: {"description": "", "roles": list(of_type)} for type_, of_type in roles.items()}
+
+
+# IEPile-style JSON ----------------------------------------------------------------------------------------------------
+
+_IEPILE_TASKS = {"NER": "NER", "RE": "RE", "EE": "EE", "EET": "EE"}
+_IEPILE_NOTHING = ("", "NAN", None)
+
+
+def read_iepile(path: str | Path, *, on_error: OnError = "raise") -> ReadReport:
+    """Read instruction data in the style of IEPile, one JSON object a line.
+
+    Assumed of a line: `{"task": "NER|RE|EE|EET", "instruction": {"schema": [...], "input": TEXT}, "output": {...}}`,
+    where `instruction` and `output` may be JSON written into a string; `source` and other keys go to `extra`.
+
+    =====  ================================  ===================================================================
+    task   schema                            output
+    =====  ================================  ===================================================================
+    NER    labels                            `{label: [mention]}`
+    RE     relations                         `{relation: [{"subject": mention, "object": mention}]}`
+    EE     `{"event_type", "arguments"}`     `{type: [{"trigger": mention, "arguments": {role: mention or list}}]}`
+    EET    types                             `{type: [trigger]}`
+    =====  ================================  ===================================================================
+
+    The format has no offsets: a mention given n times takes its first n occurrences in the text (whole words first), the
+    last one again if there are fewer; as an argument it takes the first. Mentions "NAN" and "" are none. One text
+    stands in several lines where its schema was split; each line is a document.
+
+    Args:
+        path: the file, UTF-8.
+        on_error: "raise" at the first error, or "collect" them all.
+
+    Raises:
+        ReadError: at the first error, where asked to.
+    """
+    path, reading = Path(path), _Reading(on_error)
+    found = 0
+    for number, line in _lines(path, reading):
+        found += line is None or bool(line.strip())
+        if line is None or not line.strip():
+            continue
+        try:
+            source = _json(line)
+        except ValueError as error:
+            reading.error("json", f"The line is no JSON: {error}.", path, number)
+            continue
+        try:
+            row, lost = _iepile_row(source, f"{path.stem}-{number}")
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            message = f"The line is not in the format that `read_iepile` describes: {type(error).__name__}: {error}."
+            reading.error("row", message, path, number)
+            continue
+        for mention in lost:
+            reading.error("not_in_text", f"The text has no {_shown(mention)}. What it belongs to is left out.", path, number)
+        reading.add(row, path, number)
+    reading.finish(path, found)
+    return reading.report
+
+
+def _iepile_row(source: Mapping[str, Any], default_id: str) -> tuple[dict[str, Any], list[str]]:
+    """The JSONL row of an IEPile object, and the mentions that its text does not have."""
+    instruction, output = (
+        _json(source[key]) if isinstance(source[key], str) else source[key] for key in ("instruction", "output")
+    )
+    if source["task"] not in _IEPILE_TASKS:
+        raise ValueError(f"there is no reading of task `{source['task']}`, only of {', '.join(_IEPILE_TASKS)}")
+    task, text = _IEPILE_TASKS[source["task"]], instruction["input"]
+    index = TextIndex(text)
+    taken: Counter[str] = Counter()
+    lost: list[str] = []
+
+    def span(mention: str, *, take: bool) -> dict[str, Any] | None:
+        places = index.occurrences(mention).places
+        if not places:
+            lost.append(mention)
+            return None
+        start, end = places[min(taken[mention], len(places) - 1) if take else 0]
+        taken[mention] += take
+        return {"text": text[start:end], "start": start, "end": end}
+
+    annotations: list[dict[str, Any]] = []
+    for label, values in output.items():
+        taken.clear()
+        for value in values:
+            if task == "NER":
+                if (entity := span(value, take=True)) is not None:
+                    annotations.append({"label": label} | entity)
+            elif task == "RE":
+                head, tail = span(value["subject"], take=False), span(value["object"], take=False)
+                if head is not None and tail is not None:
+                    annotations.append({"relation": label, "head": head, "tail": tail})
+            else:
+                event = value if isinstance(value, Mapping) else {"trigger": value}
+                arguments = []
+                for role, mentions in event.get("arguments", {}).items():
+                    for mention in mentions if isinstance(mentions, list) else [mentions]:
+                        if mention not in _IEPILE_NOTHING and (place := span(mention, take=False)) is not None:
+                            arguments.append({"role": role} | place)
+                if (trigger := span(event["trigger"], take=True)) is not None:
+                    annotations.append({"type": label, "trigger": trigger, "arguments": arguments})
+    names = instruction["schema"]
+    schema: dict[str, Any] = dict.fromkeys(names, "") if task in ("NER", "RE") else {}
+    for entry in names if task == "EE" else ():
+        event = entry if isinstance(entry, Mapping) else {"event_type": entry}
+        schema[event["event_type"]] = {"description": "", "roles": list(event.get("arguments", ()))}
+    extra = {key: value for key, value in source.items() if key not in ("task", "instruction", "output", "id")}
+    row = {"id": str(source.get("id", default_id)), "text": text, "task": task, "schema": schema}
+    return row | {"annotations": annotations} | extra, lost
+
+
+# Conversion -----------------------------------------------------------------------------------------------------------
+
+READERS: dict[str, Callable[..., ReadReport]] = {
+    "jsonl": read_jsonl,
+    "conll": read_conll,
+    "brat": read_brat,
+    "iepile": read_iepile,
+}
+"""The formats that `convert` reads, by name."""
+
+
+def convert(source: str | Path, target: str | Path, source_format: str, **options: Any) -> ReadReport:
+    """Read a file or folder in any of the formats and write its documents as JSONL.
+
+    Args:
+        source: what to read.
+        target: the JSONL file to write.
+        source_format: a key of `READERS`.
+        options: of that reader, e.g. `on_error="collect"`, `scheme="BIOES"`, `task="RE"`.
+
+    Returns:
+        The report of the reader; all its documents have been written.
+
+    Raises:
+        ReadError: at the first error, unless they are collected; nothing is written then.
+        ValueError: if there is no such format.
+    """
+    if source_format not in READERS:
+        raise ValueError(f"There is no format `{source_format}`. Choose one of {', '.join(READERS)}.")
+    report = READERS[source_format](source, **options)
+    write_jsonl(report.documents, target)
+    return report
