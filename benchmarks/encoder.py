@@ -20,8 +20,19 @@ from rich.table import Table
 
 from peft_taskmoe.encoder import TaskEncoder
 
-NOUNS = "launcher cheese gene disorder archive merger breach harbour tremor sonata reservoir ferment ledger orbit vaccine delta".split()
-VERBS = "describes carries precedes causes holds follows contains replaces".split()
+NOUNS = [
+    "launcher",
+    "cheese",
+    "gene",
+    "disorder",
+    "archive",
+    "merger",
+    "breach",
+    "harbour",
+    "tremor",
+    "sonata",
+]
+VERBS = ["describes", "carries", "precedes", "causes", "holds", "follows", "contains", "replaces"]
 
 
 def prompt(rng: random.Random, length: int) -> str:

@@ -6,6 +6,7 @@ text with the model's tokenizer, and has the encoder embed it. It knows no layer
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ import torch
 from .encoder import TaskEncoder
 
 IGNORED_LABEL = -100
-SCHEMA_END = "# This is the text to analyze"
-"""The line of a prompt before which only the schema stands."""
+SCHEMA_END = re.compile(r'^(?:# This is the text to analyze$|text = ")', re.MULTILINE)
+"""Where in a prompt of `peft_taskmoe.uie` the schema ends and the text begins, in either style."""
 _CACHED_PROMPTS = 65_536
 
 
@@ -135,11 +136,11 @@ class PromptEncoder:
         """The part of a prompt that the encoder reads, by its `text` setting."""
         if self.encoder.config.text == "prompt":
             return prompt
-        schema, end, _ = prompt.partition(SCHEMA_END)
-        if not end:
+        end = SCHEMA_END.search(prompt)
+        if end is None:
             raise ValueError(
-                f"The task encoder reads only the schema (`text=\"schema\"`), which ends where a prompt says {SCHEMA_END!r}, but "
-                f"this prompt does not say so: {prompt[:80]!r}... Write prompts in the format of `peft_taskmoe.uie`, or encode the "
-                "schemas yourself and pass `task_embeds`."
+                "The task encoder reads only the schema (`text=\"schema\"`), the part of a prompt before the line `text = ...`, "
+                f"but this prompt has no such line: {prompt[:80]!r}... Write prompts in the format of `peft_taskmoe.uie`, or encode "
+                "the schemas yourself and pass `task_embeds`."
             )
-        return schema
+        return prompt[: end.start()]

@@ -67,6 +67,7 @@ class TaskState:
         memo: Products that stay the same while a generation runs; None outside of one.
         aux: The load-balancing loss, if one is collected.
         recorder: Sees every layer's gates, if given.
+        token_mask: `(rows, length)` bool, False for padding; filled only for a recorder.
     """
 
     task_embeds: torch.Tensor | None = None
@@ -77,6 +78,7 @@ class TaskState:
     memo: dict[Hashable, Any] | None = None
     aux: AuxLoss | None = None
     recorder: GateRecorder | None = None
+    token_mask: torch.Tensor | None = None
     normalized: dict[Hashable, torch.Tensor] = field(default_factory=dict)
 
     def normalized_embeds(self, task_norm: str, in_features: int, device: torch.device) -> torch.Tensor | None:

@@ -125,6 +125,11 @@ class TaskMoELoraConfig(PeftConfig):
 
     def _check(self) -> None:
         """Refuse values that cannot work, naming the field, what was found and what to write instead."""
+        if not isinstance(self.task_encoder, TaskEncoderConfig | None):
+            raise ValueError(
+                f"`task_encoder` is {self.task_encoder!r}, but it describes the encoder and its settings. "
+                'Pass e.g. `TaskEncoderConfig(name_or_path="Salesforce/codet5-base")` or its dict.'
+            )
         _check_count("num_experts", self.num_experts)
         _check_count("r", self.r)
         _check_count("task_dim", self.task_dim)

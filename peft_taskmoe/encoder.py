@@ -286,7 +286,6 @@ class TaskEncoder:
         output_column: str = "task_embeds",
         *,
         batch_size: int = 1000,
-        num_proc: int | None = None,
     ) -> Any:
         """Add a column with the embedding of every row's text, so that training reads it and runs no encoder.
 
@@ -301,7 +300,6 @@ class TaskEncoder:
             column: The column with the texts.
             output_column: The column to write, `task_dim` float32 numbers a row.
             batch_size: Rows that are encoded together, sorted by length among themselves.
-            num_proc: Processes, each with its own copy of the encoder.
 
         Returns:
             The data with the new column.
@@ -314,9 +312,7 @@ class TaskEncoder:
 
         if isinstance(dataset, DatasetDict):
             splits = {
-                name: self.encode_dataset(
-                    split, column, output_column, batch_size=batch_size, num_proc=num_proc
-                )
+                name: self.encode_dataset(split, column, output_column, batch_size=batch_size)
                 for name, split in dataset.items()
             }
             return DatasetDict(splits)
@@ -333,7 +329,6 @@ class TaskEncoder:
             _EncodeColumn(self, output_column),
             batched=True,
             batch_size=batch_size,
-            num_proc=num_proc,
             input_columns=column,
             new_fingerprint=Hasher.hash([dataset._fingerprint, self.fingerprint(), column, output_column]),
             desc="Encoding tasks",

@@ -22,7 +22,8 @@ def mix_bottleneck(h: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         `(tokens, e*r)` of `h`'s dtype.
     """
     tokens, num_experts = gates.shape
-    return (h.view(tokens, num_experts, -1) * gates.to(h.dtype).unsqueeze(-1)).view(tokens, -1)
+    by_expert = h.view(tokens, num_experts, h.shape[1] // num_experts)
+    return (by_expert * gates.to(h.dtype).unsqueeze(-1)).view(h.shape)
 
 
 def expert_update(

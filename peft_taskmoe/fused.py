@@ -65,8 +65,8 @@ def _gates(
             elif per_task.shape[0] == tokens:
                 logits = logits + per_task
             else:
-                grouped = logits.reshape(per_task.shape[0], -1, logits.shape[-1])
-                logits = (grouped + per_task.unsqueeze(1)).view(tokens, -1)
+                grouped = logits.reshape(per_task.shape[0], tokens // per_task.shape[0], logits.shape[-1])
+                logits = (grouped + per_task.unsqueeze(1)).view(logits.shape)
     return torch.softmax(keep_top_k(logits, top_k), dim=-1)
 
 
@@ -152,7 +152,7 @@ class FusedUpdate(torch.autograd.Function):
 
         dz = dy @ (weight_b * ctx.scaling)
         grad_b = dy.t() @ mix_bottleneck(h, gates).mul_(ctx.scaling)
-        d_gates = (dz * h).view(tokens, num_experts, -1).sum(-1).to(gates.dtype)
+        d_gates = (dz * h).view(tokens, num_experts, rank // num_experts).sum(-1).to(gates.dtype)
         d_logits = torch._softmax_backward_data(d_gates, gates, -1, gates.dtype)
         dh = mix_bottleneck(dz, gates)
         d_token = d_logits.to(dh.dtype) if ctx.reads_token else None
@@ -185,7 +185,7 @@ class FusedUpdate(torch.autograd.Function):
         if task is not None:
             n = task.shape[0]
             if token_tasks is None:
-                per_task = d_logits.view(n, -1, num_experts).sum(1)
+                per_task = d_logits.view(n, tokens // n, num_experts).sum(1)
             else:
                 per_task = d_logits.new_zeros(n, num_experts).index_add_(0, token_tasks, d_logits)
             per_task = per_task.to(router_weight.dtype)

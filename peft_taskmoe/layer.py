@@ -118,6 +118,9 @@ class TaskMoELoraLayer(BaseTunerLayer):
         logits = router_logits(weight_a.new_zeros(1, 0), router_weight, task, None, reads_token=False)
         gates = gates_from_logits(logits, shape.top_k).repeat_interleave(shape.r, dim=-1)
         delta = (weight_b * gates.to(weight_b.dtype)) @ weight_a * shape.scaling
+        base = self.get_base_layer()
+        if isinstance(base, nn.Linear | Conv1D):  # one config, but a model may have both kinds
+            return delta.T if isinstance(base, Conv1D) else delta
         return delta.T if self.configs[adapter_name].fan_in_fan_out else delta
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial, wraps
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,25 +104,38 @@ def install_conditioning(model: nn.Module) -> Conditioner:
         return conditioner
     conditioner = Conditioner(model)
     model.__dict__["_taskmoe_conditioner"] = conditioner
-    for name, wrapper in (("forward", _wrap_forward), ("generate", _wrap_generate)):
+    for name, conditioned in (("forward", _forward), ("generate", _generate)):
         if not hasattr(model, name):
             continue
+        signature = _with_task_embeds(getattr(model, name))
         own = model.__dict__.get(name)  # a wrapper of accelerate's, say
         if own is not None:
             model.__dict__[f"_taskmoe_wrapped_{name}"] = own
-        model.__dict__[name] = MethodType(wrapper(type(model)), model)
+        model.__dict__[name] = _bound(conditioned, model, name, signature)
     return conditioner
 
 
 def remove_conditioning(model: nn.Module) -> None:
-    """Undo `install_conditioning`."""
+    """Undo `install_conditioning`; what others wrapped around it since stays, and finds the model as it was."""
     if model.__dict__.pop("_taskmoe_conditioner", None) is None:
         return
-    for name in ("forward", "generate"):
-        model.__dict__.pop(name, None)
+    for name, conditioned in (("forward", _forward), ("generate", _generate)):
+        if getattr(model.__dict__.get(name), "func", None) is not conditioned:
+            continue
+        del model.__dict__[name]
         own = model.__dict__.pop(f"_taskmoe_wrapped_{name}", None)
         if own is not None:
             model.__dict__[name] = own
+
+
+def _bound(
+    conditioned: Callable[..., Any], model: nn.Module, name: str, signature: inspect.Signature
+) -> Callable[..., Any]:
+    """`conditioned` for one model: a partial, which copies and pickles with the model, as a bound method would not."""
+    bound = partial(conditioned, model)
+    bound.__signature__ = signature  # type: ignore[attr-defined]
+    bound.__name__ = name  # type: ignore[attr-defined]
+    return bound
 
 
 def conditioner_of(model: nn.Module) -> Conditioner | None:
@@ -131,68 +143,58 @@ def conditioner_of(model: nn.Module) -> Conditioner | None:
     return model.__dict__.get("_taskmoe_conditioner")
 
 
-def _inner(model: nn.Module, name: str, cls: type) -> Callable[..., Any]:
+def _inner(model: nn.Module, name: str) -> Callable[..., Any]:
     """What was called `name` before it was wrapped."""
     own = model.__dict__.get(f"_taskmoe_wrapped_{name}")
-    return own if own is not None else partial(getattr(cls, name), model)
+    return own if own is not None else partial(getattr(type(model), name), model)
 
 
-def _wrap_forward(cls: type) -> Callable[..., Any]:
-    @wraps(cls.forward)  # type: ignore[attr-defined]
-    def forward(
-        self: nn.Module, *args: Any, task_embeds: torch.Tensor | None = None, **kwargs: Any
-    ) -> Any:
-        inner = _inner(self, "forward", cls)
-        outer = current_state()
-        conditioner = conditioner_of(self)
-        if conditioner is None:
-            return inner(*args, **kwargs)
-        if outer is not None and outer.memo is not None and task_embeds is None:
-            return inner(*args, **kwargs)  # a step of `generate`, whose state is set
-        call = _bind(cls, args, kwargs)
-        state = _state_for_forward(self, conditioner, call, task_embeds, outer)
-        if self.training and torch.is_grad_enabled():
-            conditioner.carry_task_into_recompute()
-        with entered(state):
-            outputs = inner(*args, **kwargs)
-        return _add_aux_loss(conditioner, state, outputs)
-
-    forward.__signature__ = _with_task_embeds(cls.forward)  # type: ignore[attr-defined]
-    return forward
+def _forward(model: nn.Module, /, *args: Any, task_embeds: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    """The model's `forward` under the task of the call."""
+    inner = _inner(model, "forward")
+    outer = current_state()
+    conditioner = conditioner_of(model)
+    if conditioner is None:
+        return inner(*args, **kwargs)
+    if outer is not None and outer.memo is not None and task_embeds is None:
+        return inner(*args, **kwargs)  # a step of `generate`, whose state is set
+    call = _bind(type(model), args, kwargs)
+    state = _state_for_forward(model, conditioner, call, task_embeds, outer)
+    if model.training and torch.is_grad_enabled():
+        conditioner.carry_task_into_recompute()
+    with entered(state):
+        outputs = inner(*args, **kwargs)
+    return _add_aux_loss(conditioner, state, outputs)
 
 
-def _wrap_generate(cls: type) -> Callable[..., Any]:
-    @wraps(cls.generate)  # type: ignore[attr-defined]
-    def generate(
-        self: nn.Module, *args: Any, task_embeds: torch.Tensor | None = None, **kwargs: Any
-    ) -> Any:
-        inner = _inner(self, "generate", cls)
-        conditioner = conditioner_of(self)
-        if conditioner is None:
-            return inner(*args, **kwargs)
-        call = dict(kwargs)
-        if args:
-            call["input_ids"] = args[0]
-        elif "inputs" in call:
-            call["input_ids"] = call["inputs"]
-        call.pop("labels", None)
-        outer = current_state()
-        state = _state_for_forward(self, conditioner, call, task_embeds, outer)
-        state.rows = state.length = None
-        state.memo = {}
-        with entered(state):
-            return inner(*args, **kwargs)
-
-    return generate
+def _generate(model: nn.Module, /, *args: Any, task_embeds: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    """The model's `generate` under the task of the call."""
+    inner = _inner(model, "generate")
+    conditioner = conditioner_of(model)
+    if conditioner is None:
+        return inner(*args, **kwargs)
+    call = dict(kwargs)
+    if args:
+        call["input_ids"] = args[0]
+    elif "inputs" in call:
+        call["input_ids"] = call["inputs"]
+    call.pop("labels", None)
+    outer = current_state()
+    state = _state_for_forward(model, conditioner, call, task_embeds, outer)
+    state.rows = state.length = None
+    state.memo = {}
+    with entered(state):
+        return inner(*args, **kwargs)
 
 
-def _with_task_embeds(forward: Callable[..., Any]) -> inspect.Signature:
-    """The signature of `forward` with `task_embeds` in it, so that a Trainer keeps a column of that name."""
-    signature = inspect.signature(forward)
-    parameters = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    rest = [p for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
+def _with_task_embeds(function: Callable[..., Any]) -> inspect.Signature:
+    """The signature of `function` with `task_embeds` in it, so that a Trainer keeps a column of that name."""
+    signature = inspect.signature(function)
+    parameters = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    rest = [p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
+    parameters = [p for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
     extra = inspect.Parameter("task_embeds", inspect.Parameter.KEYWORD_ONLY, default=None)
-    return signature.replace(parameters=[*parameters, extra, *rest])
+    return inspect.Signature([*parameters, extra, *rest])
 
 
 def _bind(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -215,6 +217,15 @@ def _batch_shape(call: dict[str, Any]) -> tuple[int | None, int | None]:
     return None, None
 
 
+def _token_mask(call: dict[str, Any]) -> torch.Tensor | None:
+    """Which of the tokens given to this forward are no padding; a cache's mask covers earlier tokens as well."""
+    mask = call.get("attention_mask")
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        return None
+    length = _batch_shape(call)[1]
+    return (mask if length is None else mask[:, -length:]).bool()
+
+
 def _state_for_forward(
     model: nn.Module,
     conditioner: Conditioner,
@@ -235,6 +246,8 @@ def _state_for_forward(
         length=length,
         recorder=None if outer is None else outer.recorder,
     )
+    if state.recorder is not None:
+        state.token_mask = _token_mask(call)
     readers = conditioner.adapters_that_read_the_task(adapter_names)
     if task_embeds is not None:
         check_task_embeds(task_embeds)

@@ -124,7 +124,7 @@ def test_a_mixture_of_embeddings_and_texts_is_refused(encoder):
     rows = examples("trl", task_embeds=[[0.0] * 6, None, [1.0] * 6], task_text=[None, "find", "all"])
     with pytest.raises(
         ValueError,
-        match="Example 1 has a `task_text` but no `task_embeds`, which other examples of the batch have. Give all",
+        match=r"Example 1 has a `task_text` but no `task_embeds`, which other examples of the batch have. Give all",
     ):
         TaskCollator(default_data_collator, encoder)(rows)
 

@@ -1,9 +1,10 @@
 """Adapters over the Hub: push, load in a fresh process, revisions, subfolders, refusals, failed uploads.
 
 The client is the real one (`huggingface_hub`, as PEFT and transformers call it), the Hub is `loopback_hub.py`. Whatever
-talks to the Hub runs in processes of its own, since the client reads its settings when it is imported: a publisher, which
-makes and pushes adapters; a reader, which has the token too but has never seen them; a stranger without a token. Knows
-nothing of how an adapter computes.
+talks to the Hub runs in two processes of its own, since the client reads its settings when it is imported: a publisher,
+which makes adapters and pushes them, with the token as an argument; and a reader, which has never seen them, with the
+token in its environment. Without that argument the publisher is a stranger to the Hub. Knows nothing of how an adapter
+computes.
 """
 
 import itertools
@@ -14,7 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -119,7 +120,7 @@ def push(
     model = _model(base, seed, adapters)
     try:
         with mock.patch("time.sleep"):  # the client's attempts stay, only the pauses between them go
-            model.push_to_hub(repo_id, **kwargs)
+            model.push_to_hub(repo_id, **{"token": TOKEN, **kwargs})
     except Exception as error:
         return _failed(error)
     return _logits_by_adapter(model)
@@ -129,7 +130,7 @@ def upload(repo_id: str, folder: Path) -> Failed | None:
     """Push a folder of saved adapters, as transformers' and TRL's trainers do."""
     try:
         with mock.patch("time.sleep"):
-            HfApi().upload_folder(repo_id=repo_id, folder_path=folder)
+            HfApi(token=TOKEN).upload_folder(repo_id=repo_id, folder_path=folder)
     except Exception as error:
         return _failed(error)
     return None
@@ -147,7 +148,7 @@ def load(base: Path, adapter: str | Path, **kwargs: Any) -> bytes | Failed:
 def push_with_encoder(base: Path, encoder: Path, repo_id: str, seed: int) -> bytes:
     """Push an adapter that reads the task from `input_ids`; its logits."""
     model = attach_task_encoder(_model(base, seed), TaskEncoder(encoder))
-    model.push_to_hub(repo_id)
+    model.push_to_hub(repo_id, token=TOKEN)
     return _logits(model)
 
 
@@ -204,19 +205,15 @@ def hub() -> Iterator[LoopbackHub]:
 class Processes:
     publisher: Process
     reader: Process
-    stranger: Process
 
 
 @pytest.fixture(scope="module")
 def processes(hub: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    tokens = {"publisher": TOKEN, "reader": TOKEN, "stranger": None}
-    with ExitStack() as stack:
-        yield Processes(
-            **{
-                name: stack.enter_context(_process(hub, tmp_path_factory.mktemp(name), token))
-                for name, token in tokens.items()
-            }
-        )
+    with (
+        _process(hub, tmp_path_factory.mktemp("publisher"), token=None) as publisher,
+        _process(hub, tmp_path_factory.mktemp("reader"), token=TOKEN) as reader,
+    ):
+        yield Processes(publisher, reader)
 
 
 TINY = {"vocab_size": 64, "hidden_size": TASK_DIM, "intermediate_size": 32, "num_attention_heads": 2}
@@ -350,7 +347,7 @@ def test_a_private_adapter_is_loaded_with_a_token_only(
     assert not isinstance(logits, Failed), logits
     assert processes.reader.run(load, base, "user/private") == logits["default"]
 
-    refused = processes.stranger.run(load, base, "user/private")
+    refused = processes.publisher.run(load, base, "user/private")
     assert isinstance(refused, Failed)
     assert refused.chain[0] == ("ValueError", "Can't find 'adapter_config.json' at 'user/private'")
     kind, message = refused.chain[1]
@@ -386,7 +383,7 @@ def test_what_is_not_there_is_named(
 def test_nobody_pushes_without_a_token(
     hub: LoopbackHub, processes: Processes, base: Path, seeds: Iterator[int]
 ) -> None:
-    refused = processes.stranger.run(push, base, "user/strange", next(seeds))
+    refused = processes.publisher.run(push, base, "user/strange", next(seeds), token=None)
     assert isinstance(refused, Failed)
     kind, message = refused.chain[0]
     assert kind == "HfHubHTTPError"

@@ -14,6 +14,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from peft_taskmoe.uie.parse import parse_answer
+from peft_taskmoe.uie.prompt import PromptFormat, build_example
 from peft_taskmoe.uie.records import Argument, Document, Entity, Event, Problem, Relation, Span
 from peft_taskmoe.uie.schema import Schema
 from peft_taskmoe.uie.score import Counts, ScoreReport, SeenLabels, compare, compare_values, score
@@ -21,7 +23,10 @@ from peft_taskmoe.uie.score import Counts, ScoreReport, SeenLabels, compare, com
 DATA = Path(__file__).parents[1] / ".." / "shared" / "data" / "uie"
 NO_TABLE = SeenLabels({}, {})
 LABELS = {"NER": {"A": "", "B": "", "C": ""}, "RE": {"A": "", "B": ""}}
-LABELS["EE"] = LABELS["EAE"] = {"A": {"description": "", "roles": ["x", "y"]}, "B": {"description": "", "roles": ["x"]}}
+LABELS["EE"] = LABELS["EAE"] = {
+    "A": {"description": "", "roles": ["x", "y"]},
+    "B": {"description": "", "roles": ["x"]},
+}
 
 
 def document(id_, text, task, *records, schema=None):
@@ -75,18 +80,26 @@ def random_case(rng, task, n=12):
 def brute_force(documents, answers, task, match):
     """Cross out equal pairs one by one, on lists of JSON-like items; returns (tp, fp, fn) by label."""
 
-    def mention(span):
-        return span["text"] if match == "text" else (span["start"], span["end"])
-
-    def items(records):
+    def rows(records):
         rows = [record.to_dict() for record in records]
         if task == "NER":
-            return [(r["label"], mention(r)) for r in rows]
+            return [[r["label"], r] for r in rows]
         if task == "RE":
-            return [(r["relation"], mention(r["head"]), mention(r["tail"])) for r in rows]
+            return [[r["relation"], r["head"], r["tail"]] for r in rows]
         if task == "EE":
-            return [(r["type"], mention(r["trigger"])) for r in rows]
-        return [(r["type"], mention(r["trigger"]), a["role"], mention(a)) for r in rows for a in r["arguments"]]
+            return [[r["type"], r["trigger"]] for r in rows]
+        return [[r["type"], r["trigger"], a["role"], a] for r in rows for a in r["arguments"]]
+
+    def items(records):
+        def shown(row, *keys):
+            return [part if isinstance(part, str) else [part[key] for key in keys] for part in row]
+
+        places, found = [], []
+        for row in rows(records):
+            if shown(row, "start", "end") not in places:
+                places.append(shown(row, "start", "end"))
+                found.append(shown(row, *(["text"] if match == "text" else ["start", "end"])))
+        return found
 
     tally = {}
     for doc in documents:
@@ -104,7 +117,9 @@ def brute_force(documents, answers, task, match):
 
 
 @pytest.mark.parametrize("match", ["text", "offsets"])
-@pytest.mark.parametrize(("of_documents", "task"), [("NER", "NER"), ("RE", "RE"), ("EE", "EE"), ("EE", "EAE"), ("EAE", "EAE")])
+@pytest.mark.parametrize(
+    ("of_documents", "task"), [("NER", "NER"), ("RE", "RE"), ("EE", "EE"), ("EE", "EAE"), ("EAE", "EAE")]
+)
 def test_agrees_with_brute_force(of_documents, task, match):
     rng = random.Random(7)
     for _ in range(25):
@@ -122,6 +137,7 @@ def test_agrees_with_nervaluate_strict():
     rng = random.Random(11)
     for _ in range(20):
         documents, answers = random_case(rng, "NER")
+
         # nervaluate works on sets of disjoint spans with inclusive ends
         def disjoint(records):
             kept = []
@@ -141,14 +157,23 @@ def test_agrees_with_nervaluate_strict():
         total = counts(one(documents, answers, match="offsets"), "NER")
         theirs = strict["overall"]["strict"]
         assert theirs.correct == total.tp > 0
-        assert (theirs.precision, theirs.recall, theirs.f1) == pytest.approx((total.precision, total.recall, total.f1))
+        assert (theirs.precision, theirs.recall, theirs.f1) == pytest.approx(
+            (total.precision, total.recall, total.f1)
+        )
         for label, of_label in one(documents, answers, match="offsets").scores[0].by_label().items():
             assert strict["entities"][label]["strict"].f1 == pytest.approx(of_label.f1 if of_label.tp else 0)
 
 
 def test_figures_by_hand():
     text = "Ann met Bob and Ann."
-    gold = document("1", text, "NER", Entity("A", at(text, 0, 3)), Entity("A", at(text, 16, 19)), Entity("B", at(text, 8, 11)))
+    gold = document(
+        "1",
+        text,
+        "NER",
+        Entity("A", at(text, 0, 3)),
+        Entity("A", at(text, 16, 19)),
+        Entity("B", at(text, 8, 11)),
+    )
     report = one([gold], {"1": [Entity("A", at(text, 0, 3)), Entity("A", at(text, 8, 11))]})
     total = counts(report, "NER")
     assert total == Counts(tp=1, fp=1, fn=2)
@@ -161,6 +186,13 @@ def test_a_repeated_mention_has_to_be_found_as_often():
     both = Entity("A", at(text, 0, 3)), Entity("A", at(text, 5, 8))
     assert counts(one([document("1", text, "NER", *both)], {"1": both[:1]}), "NER") == Counts(1, 0, 1)
     assert counts(one([document("1", text, "NER", both[0])], {"1": both}), "NER") == Counts(1, 1, 0)
+    # the same place twice is no second mention; without offsets, every one counts
+    assert counts(one([document("1", text, "NER", both[0], both[0])], {"1": both[:1] * 3}), "NER") == Counts(
+        1, 0, 0
+    )
+    assert counts(
+        one([document("1", text, "NER", *both)], {"1": [Entity("A", Span("Ann"))] * 3}), "NER"
+    ) == Counts(2, 1, 0)
     # the second mention in place of the first: right by text, wrong by offsets
     gold = [document("1", text, "NER", both[0])]
     assert counts(one(gold, {"1": both[1:]}), "NER") == Counts(1, 0, 0)
@@ -192,7 +224,11 @@ def test_arguments_count_inside_matched_events_only():
 def test_several_tasks_in_one_document_are_scored_each():
     text = "Ann hit Bob"
     ann, hit, bob = at(text, 0, 3), at(text, 4, 7), at(text, 8, 11)
-    schema = {"entities": {"P": ""}, "relations": {"R": ""}, "events": {"E": {"description": "", "roles": ["x"]}}}
+    schema = {
+        "entities": {"P": ""},
+        "relations": {"R": ""},
+        "events": {"E": {"description": "", "roles": ["x"]}},
+    }
     records = Entity("P", ann), Relation("R", ann, bob), Event("E", hit, (Argument("x", bob),))
     report = one([document("1", text, "UIE", *records, schema=schema)], {"1": records[1:]})
     assert {s.task: s.total() for s in report.scores} == {
@@ -204,10 +240,21 @@ def test_hallucinated_spans_are_dropped_and_counted():
     text = "Ann hit Bob"
     invented = Span("Carl", alignment="not_found")
     never_aligned = Span("Dora")
-    entities = [Entity("A", at(text, 0, 3)), Entity("A", invented), Entity("B", never_aligned), Entity("A", Span("Bob"))]
-    report = one([document("1", text, "NER", entities[0])], {"1": answer(*entities, problems=["not_in_text"])})
-    assert counts(report, "NER") == Counts(1, 1, 0)  # of the four, two are dropped; "Bob" is in the text, and wrong
-    assert report.answers["set"].hallucinated == 3  # with the one that the parser had left out
+    entities = [
+        Entity("A", at(text, 0, 3)),
+        Entity("A", invented),
+        Entity("B", never_aligned),
+        Entity("A", Span("Bob")),
+    ]
+    report = one([document("1", text, "NER", entities[0])], {"1": entities})
+    assert counts(report, "NER") == Counts(
+        1, 1, 0
+    )  # of the four, two are dropped; "Bob" is in the text, and wrong
+    assert report.answers["set"].hallucinated == 2
+    # what the parser has reported, and may have kept or left out, counts once
+    for records in (entities, entities[:1] + entities[2:]):
+        reported = one([document("1", text, "NER")], {"1": answer(*records, problems=["not_in_text"])})
+        assert reported.answers["set"].hallucinated == 2 and reported.answers["set"].problems == {}
     relation = one([document("1", text, "RE")], {"1": [Relation("A", invented, never_aligned)]})
     assert relation.answers["set"].hallucinated == 2
     event = Event("A", at(text, 4, 7), (Argument("x", invented), Argument("x", at(text, 8, 11))))
@@ -220,17 +267,30 @@ def test_hallucinated_spans_are_dropped_and_counted():
 def test_failures_and_problems_are_counted():
     text = "Ann"
     ann = Entity("A", at(text, 0, 3))
-    documents = [document(str(i), text, "NER", ann) for i in range(5)]
+    documents = [document(str(i), text, "NER", ann) for i in range(7)]
     answers = {
         "0": answer(problems=["malformed", "malformed"]),  # nothing could be read: one failure
         "1": answer(ann, problems=["truncated", "unknown_label"]),  # something could
         "2": answer(),  # an empty list
         "3": answer(ann, Relation("A", ann.span, ann.span), problems=["extra_text"]),
+        "4": answer(problems=["extra_text"]),  # an empty list with prose behind it
+        "5": answer(problems=["unknown_label", "truncated"]),  # a record was read, of no use
     }
     counted = one(documents, answers).answers["set"]
-    assert (counted.documents, counted.unanswered, counted.parse_failures, counted.hallucinated) == (5, 1, 1, 0)
-    assert counted.problems == {"extra_text": 1, "malformed": 2, "truncated": 1, "unknown_label": 1, "wrong_task": 1}
-    assert counts(one(documents, answers), "NER") == Counts(2, 0, 3)
+    assert (counted.documents, counted.unanswered, counted.parse_failures, counted.hallucinated) == (
+        7,
+        1,
+        1,
+        0,
+    )
+    assert counted.problems == {
+        "extra_text": 2,
+        "malformed": 2,
+        "truncated": 2,
+        "unknown_label": 2,
+        "wrong_task": 1,
+    }
+    assert counts(one(documents, answers), "NER") == Counts(2, 0, 5)
 
 
 def test_mean_is_unweighted_over_data_sets():
@@ -241,7 +301,9 @@ def test_mean_is_unweighted_over_data_sets():
     nothing = [document("1", text, "NER")]
     event = [document("1", text, "EE", Event("A", at(text, 0, 3)))]
     report = score(
-        {"few": few, "many": many, "nothing": nothing, "event": event}, {"few": {"1": [ann]}, "event": {}}, seen=NO_TABLE
+        {"few": few, "many": many, "nothing": nothing, "event": event},
+        {"few": {"1": [ann]}, "event": {}},
+        seen=NO_TABLE,
     )
     assert report.average_f1("NER") == 0.5  # "nothing" has nothing to score
     assert report.average_f1() == pytest.approx(1 / 3)
@@ -249,10 +311,27 @@ def test_mean_is_unweighted_over_data_sets():
     assert math.isnan(report.average_f1("RE"))
     assert math.isnan(report.average_f1("NER", "unseen"))
     assert report.select(["few"]).average_f1() == 1
-    with pytest.raises(ValueError, match="Data set `fewer` is not in the report, which has few, many, nothing, event"):
+    with pytest.raises(
+        ValueError, match="Data set `fewer` is not in the report, which has few, many, nothing, event"
+    ):
         report.select(["fewer"])
     with pytest.raises(ValueError, match=r"There is no group `NRE` of tasks\. Choose one of NER, RE, EE"):
         report.average_f1("NRE")
+
+
+def test_a_data_set_without_gold_items_is_in_no_mean_whatever_was_predicted():
+    text = "Ann"
+    ann = Entity("A", at(text, 0, 3))
+    documents = {"set": [document("1", text, "NER", ann)], "nothing": [document("1", text, "NER")]}
+    silent = score(documents, {"set": {"1": [ann]}}, seen=NO_TABLE)
+    noisy = score(documents, {"set": {"1": [ann]}, "nothing": {"1": [ann]}}, seen=NO_TABLE)
+    assert silent.average_f1() == noisy.average_f1() == 1
+    assert math.isnan(silent.scores[1].total().f1) and noisy.scores[1].total() == Counts(0, 1, 0)
+    assert [line.row for line in compare(noisy, silent, n_resamples=10).differences] == [
+        ("set", "NER"),
+        ("NER",),
+        ("all",),
+    ]
 
 
 def test_seen_and_unseen_labels():
@@ -262,13 +341,17 @@ def test_seen_and_unseen_labels():
     predicted = [Entity("A", at(text, 0, 3)), Entity("A", at(text, 4, 7)), Entity("C", at(text, 4, 7))]
     report = one(documents, {"1": predicted}, seen=table)
     assert report.scores[0].total("seen") == Counts(1, 1, 0)
-    assert report.scores[0].total("unseen") == Counts(0, 1, 1)  # a label that the table does not have is not seen
+    assert report.scores[0].total("unseen") == Counts(
+        0, 1, 1
+    )  # a label that the table does not have is not seen
     assert (report.average_f1("all", "seen"), report.average_f1("all", "unseen")) == (2 / 3, 0)
     assert one(documents, {"1": predicted}).scores[0].total("seen") is None
     # a part without a gold item is not scored, whatever was predicted
     all_seen = one(documents, {"1": predicted}, seen=SeenLabels({"set": {"A": "", "B": ""}}, {"set": ()}))
     assert all_seen.scores[0].total("unseen") is None and math.isnan(all_seen.average_f1("all", "unseen"))
-    with pytest.raises(ValueError, match='knows data set `set` but not its label `B`. Add the label to the "seen"'):
+    with pytest.raises(
+        ValueError, match=r'knows data set `set` but not its label `B`. Add the label to the "seen"'
+    ):
         one(documents, {}, seen=SeenLabels({"set": {"A": ""}}, {"set": ()}))
 
 
@@ -295,8 +378,14 @@ def test_seen_table_covers_the_public_sets():
     [
         ("[]", "has no table of data sets. Write it as"),
         ('{"datasets": {"s": {"seen": {}}}}', 'Data set `s` in .* needs the keys "seen" and "unseen"'),
-        ('{"datasets": {"s": {"seen": ["A"], "unseen": []}}}', "Data set `s` in .* has lists of the wrong kind"),
-        ('{"datasets": {"s": {"seen": {"A": ""}, "unseen": ["A"]}}}', "Label `A` of data set `s` in .* is both seen and unseen"),
+        (
+            '{"datasets": {"s": {"seen": ["A"], "unseen": []}}}',
+            "Data set `s` in .* has lists of the wrong kind",
+        ),
+        (
+            '{"datasets": {"s": {"seen": {"A": ""}, "unseen": ["A"]}}}',
+            "Label `A` of data set `s` in .* is both seen and unseen",
+        ),
     ],
 )
 def test_seen_table_of_a_user_is_checked(tmp_path, content, message):
@@ -308,7 +397,7 @@ def test_seen_table_of_a_user_is_checked(tmp_path, content, message):
 def test_wrong_calls_say_what_to_do():
     text = "Ann"
     documents = [document("1", text, "NER", Entity("A", at(text, 0, 3)))]
-    with pytest.raises(ValueError, match='There is no match by `start`. Choose "text" or "offsets"'):
+    with pytest.raises(ValueError, match=r'There is no match by `start`. Choose "text" or "offsets"'):
         one(documents, {}, match="start")
     with pytest.raises(ValueError, match="answers for data set `other`, but no documents of it"):
         score({"set": documents}, {"other": {}})
@@ -316,14 +405,18 @@ def test_wrong_calls_say_what_to_do():
         one(documents, {"2": []})
     with pytest.raises(ValueError, match="Data set `set` has two documents `1`"):
         one(documents * 2, {})
-    with pytest.raises(ValueError, match="The mention 'Ann' in document `1` has no offsets, so it cannot be matched"):
+    with pytest.raises(
+        ValueError, match="The mention 'Ann' in document `1` has no offsets, so it cannot be matched"
+    ):
         one(documents, {"1": [Entity("A", Span("Ann"))]}, match="offsets")
 
 
 def test_report_survives_json():
     rng = random.Random(3)
     documents, answers = random_case(rng, "EE", 20)
-    report = one(documents, answers, seen=SeenLabels({"set": {"A": "x"}}, {"set": ("B",)})).with_intervals(200)
+    report = one(documents, answers, seen=SeenLabels({"set": {"A": "x"}}, {"set": ("B",)})).with_intervals(
+        200
+    )
     again = ScoreReport.from_dict(json.loads(report.to_json(documents=True)))
     assert again.values() == report.values() and again.answers == report.answers
     assert again.with_intervals(200).intervals == report.intervals
@@ -332,7 +425,9 @@ def test_report_survives_json():
     low, high = figures["average_f1"]["all"]["unseen"]["f1_interval"]
     assert low < figures["average_f1"]["all"]["unseen"]["f1"] < high
     assert figures["datasets"][0]["labels"]["A"]["seen"] is True
-    with pytest.raises(ValueError, match="no counts by document.*Write them with `to_dict\\(documents=True\\)`"):
+    with pytest.raises(
+        ValueError, match=r"no counts by document.*Write them with `to_dict\(documents=True\)`"
+    ):
         ScoreReport.from_dict(report.to_dict())
 
 
@@ -348,7 +443,9 @@ def test_tables_show_the_figures():
 
     text = "Ann Bob"
     documents = [document("1", text, "NER", Entity("A", at(text, 0, 3)), Entity("B", at(text, 4, 7)))]
-    report = one(documents, {"1": [Entity("A", at(text, 0, 3))]}, seen=SeenLabels({"set": {"A": ""}}, {"set": ("B",)}))
+    report = one(
+        documents, {"1": [Entity("A", at(text, 0, 3))]}, seen=SeenLabels({"set": {"A": ""}}, {"set": ("B",)})
+    )
     lines = report.to_markdown().splitlines()
     assert lines[0].startswith("| task | data set | documents | P | R | F1 | F1 seen | F1 unseen |")
     assert lines[2] == "| NER | set | 1 | 100.0 | 50.0 | 66.7 | 100.0 | 0.0 | 0 | 0 | 0 |"
@@ -400,7 +497,9 @@ def test_intervals_depend_on_the_seed_alone():
     report = one(documents, answers)
     assert report.with_intervals(50).intervals == report.with_intervals(50).intervals
     assert report.with_intervals(50).intervals != report.with_intervals(50, seed=1).intervals
-    both = score({"other": documents, "set": documents}, {"other": {}, "set": answers}, seen=NO_TABLE).with_intervals(50)
+    both = score(
+        {"other": documents, "set": documents}, {"other": {}, "set": answers}, seen=NO_TABLE
+    ).with_intervals(50)
     key = (("set", "NER"), "all")
     assert both.intervals[key] == report.with_intervals(50).intervals[key]
 
@@ -430,7 +529,9 @@ def test_coverage_of_the_interval():
     true_f1 = 2 * 3 * rate / (2 * 3 * rate + noise + 3 * (1 - rate))
     covered = 0
     for seed in range(200):
-        interval = one(*simulated(rng, 60, rate)).with_intervals(300, 0.9, seed).intervals[("set", "NER"), "all"]
+        interval = (
+            one(*simulated(rng, 60, rate)).with_intervals(300, 0.9, seed).intervals[("set", "NER"), "all"]
+        )
         covered += interval.low <= true_f1 <= interval.high
     assert 165 <= covered <= 195  # 180 expected, standard deviation 4.2
 
@@ -443,7 +544,11 @@ def test_paired_test_sees_a_difference_and_no_difference():
     same = compare(one(documents, good), one(documents, good), n_resamples=500)["all"]
     assert (same.difference, same.low, same.high, same.p) == (0, 0, 0, 1)
     turned = compare(one(documents, good), one(documents, better), n_resamples=2000)["set", "NER"]
-    assert (turned.difference, turned.low, turned.p) == (-difference.difference, -difference.high, difference.p)
+    assert (turned.difference, turned.low, turned.p) == (
+        -difference.difference,
+        -difference.high,
+        difference.p,
+    )
 
 
 def test_p_is_uniform_where_there_is_no_difference():
@@ -469,7 +574,10 @@ def test_comparison_pairs_the_documents():
 def test_comparison_of_seeds_and_splits():
     table = SeenLabels({"set": {"A": ""}}, {"set": ("B",)})
     text = "abcdefgh"
-    documents = [document(str(i), text, "NER", Entity("A", at(text, 0, 1)), Entity("B", at(text, 1, 2))) for i in range(20)]
+    documents = [
+        document(str(i), text, "NER", Entity("A", at(text, 0, 1)), Entity("B", at(text, 1, 2)))
+        for i in range(20)
+    ]
     first = one(documents, {d.id: d.records for d in documents}, seen=table)
     second = one(documents, {d.id: d.records[:1] for d in documents}, seen=table)
     comparison = compare([first, second], [second], n_resamples=100)
@@ -484,7 +592,9 @@ def test_comparison_of_seeds_and_splits():
 def test_comparison_refuses_other_documents():
     documents, answers = simulated(random.Random(1), 5, 0.5)
     report = one(documents, answers)
-    with pytest.raises(ValueError, match="different documents or gold records of `set`. Score both systems on the same"):
+    with pytest.raises(
+        ValueError, match=r"different documents or gold records of `set`. Score both systems on the same"
+    ):
         compare(report, one(documents[:4], {}))
     with pytest.raises(ValueError, match="different documents or gold records of `set`"):
         compare(report, one([replace(d, records=()) for d in documents], {}))
@@ -492,7 +602,9 @@ def test_comparison_refuses_other_documents():
         compare(report, one(documents, answers, match="offsets"))
     with pytest.raises(ValueError, match="Only one report has data set `other` under NER"):
         compare(report, score({"set": documents, "other": documents}, {}, seen=NO_TABLE))
-    with pytest.raises(ValueError, match="Found n_resamples=0 and confidence=0.95. Pass at least one resample"):
+    with pytest.raises(
+        ValueError, match=r"Found n_resamples=0 and confidence=0.95. Pass at least one resample"
+    ):
         compare(report, report, n_resamples=0)
     with pytest.raises(ValueError, match="without a report cannot be compared"):
         compare([], report)
@@ -507,6 +619,8 @@ def test_values_are_compared_by_document():
     assert line.difference == pytest.approx(-0.02, abs=0.003) and line.high < 0 and line.p < 0.001
     assert line.high - line.low < 0.01  # the spread of the documents, 1, is paired away
     assert compare_values(a, b, n_resamples=50)["x"].a == pytest.approx(base.mean())
+    one_set = compare_values({"x": a["x"]}, {"x": b["x"]}, n_resamples=50)
+    assert (one_set["all"].low, one_set["all"].p) == (one_set["x"].low, one_set["x"].p)
 
 
 def test_values_can_be_weighted():
@@ -536,18 +650,36 @@ def test_scoring_imports_no_torch():
     subprocess.run([sys.executable, "-c", code, str(package)], check=True)
 
 
-def test_gold_answers_score_one_on_every_public_set():
+@pytest.mark.parametrize("style", ["dataclass", "compact"])
+def test_gold_records_written_read_and_scored_give_one_on_every_public_set(style):
+    """Gold -> completion -> parse -> score: F1 of exactly 1 on every document, by text and by offsets."""
     if not DATA.exists():
         pytest.skip("needs the data sets in ../shared/data/uie")
-    documents = {}
+    documents, answers = {}, {}
     for path in sorted(DATA.glob("*/test.jsonl")):
-        documents[path.parent.name] = [Document.from_dict(json.loads(line)) for line in path.open(encoding="utf-8")]
-    answers = {name: {d.id: d.records for d in of} for name, of in documents.items()}
+        name = path.parent.name
+        documents[name] = [Document.from_dict(json.loads(line)) for line in path.open(encoding="utf-8")]
+        examples = [build_example(document, PromptFormat(style)) for document in documents[name]]
+        answers[name] = {
+            x.id: parse_answer(x.completion, x.schema, x.document.text, names=x.names, given=x.document.given)
+            for x in examples
+        }
     for match in ("text", "offsets"):
         report = score(documents, answers, match=match)
-        tasks = Counter(s.task for s in report.scores)
-        assert len(documents) == 16 and tasks == {"NER": 9, "RE": 4, "EE": 2, "EAE": 3}
+        assert len(documents) == 16 and Counter(s.task for s in report.scores) == {
+            "NER": 9,
+            "RE": 4,
+            "EE": 2,
+            "EAE": 3,
+        }
+        wrong = {
+            (s.dataset, s.task): int((s.by_document()[:, 1:].sum(axis=1) > 0).sum()) for s in report.scores
+        }
+        assert {row: n for row, n in wrong.items() if n} == {}
         assert {s.total().f1 for s in report.scores} == {1.0}
-        assert all(s.by_document()[:, 1:].sum() == 0 for s in report.scores)
-        assert (report.average_f1(), report.average_f1("all", "seen"), report.average_f1("all", "unseen")) == (1, 1, 1)
+        assert (
+            report.average_f1(),
+            report.average_f1("all", "seen"),
+            report.average_f1("all", "unseen"),
+        ) == (1, 1, 1)
         assert all(a.hallucinated == a.unanswered == 0 and not a.problems for a in report.answers.values())

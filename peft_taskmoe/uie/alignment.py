@@ -20,7 +20,10 @@ Place: TypeAlias = tuple[int, int]
 """Start and end in the text."""
 
 MAX_OCCURRENCES = 10_000
-"""Occurrences of one mention that are looked at; a text with more of them keeps to the first ones."""
+"""Occurrences of one mention that are looked at; where a text has more, the first ones count."""
+
+_SEARCH_BUDGET = 5_000_000
+_MOST_BEYOND_BUDGET = 100
 
 _PLAIN = str.maketrans(
     dict.fromkeys("‘’‚‛′`´", "'") | dict.fromkeys("“”„‟″«»", '"') | dict.fromkeys("‐‑‒–—―−", "-")
@@ -68,22 +71,30 @@ class TextIndex:
         self.text = text
         self._found: dict[str, Occurrences] = {}
         self._folded: _Folded | None = None
+        self._budget = _SEARCH_BUDGET
         self._numbers: dict[str, dict[Place, int]] = {}
 
     def occurrences(self, mention: str) -> Occurrences:
-        """All places of a mention; `O(len(text) + len(mention))` but for its first `MAX_OCCURRENCES` places."""
+        """All places of a mention, up to `MAX_OCCURRENCES`.
+
+        So that no text and answer can make it slow, there is a budget: once the places found so far, weighed by the
+        length of their mentions, exceed 5,000,000 characters, 100 places of each further mention are looked at.
+        """
         if mention not in self._found:
-            self._found[mention] = self._search(mention)
+            weight = len(mention) + 16
+            most = min(MAX_OCCURRENCES, max(self._budget // weight, _MOST_BEYOND_BUDGET))
+            found = self._found[mention] = self._search(mention, most)
+            self._budget -= len(found.places) * weight
         return self._found[mention]
 
-    def _search(self, mention: str) -> Occurrences:
+    def _search(self, mention: str, most: int) -> Occurrences:
         if not mention:
             return Occurrences("not_found", ())
-        if exact := _find_all(mention, self.text):
+        if exact := _find_all(mention, self.text, most):
             return self._ordered("exact", [(start, start + len(mention)) for start in exact])
         if wanted := normalise(mention):
             self._folded = self._folded or _Folded(self.text)
-            if places := self._folded.places(wanted):
+            if places := self._folded.places(wanted, most):
                 return self._ordered("normalised", places)
         return Occurrences("not_found", ())
 
@@ -132,9 +143,11 @@ class Aligner:
         self._taken: set[tuple[Hashable, Hashable]] = set()
         self._queues: dict[Hashable, list[Any]] = {}
 
-    def take(self, group: Hashable, place: Hashable) -> None:
-        """Mark a place (or a pair of places) as taken within a group of records."""
+    def take(self, group: Hashable, place: Hashable) -> bool:
+        """Mark a place (or a pair of places) as taken within a group; `False` if it was already."""
+        size = len(self._taken)
         self._taken.add((group, place))
+        return len(self._taken) > size
 
     def free_place(self, group: Hashable, mention: str) -> Place | None:
         """The place that the next span or trigger with these words takes; `None` where none is left."""
@@ -233,10 +246,10 @@ class _Folded:
         self.form = "".join(form)
         self.sources = sources
 
-    def places(self, wanted: str) -> list[Place]:
+    def places(self, wanted: str, most: int) -> list[Place]:
         sources, last = self.sources, len(self.sources)
         found: dict[tuple[int, int], None] = {}
-        for begin in _find_all(wanted, self.form):
+        for begin in _find_all(wanted, self.form, most):
             behind = begin + len(wanted)
             splits = (begin and sources[begin - 1] == sources[begin]) or (
                 behind < last and sources[behind - 1] == sources[behind]
@@ -286,34 +299,11 @@ def _joined(text: str, at: int) -> bool:
     return not (_UNSPACED.match(before) or _UNSPACED.match(after))
 
 
-def _find_all(needle: str, text: str) -> list[int]:
-    """Starts of all occurrences, overlapping ones included, at most `MAX_OCCURRENCES`, in linear time."""
+def _find_all(needle: str, text: str, most: int) -> list[int]:
+    """Starts of the first occurrences, overlapping ones included."""
     found: list[int] = []
     at = text.find(needle)
-    while at >= 0 and len(found) < MAX_OCCURRENCES:
+    while at >= 0 and len(found) < most:
         found.append(at)
-        following = text.find(needle, at + 1)
-        if 0 <= following < at + len(needle) and len(needle) > 64:
-            return found + _find_overlapping(needle, text, at + 1)[: MAX_OCCURRENCES - len(found)]
-        at = following
-    return found
-
-
-def _find_overlapping(needle: str, text: str, at: int) -> list[int]:
-    """Knuth-Morris-Pratt from `at` on: a long mention that overlaps itself would cost its length at each place."""
-    borders = [0] * len(needle)
-    matched = 0
-    for i in range(1, len(needle)):
-        while matched and needle[i] != needle[matched]:
-            matched = borders[matched - 1]
-        matched += needle[i] == needle[matched]
-        borders[i] = matched
-    found: list[int] = []
-    matched = 0
-    for i in range(at, len(text)):
-        while matched and (matched == len(needle) or text[i] != needle[matched]):
-            matched = borders[matched - 1]
-        matched += text[i] == needle[matched]
-        if matched == len(needle):
-            found.append(i - len(needle) + 1)
+        at = text.find(needle, at + 1)
     return found

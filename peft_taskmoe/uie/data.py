@@ -13,7 +13,6 @@ unknown key) says what the format of a document cannot hold, and never stops.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -24,7 +23,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from peft_taskmoe.uie.alignment import TextIndex
+from peft_taskmoe.uie.prompt import PromptFormat, build_example
 from peft_taskmoe.uie.records import Document
+from peft_taskmoe.uie.regularisers import MentionPool, Regularisers
 from peft_taskmoe.uie.schema import TASKS, Label, Schema
 
 if TYPE_CHECKING:
@@ -85,7 +87,9 @@ class ReadError(ValueError):
     """The first error of a file read with `on_error="raise"`; `problem` has its parts."""
 
     def __init__(self, problem: ReadProblem) -> None:
-        super().__init__(f'{problem}\nPass on_error="collect" to read the rest and get a list of all problems.')
+        super().__init__(
+            f'{problem}\nPass on_error="collect" to read the rest and get a list of all problems.'
+        )
         self.problem = problem
 
 
@@ -107,7 +111,9 @@ class ReadReport:
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{n} {kind}" for kind, n in self.counts().items())
-        return f"{len(self.documents)} documents, {len(self.problems)} problems" + (f": {kinds}" if kinds else "")
+        return f"{len(self.documents)} documents, {len(self.problems)} problems" + (
+            f": {kinds}" if kinds else ""
+        )
 
 
 class _Reading:
@@ -139,7 +145,9 @@ class _Reading:
             except ValueError as error:
                 faults = [("schema", str(error))]
         if document is not None and document.id in self.places:
-            message = f"The id `{document.id}` is that of {self.places[document.id]}. Give every document its own."
+            message = (
+                f"The id `{document.id}` is that of {self.places[document.id]}. Give every document its own."
+            )
             faults = [("duplicate_id", message)]
         for kind, message in faults:
             self.error(kind, message, file, line)
@@ -157,6 +165,7 @@ class _Reading:
 
 # The check of a row ---------------------------------------------------------------------------------------------------
 
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 _REQUIRED: dict[str, tuple[type, str]] = {
     "id": (str, "a string"),
     "text": (str, "a string"),
@@ -172,6 +181,11 @@ def _faults(row: Any) -> Iterator[tuple[str, str]]:
         yield "row", f"Found {_shown(row)}, which is no JSON object. {_ADVICE}"
         return
     found = list(_shape_faults(row))
+    if half := _HALF_CHARACTER.search(json.dumps(row, ensure_ascii=False)):
+        message = (
+            f"There is half a character (a lone surrogate) in {_shown(half[0])}, which UTF-8 cannot hold."
+        )
+        found.append(("encoding", message))
     yield from found
     if found:
         return
@@ -182,7 +196,10 @@ def _faults(row: Any) -> Iterator[tuple[str, str]]:
         yield "schema" if task in TASKS else "task", str(error)
         return
     if task == "EAE" and not row["annotations"]:
-        yield "row", "An EAE document needs the event whose arguments are asked for, with its type and trigger."
+        yield (
+            "row",
+            "An EAE document needs the event whose arguments are asked for, with its type and trigger.",
+        )
     for i, annotation in enumerate(row["annotations"]):
         yield from _annotation_faults(annotation, f"annotations[{i}]", task, text, schema)
     for i, entity in enumerate(row.get("entities", [])):
@@ -193,10 +210,8 @@ def _shape_faults(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key, (type_, name) in _REQUIRED.items():
         if key not in row:
             yield "row", f"The key `{key}` is missing (keys: {', '.join(map(str, row)) or 'none'}). {_ADVICE}"
-        elif not isinstance(row[key], type_) or row[key] == "" and key == "id":
+        elif not isinstance(row[key], type_) or (key == "id" and not row[key]):
             yield "row", f"The value of `{key}` is {_shown(row[key])}; it has to be {name}. {_ADVICE}"
-        elif type_ is str and (at := _surrogate(row[key])) is not None:
-            yield "encoding", f"`{key}` has half a character (a lone surrogate) at {at}, which UTF-8 cannot hold."
     if not isinstance(row.get("entities", []), list):
         yield "row", f"The value of `entities` is {_shown(row['entities'])}; it has to be a list. {_ADVICE}"
 
@@ -214,7 +229,10 @@ def _annotation_faults(
     name = annotation.get(key)
     label = None
     if not isinstance(name, str) or not name:
-        yield "row", f"`{where}` has no `{key}` (keys: {', '.join(map(str, annotation)) or 'none'}). {_ADVICE}"
+        yield (
+            "row",
+            f"`{where}` has no `{key}` (keys: {', '.join(map(str, annotation)) or 'none'}). {_ADVICE}",
+        )
     elif schema is not None and (label := schema.get(kind, name)) is None:
         known = ", ".join(f"`{label.name}`" for label in schema.labels if label.kind == kind)
         yield "label", f"`{where}` has the {key} `{name}`, which the schema does not have. Its own: {known}."
@@ -239,10 +257,16 @@ def _argument_faults(argument: Any, where: str, text: str, label: Label | None) 
         role = argument.get("role")
         roles = [] if label is None else [slot.name for slot in label.roles]
         if not isinstance(role, str) or not role:
-            yield "row", f"`{where}` has no `role` (keys: {', '.join(map(str, argument)) or 'none'}). {_ADVICE}"
+            yield (
+                "row",
+                f"`{where}` has no `role` (keys: {', '.join(map(str, argument)) or 'none'}). {_ADVICE}",
+            )
         elif label is not None and role not in roles:
             known = ", ".join(f"`{name}`" for name in roles) or "none"
-            yield "label", f"`{where}` has the role `{role}`, which `{label.name}` does not have. Its own: {known}."
+            yield (
+                "label",
+                f"`{where}` has the role `{role}`, which `{label.name}` does not have. Its own: {known}.",
+            )
 
 
 def _span_faults(span: Any, where: str, text: str) -> Iterator[tuple[str, str]]:
@@ -253,11 +277,26 @@ def _span_faults(span: Any, where: str, text: str) -> Iterator[tuple[str, str]]:
     if not isinstance(mention, str) or type(start) is not int or type(end) is not int:
         yield "row", f"`{where}` needs a text and two integers, start and end; found {_shown(dict(span))}."
     elif not 0 <= start < end <= len(text):
-        yield "offsets", f"`{where}` is at [{start}:{end}], outside of the text of {len(text)} characters or empty."
+        yield (
+            "offsets",
+            f"`{where}` is at [{start}:{end}], outside of the text of {len(text)} characters or empty.",
+        )
     elif text[start:end] != mention:
         stands = text.find(mention) if mention else -1
-        hint = f"The mention stands at {stands}: offsets count characters, not bytes." if stands >= 0 else "Correct one."
-        yield "offsets", f"`{where}` says {_shown(mention)}, but text[{start}:{end}] is {_shown(text[start:end])}. {hint}"
+        hint = (
+            f"The mention stands at {stands}: offsets count characters, not bytes."
+            if stands >= 0
+            else "Correct one."
+        )
+        yield (
+            "offsets",
+            f"`{where}` says {_shown(mention)}, but text[{start}:{end}] is {_shown(text[start:end])}. {hint}",
+        )
+    if not isinstance(span.get("type", ""), str) or span.get("alignment", "exact") not in (
+        "exact",
+        "normalised",
+    ):
+        yield "row", f"`{where}` needs a string as type, and as alignment, if any, exact or normalised."
 
 
 def _unknown_keys(row: Mapping[str, Any]) -> list[str]:
@@ -288,14 +327,6 @@ def _shown(value: Any, length: int = 60) -> str:
     return f"`{shown if len(shown) <= length else shown[: length - 3] + '...'}`"
 
 
-def _surrogate(text: str) -> int | None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        return error.start
-    return None
-
-
 def _lines(path: Path, reading: _Reading) -> Iterator[tuple[int, str | None]]:
     r"""Numbered lines of a UTF-8 file without their ends (`\n` or `\r\n`); None for one that cannot be decoded."""
     with path.open("rb") as file:
@@ -321,8 +352,11 @@ def _json(text: str) -> Any:
             raise ValueError(f"the key `{repeated}` is given twice in one object")
         return keys
 
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"`{constant}` is no value of JSON")
+
     try:
-        return json.loads(text, object_pairs_hook=once)
+        return json.loads(text, object_pairs_hook=once, parse_constant=refuse)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -359,7 +393,9 @@ def read_jsonl(path: str | Path, *, on_error: OnError = "raise") -> ReadReport:
         try:
             row = _json(line)
         except ValueError as error:
-            reading.error("json", f"The line is no JSON: {error}. Write one object a line. {_ADVICE}", path, number)
+            reading.error(
+                "json", f"The line is no JSON: {error}. Write one object a line. {_ADVICE}", path, number
+            )
         else:
             reading.add(row, path, number)
     reading.finish(path, found)
@@ -427,7 +463,9 @@ def read_conll(
         ValueError: if there is no such scheme or unit.
     """
     if scheme not in _TAG_PREFIXES or unit not in ("sentence", "document"):
-        raise ValueError(f"Found scheme={scheme!r}, unit={unit!r}. Choose IOB1, IOB2 or BIOES; sentence or document.")
+        raise ValueError(
+            f"Found scheme={scheme!r}, unit={unit!r}. Choose IOB1, IOB2 or BIOES; sentence or document."
+        )
     path, reading = Path(path), _Reading(on_error)
     units: list[tuple[int, list[_Sentence]]] = []
     sentence, broken, new_unit, first = _Sentence(), False, True, 1
@@ -458,7 +496,9 @@ def read_conll(
         if token_column not in columns or tag_column not in columns or not fields[token_column].strip():
             broken = True
             wanted = f"token_column={token_column} and tag_column={tag_column}"
-            reading.error("columns", f"Found {_shown(line)}: {len(fields)} columns, asked for {wanted}.", path, number)
+            reading.error(
+                "columns", f"Found {_shown(line)}: {len(fields)} columns, asked for {wanted}.", path, number
+            )
             continue
         sentence.tokens.append(fields[token_column])
         sentence.tags.append(fields[tag_column])
@@ -470,10 +510,10 @@ def read_conll(
         text, annotations = "", []
         for sentence in sentences:
             text += "\n" if text else ""
-            annotations += _tagged_mentions(
-                sentence.tokens, sentence.tags, scheme, len(text),
-                lambda i, message, lines=sentence.lines: reading.error("tags", message, path, lines[i]),
-            )
+            mentions, faults = _tagged_mentions(sentence.tokens, sentence.tags, scheme, len(text))
+            annotations += mentions
+            for i, message in faults:
+                reading.error("tags", message, path, sentence.lines[i])
             text += " ".join(sentence.tokens)
         rows.append((first, text, annotations))
     labels = dict.fromkeys(annotation["label"] for _, _, annotations in rows for annotation in annotations)
@@ -482,7 +522,13 @@ def read_conll(
         reading.error("schema", "The file has no tagged token. Pass schema={label: description}.", path)
         rows = []
     for n, (line_number, text, annotations) in enumerate(rows):
-        row = {"id": f"{path.stem}-{n}", "text": text, "task": "NER", "schema": described, "annotations": annotations}
+        row = {
+            "id": f"{path.stem}-{n}",
+            "text": text,
+            "task": "NER",
+            "schema": described,
+            "annotations": annotations,
+        }
         reading.add(row, path, line_number)
     if not reading.report.problems:
         reading.finish(path, len(rows))
@@ -500,8 +546,8 @@ _TAG_PREFIXES: dict[TagScheme, str] = {"IOB1": "BI", "IOB2": "BI", "BIOES": "BIE
 
 
 def _tagged_mentions(
-    tokens: Sequence[str], tags: Sequence[str], scheme: TagScheme, offset: int, fault: Callable[[int, str], None]
-) -> list[dict[str, Any]]:
+    tokens: Sequence[str], tags: Sequence[str], scheme: TagScheme, offset: int
+) -> tuple[list[dict[str, Any]], list[tuple[int, str]]]:
     """The NER annotations of one tagged sentence.
 
     Args:
@@ -509,8 +555,11 @@ def _tagged_mentions(
         tags: the tag of each.
         scheme: what the tags mean.
         offset: where the sentence starts in its text.
-        fault: called with a token's index and a message for each tag that the scheme does not allow.
+
+    Returns:
+        The annotations, and (index of a token, message) for each tag that the scheme does not allow.
     """
+    faults: list[tuple[int, str]] = []
     starts = [offset]
     for token in tokens:
         starts.append(starts[-1] + len(token) + 1)
@@ -523,7 +572,8 @@ def _tagged_mentions(
         if open_label is None:
             return
         if scheme == "BIOES" and not ended:
-            fault(behind - 1, f"The entity `{open_label}` does not end with E- or S-. It is read as ending here.")
+            message = f"The entity `{open_label}` does not end with E- or S-. It is read as ending here."
+            faults.append((behind - 1, message))
         start, end = starts[first], starts[behind] - 1
         words = " ".join(tokens[first:behind])
         mentions.append({"label": open_label, "text": words, "start": start, "end": end})
@@ -535,19 +585,22 @@ def _tagged_mentions(
             close(i, ended=False)
         elif not dash or not label or prefix not in _TAG_PREFIXES[scheme]:
             close(i, ended=False)
-            fault(i, f"The tag `{tag}` is none of {scheme}. It is read as O; pass another scheme if the file has one.")
+            message = f"The tag `{tag}` is none of {scheme}. It is read as O; pass another scheme if the file has one."
+            faults.append((i, message))
         else:
             continues = prefix in "IEL" and label == open_label
             if not continues:
                 close(i, ended=False)
                 if prefix in "IEL" and scheme != "IOB1":
-                    message = f"The tag `{tag}` continues no entity in {scheme}. It is read as the start of one;"
-                    fault(i, f'{message} pass scheme="IOB1" if that is what the file has.')
+                    message = (
+                        f"The tag `{tag}` continues no entity in {scheme}. It is read as the start of one;"
+                    )
+                    faults.append((i, f'{message} pass scheme="IOB1" if that is what the file has.'))
                 open_label, first = label, i
             if prefix in "ESLU":
                 close(i + 1)
     close(len(tokens), ended=False)
-    return mentions
+    return mentions, faults
 
 
 # BRAT standoff --------------------------------------------------------------------------------------------------------
@@ -593,7 +646,9 @@ def read_brat(
     for stem in stems:
         text_file, annotation_file = stem.with_name(stem.name + ".txt"), stem.with_name(stem.name + ".ann")
         if lacking := [file for file in (text_file, annotation_file) if not file.is_file()]:
-            reading.error("brat", "The file is missing. BRAT needs a .txt and an .ann for every document.", lacking[0])
+            reading.error(
+                "brat", "The file is missing. BRAT needs a .txt and an .ann for every document.", lacking[0]
+            )
             continue
         try:
             text = text_file.read_bytes().decode("utf-8-sig")
@@ -601,10 +656,17 @@ def read_brat(
             reading.error("encoding", _no_utf8(error), text_file)
             continue
         name = stem.relative_to(path).as_posix() if path.is_dir() else stem.name
-        rows.append((annotation_file, {"id": name, "text": text, "task": task} | _brat(annotation_file, text, task, reading)))
+        rows.append(
+            (
+                annotation_file,
+                {"id": name, "text": text, "task": task} | _brat(annotation_file, text, task, reading),
+            )
+        )
     described = dict(schema) if schema is not None else _schema_of([row for _, row in rows], task)
     if rows and not described:
-        reading.error("schema", f"The files have no label for {task}. Pass schema={{label: description}}.", path)
+        reading.error(
+            "schema", f"The files have no label for {task}. Pass schema={{label: description}}.", path
+        )
         rows = []
     for file, row in rows:
         reading.add(row | {"schema": described}, file, None)
@@ -622,7 +684,9 @@ def _brat(path: Path, text: str, task: str, reading: _Reading) -> dict[str, Any]
         if line is None or not line.strip():
             continue
         if line[0] in _BRAT_OTHER:
-            reading.note(f"The {_BRAT_OTHER[line[0]]} {_shown(line)} has no place in a document.", path, number)
+            reading.note(
+                f"The {_BRAT_OTHER[line[0]]} {_shown(line)} has no place in a document.", path, number
+            )
         elif line[0] == "T" and (match := _BRAT_MENTION.fullmatch(line)):
             if (mention := _brat_mention(match, text, path, number, reading)) is not None:
                 mentions[match[1]] = mention
@@ -631,7 +695,9 @@ def _brat(path: Path, text: str, task: str, reading: _Reading) -> dict[str, Any]
         elif line[0] == "E" and (match := _BRAT_EVENT.fullmatch(line)):
             events[match[1]] = number, match
         else:
-            reading.error("brat", f"Cannot read {_shown(line)}. Expected a T, R or E line of BRAT.", path, number)
+            reading.error(
+                "brat", f"Cannot read {_shown(line)}. Expected a T, R or E line of BRAT.", path, number
+            )
 
     triggers = {match[3] for _, match in events.values()}
     entities = [mention for name, mention in mentions.items() if name not in triggers]
@@ -641,7 +707,9 @@ def _brat(path: Path, text: str, task: str, reading: _Reading) -> dict[str, Any]
             reading.note(f"The argument `{name}` is an event; its trigger stands for it.", path, number)
             name = events[name][1][3]
         if name not in mentions:
-            reading.error("brat", f"There is no usable mention `{name}`. The annotation is left out.", path, number)
+            reading.error(
+                "brat", f"There is no usable mention `{name}`. The annotation is left out.", path, number
+            )
             return None
         return {key: mentions[name][key] for key in ("text", "start", "end")}
 
@@ -658,7 +726,10 @@ def _brat(path: Path, text: str, task: str, reading: _Reading) -> dict[str, Any]
         for number, match in relations:
             head, tail = span_of(match[3], number), span_of(match[4], number)
             if head is not None and tail is not None:
-                types = [{"type": mentions[name]["label"]} if name in mentions else {} for name in (match[3], match[4])]
+                types = [
+                    {"type": mentions[name]["label"]} if name in mentions else {}
+                    for name in (match[3], match[4])
+                ]
                 annotations.append({"relation": match[2], "head": types[0] | head, "tail": types[1] | tail})
         return {"annotations": annotations, "entities": entities}
     for number, match in events.values():
@@ -678,15 +749,24 @@ def _brat_mention(
     match: re.Match[str], text: str, path: Path, number: int, reading: _Reading
 ) -> dict[str, Any] | None:
     if ";" in match[3]:
-        message = f"The mention `{match[1]}` has several pieces ({match[3]}), but a span has one. It is left out."
+        message = (
+            f"The mention `{match[1]}` has several pieces ({match[3]}), but a span has one. It is left out."
+        )
         reading.error("discontinuous", message, path, number)
         return None
     start, end = map(int, match[3].split())
     words = text[start:end]
     # BRAT writes line breaks inside a mention as spaces.
     if not words or (match[4] is not None and re.sub(r"\s", " ", words) != re.sub(r"\s", " ", match[4])):
-        message = f"The mention `{match[1]}` says {_shown(match[4])}, but text[{start}:{end}] is {_shown(words)}."
-        reading.error("offsets", f"{message} Offsets count characters of the .txt. The mention is left out.", path, number)
+        message = (
+            f"The mention `{match[1]}` says {_shown(match[4])}, but text[{start}:{end}] is {_shown(words)}."
+        )
+        reading.error(
+            "offsets",
+            f"{message} Offsets count characters of the .txt. The mention is left out.",
+            path,
+            number,
+        )
         return None
     return {"label": match[2], "text": words, "start": start, "end": end}
 
@@ -695,7 +775,9 @@ def _schema_of(rows: Iterable[Mapping[str, Any]], task: str) -> dict[str, Any]:
     """The labels (and roles) that occur in rows, in the JSONL format, without descriptions."""
     annotations = [annotation for row in rows for annotation in row["annotations"]]
     if task in ("NER", "RE"):
-        return dict.fromkeys((annotation["label" if task == "NER" else "relation"] for annotation in annotations), "")
+        return dict.fromkeys(
+            (annotation["label" if task == "NER" else "relation"] for annotation in annotations), ""
+        )
     roles: dict[str, dict[str, None]] = {}
     for event in annotations:
         roles.setdefault(event["type"], {}).update(dict.fromkeys(a["role"] for a in event["arguments"]))
@@ -752,7 +834,12 @@ def read_iepile(path: str | Path, *, on_error: OnError = "raise") -> ReadReport:
             reading.error("row", message, path, number)
             continue
         for mention in lost:
-            reading.error("not_in_text", f"The text has no {_shown(mention)}. What it belongs to is left out.", path, number)
+            reading.error(
+                "not_in_text",
+                f"The text has no {_shown(mention)}. What it belongs to is left out.",
+                path,
+                number,
+            )
         reading.add(row, path, number)
     reading.finish(path, found)
     return reading.report
@@ -761,10 +848,13 @@ def read_iepile(path: str | Path, *, on_error: OnError = "raise") -> ReadReport:
 def _iepile_row(source: Mapping[str, Any], default_id: str) -> tuple[dict[str, Any], list[str]]:
     """The JSONL row of an IEPile object, and the mentions that its text does not have."""
     instruction, output = (
-        _json(source[key]) if isinstance(source[key], str) else source[key] for key in ("instruction", "output")
+        _json(source[key]) if isinstance(source[key], str) else source[key]
+        for key in ("instruction", "output")
     )
     if source["task"] not in _IEPILE_TASKS:
-        raise ValueError(f"there is no reading of task `{source['task']}`, only of {', '.join(_IEPILE_TASKS)}")
+        raise ValueError(
+            f"there is no reading of task `{source['task']}`, only of {', '.join(_IEPILE_TASKS)}"
+        )
     task, text = _IEPILE_TASKS[source["task"]], instruction["input"]
     index = TextIndex(text)
     taken: Counter[str] = Counter()
@@ -795,7 +885,10 @@ def _iepile_row(source: Mapping[str, Any], default_id: str) -> tuple[dict[str, A
                 arguments = []
                 for role, mentions in event.get("arguments", {}).items():
                     for mention in mentions if isinstance(mentions, list) else [mentions]:
-                        if mention not in _IEPILE_NOTHING and (place := span(mention, take=False)) is not None:
+                        if (
+                            mention not in _IEPILE_NOTHING
+                            and (place := span(mention, take=False)) is not None
+                        ):
                             arguments.append({"role": role} | place)
                 if (trigger := span(event["trigger"], take=True)) is not None:
                     annotations.append({"type": label, "trigger": trigger, "arguments": arguments})
@@ -804,9 +897,140 @@ def _iepile_row(source: Mapping[str, Any], default_id: str) -> tuple[dict[str, A
     for entry in names if task == "EE" else ():
         event = entry if isinstance(entry, Mapping) else {"event_type": entry}
         schema[event["event_type"]] = {"description": "", "roles": list(event.get("arguments", ()))}
-    extra = {key: value for key, value in source.items() if key not in ("task", "instruction", "output", "id")}
+    extra = {
+        key: value for key, value in source.items() if key not in ("task", "instruction", "output", "id")
+    }
     row = {"id": str(source.get("id", default_id)), "text": text, "task": task, "schema": schema}
     return row | {"annotations": annotations} | extra, lost
+
+
+# Data sets of the Hub -------------------------------------------------------------------------------------------------
+
+RowMapping = Callable[[Mapping[str, Any]], "Mapping[str, Any] | None"]
+"""From a row of some data set to a row of the JSONL format, with or without `id`; None leaves the row out."""
+
+
+def read_hub(
+    name: str,
+    mapping: RowMapping | None = None,
+    *,
+    split: str,
+    limit: int | None = None,
+    streaming: bool = False,
+    num_proc: int | None = None,
+    on_error: OnError = "raise",
+    **load_options: Any,
+) -> ReadReport:
+    """Read a data set through `datasets.load_dataset`: of the Hub, or anything else that it takes.
+
+    The mapping runs in `num_proc` processes, its result is cached by `datasets`, which also shows the progress. With
+    `streaming`, rows are mapped as they arrive, and only those that `limit` asks for are fetched.
+
+    Args:
+        name: the data set, as in `load_dataset`.
+        mapping: from a row to a row of the JSONL format, e.g. a `TokenTags`; without `id`, the row's number is taken.
+            None: the rows are in that format.
+        split: the split, e.g. "test".
+        limit: read at most so many rows, the first ones.
+        streaming: do not download the data set first.
+        num_proc: number of processes for the mapping; not with `streaming`.
+        on_error: "raise" at the first error, or "collect" them all.
+        load_options: of `load_dataset`: `name` of the configuration as `subset`, `revision`, `data_files`, ...
+
+    Raises:
+        ReadError: at the first error, where asked to.
+        ValueError: if `num_proc` is given together with `streaming`.
+    """
+    from datasets import load_dataset
+    from tqdm.auto import tqdm
+
+    if streaming and num_proc is not None:
+        raise ValueError("A stream is read in one process. Leave num_proc out, or pass streaming=False.")
+    reading = _Reading(on_error)
+    if "subset" in load_options:
+        load_options["name"] = load_options.pop("subset")
+    rows = load_dataset(name, split=split, streaming=streaming, **load_options)
+    mapped: Iterable[Mapping[str, Any]]
+    if streaming:
+        rows = rows if limit is None else rows.take(limit)
+        mapped = (_mapped(row, mapping) for row in tqdm(rows, desc=f"Reading {name}", total=limit))
+    else:
+        rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
+        mapped = rows.map(
+            _mapped,
+            fn_kwargs={"mapping": mapping},
+            remove_columns=rows.column_names,
+            num_proc=num_proc,
+            desc=f"Mapping {name}",
+        )
+    place, found = f"{name}[{split}]", 0
+    for number, outcome in enumerate(mapped, 1):
+        found += 1
+        if outcome["error"]:
+            reading.error("mapping", outcome["error"], place, number)
+        elif outcome["row"] == "null":
+            reading.note("The mapping leaves the row out.", place, number)
+        else:
+            row = json.loads(outcome["row"])
+            reading.add({"id": str(number)} | row if isinstance(row, dict) else row, place, number)
+    reading.finish(place, found)
+    return reading.report
+
+
+def _mapped(row: Mapping[str, Any], mapping: RowMapping | None) -> dict[str, str]:
+    """A row as JSON, which Arrow holds whatever keys its schema has; or what went wrong."""
+    try:
+        outcome = _without_nulls(row) if mapping is None else mapping(row)
+        return {"row": json.dumps(outcome), "error": ""}
+    except Exception as error:  # whatever a user's function raises is reported with the row's number
+        return {"row": "", "error": f"The mapping raised {type(error).__name__}: {error}."}
+
+
+def _without_nulls(value: Any) -> Any:
+    """The value without keys that are None: Arrow gives every row of a column the keys of all."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+@dataclass(frozen=True)
+class TokenTags:
+    """Maps rows of tokens and tags, as most NER data sets of the Hub have them, to the JSONL format.
+
+    Args:
+        schema: `{label: description}`.
+        names: the tag of each number, where tags are numbers: `dataset.features["ner_tags"].feature.names`.
+        tokens: column of the tokens.
+        tags: column of the tags.
+        id_: column of the id; None: rows are numbered.
+        scheme: as in `read_conll`; a tag that it does not allow is an error.
+    """
+
+    schema: Mapping[str, str]
+    names: Sequence[str] | None = None
+    tokens: str = "tokens"
+    tags: str = "ner_tags"
+    id_: str | None = None
+    scheme: TagScheme = "IOB2"
+
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The row of the JSONL format.
+
+        Raises:
+            ValueError: if tags are numbers without names, are not as many as the tokens, or break the scheme.
+        """
+        tokens, tags = row[self.tokens], row[self.tags]
+        if len(tokens) != len(tags):
+            raise ValueError(f"there are {len(tokens)} tokens, but {len(tags)} tags")
+        if self.names is None and any(not isinstance(tag, str) for tag in tags):
+            raise ValueError('tags are numbers: pass names=dataset.features["ner_tags"].feature.names')
+        if self.names is not None:
+            tags = [self.names[tag] for tag in tags]
+        mentions, faults = _tagged_mentions(tokens, tags, self.scheme, 0)
+        if faults:
+            raise ValueError(f"tag {faults[0][0]}: {faults[0][1]}")
+        out = {"text": " ".join(tokens), "task": "NER", "schema": dict(self.schema), "annotations": mentions}
+        return out if self.id_ is None else {"id": str(row[self.id_])} | out
 
 
 # Conversion -----------------------------------------------------------------------------------------------------------
@@ -841,3 +1065,115 @@ def convert(source: str | Path, target: str | Path, source_format: str, **option
     report = READERS[source_format](source, **options)
     write_jsonl(report.documents, target)
     return report
+
+
+# Training examples ----------------------------------------------------------------------------------------------------
+
+
+def sample(documents: Sequence[Document], n: int, seed: int = 0) -> list[Document]:
+    """At most `n` documents, drawn without replacement, in their own order.
+
+    Those drawn for a smaller `n` with the same seed are among those drawn for a larger one.
+    """
+    order = list(range(len(documents)))
+    random.Random(seed).shuffle(order)
+    return [documents[i] for i in sorted(order[:n])]
+
+
+def mix(
+    documents: Mapping[str, Sequence[Document]], *, max_per_dataset: int | None = None, seed: int = 0
+) -> list[tuple[str, Document]]:
+    """The documents of several data sets in one order in which every stretch has of each its share.
+
+    Each data set is shuffled by itself, cut to `max_per_dataset`, and spread evenly: document k of n takes place
+    (k + u) / n, with one u in [0, 1) for each data set. The order follows from the seed; which documents a data set
+    gives, and their order, does not depend on the other data sets.
+
+    Args:
+        documents: for each data set, its documents.
+        max_per_dataset: draw at most so many of each.
+        seed: the seed.
+
+    Returns:
+        Pairs of data set and document.
+    """
+    placed: list[tuple[float, str, int]] = []
+    shuffled: dict[str, list[Document]] = {}
+    for name, of_dataset in documents.items():
+        rng = random.Random(f"{seed}/{name}")  # seeded by SHA-512 of the string, whatever PYTHONHASHSEED
+        shuffled[name] = rng.sample(list(of_dataset), len(of_dataset))[:max_per_dataset]
+        shift = rng.random()
+        placed += [((k + shift) / len(shuffled[name]), name, k) for k in range(len(shuffled[name]))]
+    return [(name, shuffled[name][k]) for _, name, k in sorted(placed)]
+
+
+def to_dataset(documents: Iterable[tuple[str, Document]]) -> Dataset:
+    """Documents as a `datasets.Dataset`: columns id, dataset, task, text and the document as JSON.
+
+    Args:
+        documents: pairs of data set and document, as `mix` gives them.
+    """
+    from datasets import Dataset
+
+    columns: dict[str, list[str]] = {"id": [], "dataset": [], "task": [], "text": [], "document": []}
+    for name, document in documents:
+        values = (document.id, name, document.task, document.text, json.dumps(document.to_dict()))
+        for column, value in zip(columns.values(), values, strict=True):
+            column.append(value)
+    return Dataset.from_dict(columns)
+
+
+def to_prompt_completion(
+    documents: Iterable[tuple[str, Document]],
+    *,
+    task_text: Literal["prompt", "schema"] = "prompt",
+    format: PromptFormat | None = None,
+    regularisers: Regularisers | None = None,
+    seed: int = 0,
+    mentions: MentionPool | None = None,
+    negative_pool: Schema | None = None,
+    num_proc: int | None = None,
+) -> Dataset:
+    """Training examples in the prompt-completion format of TRL.
+
+    Args:
+        documents: pairs of data set and document, as `mix` gives them.
+        task_text: what the task encoder reads: the whole "prompt" (the paper's task-aware) or the part before the
+            input text, the "schema" (schema-aware).
+        format: how prompts are written.
+        regularisers: what varies from example to example; another `seed` gives other examples, e.g. for each epoch.
+        seed: of the regularisers.
+        mentions: example mentions for the regularisers.
+        negative_pool: labels for the regularisers.
+        num_proc: number of processes.
+
+    Returns:
+        A dataset with the string columns id, dataset, prompt, completion and task_text, one row a document.
+
+    Raises:
+        ValueError: if there is no such `task_text`, or a record has a label that its schema does not have.
+    """
+    if task_text not in ("prompt", "schema"):
+        raise ValueError(
+            f'Found task_text="{task_text}". The task encoder reads the "prompt" or the "schema".'
+        )
+    options = {
+        "format": format,
+        "regularisers": regularisers,
+        "seed": seed,
+        "mentions": mentions,
+        "negative_pool": negative_pool,
+    }
+    return to_dataset(documents).map(
+        _training_row,
+        fn_kwargs={"task_text": task_text, "options": options},
+        remove_columns=["task", "text", "document"],
+        num_proc=num_proc,
+        desc="Writing prompts",
+    )
+
+
+def _training_row(row: Mapping[str, str], task_text: str, options: Mapping[str, Any]) -> dict[str, str]:
+    example = build_example(Document.from_dict(json.loads(row["document"])), **options)
+    texts = {"prompt": example.prompt, "schema": example.schema_text}
+    return {"prompt": example.prompt, "completion": example.completion, "task_text": texts[task_text]}

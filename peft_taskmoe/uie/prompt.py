@@ -183,8 +183,10 @@ def completion_text(
     """
     format, names = format or PromptFormat(), names or schema.names
     writer = _Writer(TextIndex(text), schema, names, format, numbered_triggers=not given)
-    unique = {record_key(record): record for record in reversed(list(records))}
-    ordered = sorted(reversed(unique.values()), key=_first_place)
+    unique: dict[object, Record] = {}
+    for record in records:
+        unique.setdefault(record_key(record), record)
+    ordered = sorted(unique.values(), key=_first_place)
     return f" [{', '.join(writer.call(record) for record in ordered)}]"
 
 
@@ -349,12 +351,11 @@ class _Writer:
             if not spans:
                 continue
             literals = [string_literal(span.text) for span in spans]
-            single = self.format.style == "compact" and len(literals) == 1
-            written.append(f"{identifiers[role]}={literals[0] if single else f'[{", ".join(literals)}]'}")
+            bare = self.format.style == "compact" and len(literals) == 1
+            written.append(f"{identifiers[role]}={literals[0] if bare else '[' + ', '.join(literals) + ']'}")
             numbers = self.role_numbers(event, role, spans)
             if numbers:
-                single = len(numbers) == 1
-                written.append(f"{identifiers[role]}_nth={numbers[0] if single else numbers}")
+                written.append(f"{identifiers[role]}_nth={numbers[0] if len(numbers) == 1 else numbers}")
         return written
 
     def role_numbers(self, event: Event, role: str, spans: Sequence[Span]) -> list[int]:

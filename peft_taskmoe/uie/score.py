@@ -12,16 +12,18 @@ What counts as one item, and when two are equal
            event whose label or trigger is wrong are wrong, those of a gold event that was missed are missed.
     =====  =====================================================================
 
-    `match="text"` (the paper's): a mention is its string. `match="offsets"`: a mention is its (start, end).
-    Both count multisets: a mention annotated twice has to be found twice, and one found once too often is wrong.
+    `match="text"` (the paper's): a mention is its string, and items are a multiset: a name that stands twice in the
+    text and is annotated twice has to be found twice, and found once too often it is wrong once.
+    `match="offsets"`: a mention is its (start, end), and items are a set.
+    The same item at the same place counts once in both, in gold and predicted records alike.
     The documents of an EE data set are scored as EE and as EAE, and count as two data sets in a mean; those of several
     tasks ("UIE") under each of them.
 
 Predictions with a span that is not in the text are dropped and counted as hallucinated, as in the paper: they cost
 recall, not precision. A hallucinated argument drops that argument, a hallucinated trigger the whole event.
 
-An "average F1" is the unweighted mean over data sets. F1 is `nan` (None in JSON) where there is nothing to score, and
-such a data set is left out of the mean; a seen or unseen part is scored where it has at least one gold item.
+An "average F1" is the unweighted mean over the data sets that have a gold item, or have one with a seen or unseen
+label. F1 is `nan` (None in JSON) where there is neither a gold nor a predicted item.
 Figures are 0..1 in objects and JSON, and times 100 in tables.
 """
 
@@ -57,8 +59,8 @@ GROUPS: dict[str, frozenset[str]] = {
     "all": frozenset({"NER", "RE", "EE", "EAE"}),
 }
 _TASK_OF_RECORD: dict[type, str] = {Entity: "NER", Relation: "RE", Event: "EE"}
-# An answer without a record but with such a problem could not be read.
-_UNREADABLE = frozenset({"malformed", "truncated"})
+# Problems of the form of an answer; an empty list with words behind it ("extra_text" alone) could still be read.
+_OF_FORM = frozenset({"malformed", "truncated", "extra_text"})
 _SEEN_LABELS_FILE = Path(__file__).with_name("seen_labels.json")
 _CELLS_PER_BLOCK = 4_000_000  # bounds the memory of one block of resamples (32 MB of int64)
 
@@ -111,7 +113,12 @@ class Counts:
     def to_dict(self) -> dict[str, Any]:
         """Counts and ratios, with None for what is undefined."""
         ratios = {"precision": self.precision, "recall": self.recall, "f1": self.f1}
-        return {"tp": self.tp, "fp": self.fp, "fn": self.fn, **{k: _none_if_nan(v) for k, v in ratios.items()}}
+        return {
+            "tp": self.tp,
+            "fp": self.fp,
+            "fn": self.fn,
+            **{k: _none_if_nan(v) for k, v in ratios.items()},
+        }
 
 
 def _ratio(numerator: int, denominator: int) -> float:
@@ -155,9 +162,13 @@ class SeenLabels:
         unseen: dict[str, tuple[str, ...]] = {}
         for name, entry in table["datasets"].items():
             if not isinstance(entry, dict) or set(entry) != {"seen", "unseen"}:
-                raise ValueError(f'Data set `{name}` in `{path}` needs the keys "seen" and "unseen": {shape}.')
+                raise ValueError(
+                    f'Data set `{name}` in `{path}` needs the keys "seen" and "unseen": {shape}.'
+                )
             if not isinstance(entry["seen"], dict) or not isinstance(entry["unseen"], list):
-                raise ValueError(f"Data set `{name}` in `{path}` has lists of the wrong kind. Write it as {shape}.")
+                raise ValueError(
+                    f"Data set `{name}` in `{path}` has lists of the wrong kind. Write it as {shape}."
+                )
             if both := sorted(set(entry["seen"]) & set(entry["unseen"])):
                 raise ValueError(
                     f"Label `{both[0]}` of data set `{name}` in `{path}` is both seen and unseen. Delete it from one list."
@@ -280,11 +291,10 @@ class ScoreReport:
             split: all labels, the seen ones or the unseen ones.
 
         Returns:
-            The mean over the data sets that have something to score; `nan` where none has.
+            The mean over the data sets with a gold item in the split; `nan` where none has one.
         """
-        f1 = [total.f1 for score in self._of(group) if (total := score.total(split)) is not None]
-        defined = [value for value in f1 if not math.isnan(value)]
-        return sum(defined) / len(defined) if defined else math.nan
+        totals = [total for score in self._of(group) if (total := score.total(split)) and total.support]
+        return sum(total.f1 for total in totals) / len(totals) if totals else math.nan
 
     def _of(self, group: str) -> list[DatasetScore]:
         if group not in GROUPS:
@@ -295,7 +305,11 @@ class ScoreReport:
         """The groups that have a data set, without those that repeat one of fewer tasks."""
         members = {group: tuple(map(id, self._of(group))) for group in GROUPS}
         present = [group for group in GROUPS if members[group]]
-        return [g for g in present if g == "all" or members[g] not in [members[h] for h in present[: present.index(g)]]]
+        return [
+            g
+            for g in present
+            if g == "all" or members[g] not in [members[h] for h in present[: present.index(g)]]
+        ]
 
     def select(self, datasets: Iterable[str]) -> ScoreReport:
         """The report of some of the data sets, e.g. the zero-shot ones; without intervals.
@@ -305,7 +319,9 @@ class ScoreReport:
         """
         names = list(datasets)
         if missing := [name for name in names if name not in self.answers]:
-            raise ValueError(f"Data set `{missing[0]}` is not in the report, which has {', '.join(self.answers)}.")
+            raise ValueError(
+                f"Data set `{missing[0]}` is not in the report, which has {', '.join(self.answers)}."
+            )
         return ScoreReport(
             self.match,
             tuple(score for score in self.scores if score.dataset in names),
@@ -335,11 +351,11 @@ class ScoreReport:
         return replace(self, intervals=intervals)
 
     def values(self) -> dict[tuple[tuple[str, ...], Split], float]:
-        """Every F1 of the report by (row, split): rows `(dataset, task)` and, for the means, `(group,)`."""
+        """Every F1 with a gold item behind it, by (row, split): rows `(dataset, task)` and, for means, `(group,)`."""
         out: dict[tuple[tuple[str, ...], Split], float] = {}
         for score in self.scores:
             for split in SPLITS:
-                if (total := score.total(split)) is not None and not math.isnan(total.f1):
+                if (total := score.total(split)) and total.support:
                     out[(score.dataset, score.task), split] = total.f1
         for group in self.groups():
             for split in SPLITS:
@@ -375,13 +391,21 @@ class ScoreReport:
             }
             if documents:
                 entry["documents"] = [
-                    [name, {score.labels[i]: score.counts[d, i].tolist() for i in np.flatnonzero(score.counts[d].any(-1))}]
+                    [
+                        name,
+                        {
+                            score.labels[i]: score.counts[d, i].tolist()
+                            for i in np.flatnonzero(score.counts[d].any(-1))
+                        },
+                    ]
                     for d, name in enumerate(score.documents)
                 ]
             out["datasets"].append(entry)
         for group in self.groups():
             means = {split: {"f1": _none_if_nan(self.average_f1(group, split))} for split in SPLITS}
-            out["average_f1"][group] = {split: with_interval((group,), split, means[split]) for split in SPLITS}
+            out["average_f1"][group] = {
+                split: with_interval((group,), split, means[split]) for split in SPLITS
+            }
         out["answers"] = {name: counts.to_dict() for name, counts in self.answers.items()}
         return out
 
@@ -440,13 +464,19 @@ class ScoreReport:
     def _rows(self) -> tuple[str, list[str], list[list[str]]]:
         def f1(row: tuple[str, ...], split: Split, value: float) -> str:
             interval = self.intervals.get((row, split))
-            return _percent(value) + (f" [{_percent(interval.low)}, {_percent(interval.high)}]" if interval else "")
+            return _percent(value) + (
+                f" [{_percent(interval.low)}, {_percent(interval.high)}]" if interval else ""
+            )
 
         header = ["task", "data set", "documents", "P", "R", "F1", "F1 seen", "F1 unseen"]
         header += ["parse failures", "hallucinated", "unanswered"]
         rows = []
         for score in self.scores:
-            answers, total, row = self.answers[score.dataset], score.total() or Counts(), (score.dataset, score.task)
+            answers, total, row = (
+                self.answers[score.dataset],
+                score.total() or Counts(),
+                (score.dataset, score.task),
+            )
             splits = [f1(row, split, (score.total(split) or Counts()).f1) for split in SPLITS]
             counted = [str(n) for n in (answers.parse_failures, answers.hallucinated, answers.unanswered)]
             figures = [str(answers.documents), _percent(total.precision), _percent(total.recall), *splits]
@@ -459,7 +489,10 @@ class ScoreReport:
     def _label_rows(self) -> tuple[str, list[str], list[list[str]]]:
         rows = []
         for score in self.scores:
-            seen = ["" if score.seen is None else ("yes" if s else "no") for s in score.seen or [None] * len(score.labels)]
+            seen = [
+                "" if score.seen is None else ("yes" if s else "no")
+                for s in score.seen or [None] * len(score.labels)
+            ]
             for (label, counts), known in zip(score.by_label().items(), seen, strict=True):
                 ratios = [_percent(value) for value in (counts.precision, counts.recall, counts.f1)]
                 rows.append([score.task, score.dataset, label, known, str(counts.support), *ratios])
@@ -493,7 +526,9 @@ def score(
     if match not in get_args(Match):
         raise ValueError(f'There is no match by `{match}`. Choose "text" or "offsets".')
     if unknown := [name for name in answers if name not in documents]:
-        raise ValueError(f"There are answers for data set `{unknown[0]}`, but no documents of it. Pass its documents.")
+        raise ValueError(
+            f"There are answers for data set `{unknown[0]}`, but no documents of it. Pass its documents."
+        )
     table = SeenLabels.load() if seen is None else seen
     scores: list[DatasetScore] = []
     counted: dict[str, AnswerCounts] = {}
@@ -513,7 +548,9 @@ def _score_dataset(
     ids = tuple(document.id for document in documents)
     if len(set(ids)) < len(ids):
         repeated = next(id_ for id_, n in Counter(ids).items() if n > 1)
-        raise ValueError(f"Data set `{name}` has two documents `{repeated}`, so their answers cannot be told apart.")
+        raise ValueError(
+            f"Data set `{name}` has two documents `{repeated}`, so their answers cannot be told apart."
+        )
     if strays := sorted(set(answers) - set(ids)):
         raise ValueError(
             f"Data set `{name}` has {len(strays)} answers to documents it does not have, the first `{strays[0]}`. "
@@ -527,11 +564,11 @@ def _score_dataset(
         answer = answers.get(document.id, ())
         records, reported = (answer.records, answer.problems) if isinstance(answer, Answer) else (answer, ())
         kinds = Counter(problem.kind for problem in reported)
-        hallucinated += kinds.pop("not_in_text", 0)
-        parse_failures += not records and not _UNREADABLE.isdisjoint(kinds)
+        parse_failures += not records and set(kinds) <= _OF_FORM and not set(kinds) <= {"extra_text"}
+        reported_spans = kinds.pop("not_in_text", 0)
         problems.update(kinds)
-        kept, dropped, of_other_task = _usable(records, document)
-        hallucinated += dropped
+        kept, dropped, of_other_task = _usable(records, document, count_not_found=not reported_spans)
+        hallucinated += reported_spans + dropped
         if of_other_task:
             problems["wrong_task"] += of_other_task
         for task in _tasks(document):
@@ -564,7 +601,9 @@ def _score_dataset(
         is_seen = tuple(label in table.seen[name] for label in names) if name in table else None
         scores.append(DatasetScore(name, task, tuple(names), is_seen, ids, counts))
     unanswered = sum(id_ not in answers for id_ in ids)
-    return scores, AnswerCounts(len(ids), unanswered, parse_failures, hallucinated, dict(sorted(problems.items())))
+    return scores, AnswerCounts(
+        len(ids), unanswered, parse_failures, hallucinated, dict(sorted(problems.items()))
+    )
 
 
 def _tasks(document: Document) -> tuple[str, ...]:
@@ -575,15 +614,29 @@ def _tasks(document: Document) -> tuple[str, ...]:
     return (*tasks, "EAE") if "EE" in tasks else tasks
 
 
-def _usable(records: Sequence[Record], document: Document) -> tuple[list[Record], int, int]:
-    """The predicted records of the document's task with spans of its text, and how many spans and records are not."""
+def _usable(
+    records: Sequence[Record], document: Document, count_not_found: bool
+) -> tuple[list[Record], int, int]:
+    """The predicted records that can be scored, and what was dropped.
+
+    Args:
+        records: what was predicted.
+        document: the text and the tasks.
+        count_not_found: count spans whose alignment is "not_found"; not where the parser has reported them already.
+
+    Returns:
+        The records of the document's tasks with spans of its text, the number of other spans, that of other records.
+    """
     asked = {"EE" if task == "EAE" else task for task in _tasks(document)}
     kept: list[Record] = []
     dropped = of_other_task = 0
 
     def in_text(span: Span) -> bool:
         nonlocal dropped
-        found = span.alignment != "not_found" and (span.start is not None or span.text in document.text)
+        if span.alignment == "not_found":
+            dropped += count_not_found
+            return False
+        found = span.start is not None or span.text in document.text
         dropped += not found
         return found
 
@@ -603,32 +656,41 @@ def _usable(records: Sequence[Record], document: Document) -> tuple[list[Record]
     return kept, dropped, of_other_task
 
 
-def _items(records: Iterable[Record], task: str, match: Match, document: str) -> Counter[tuple[Hashable, ...]]:
-    """The multiset of items of a task; the label comes first in each."""
-
-    def mention(span: Span) -> Hashable:
-        if match == "text":
-            return span.text
-        if span.start is None or span.end is None:
-            raise ValueError(
-                f"The mention {span.text!r} in document `{document}` has no offsets, so it cannot be matched by them. "
-                'Align the answer to its text first, or pass match="text".'
-            )
-        return span.start, span.end
-
+def _items(
+    records: Iterable[Record], task: str, match: Match, document: str
+) -> Counter[tuple[Hashable, ...]]:
+    """The multiset of items of a task, each place once; the label comes first in each item."""
     items: Counter[tuple[Hashable, ...]] = Counter()
+    places: set[tuple[Hashable, ...]] = set()
+
+    def add(*parts: str | Span) -> None:
+        spans = [part for part in parts if isinstance(part, Span)]
+        if all(span.start is not None for span in spans):
+            place = tuple((part.start, part.end) if isinstance(part, Span) else part for part in parts)
+            if place in places:
+                return
+            places.add(place)
+        elif match == "offsets":
+            unplaced = next(span for span in spans if span.start is None)
+            raise ValueError(
+                f"The mention {unplaced.text!r} in document `{document}` has no offsets, so it cannot be matched by "
+                'them. Align the answer to its text first, or pass match="text".'
+            )
+        by_text = tuple(part.text if isinstance(part, Span) else part for part in parts)
+        items[place if match == "offsets" else by_text] += 1
+
     for record in records:
         if isinstance(record, Entity):
             if task == "NER":
-                items[record.label, mention(record.span)] += 1
+                add(record.label, record.span)
         elif isinstance(record, Relation):
             if task == "RE":
-                items[record.label, mention(record.head), mention(record.tail)] += 1
+                add(record.label, record.head, record.tail)
         elif task == "EE":
-            items[record.label, mention(record.trigger)] += 1
+            add(record.label, record.trigger)
         elif task == "EAE":
             for argument in record.arguments:
-                items[record.label, mention(record.trigger), argument.role, mention(argument.span)] += 1
+                add(record.label, record.trigger, argument.role, argument.span)
     return items
 
 
@@ -662,7 +724,8 @@ class Difference:
     def to_dict(self) -> dict[str, Any]:
         """The line as a dict."""
         out: dict[str, Any] = {"row": list(self.row), "split": self.split, "a": self.a, "b": self.b}
-        return out | {"difference": self.difference, "interval": [self.low, self.high], "p": self.p}
+        interval = [_none_if_nan(self.low), _none_if_nan(self.high)]
+        return out | {"difference": self.difference, "interval": interval, "p": self.p}
 
 
 @dataclass(frozen=True)
@@ -756,7 +819,9 @@ def compare(
     of_a = [a] if isinstance(a, ScoreReport) else list(a)
     of_b = [b] if isinstance(b, ScoreReport) else list(b)
     if not of_a or not of_b:
-        raise ValueError("A system without a report cannot be compared. Pass at least one report for each system.")
+        raise ValueError(
+            "A system without a report cannot be compared. Pass at least one report for each system."
+        )
     reports = of_a + of_b
     for report in reports[1:]:
         _check_same_documents(reports[0], report)
@@ -764,13 +829,12 @@ def compare(
     values = [report.values() for report in reports]
     lines = []
     for row, split in values[0]:
-        observed = np.array([v.get((row, split), math.nan) for v in values])
+        observed = np.array([v[row, split] for v in values])
         drawn = np.stack([r[row, split] for r in resampled])
         of_systems = [slice(0, len(of_a)), slice(len(of_a), None)]
         value_a, value_b = (float(observed[s].mean()) for s in of_systems)
         drawn_a, drawn_b = (drawn[s].mean(axis=0) for s in of_systems)
-        if not math.isnan(value_a - value_b):
-            lines.append(_difference(row, split, value_a, value_b, drawn_a - drawn_b, confidence))
+        lines.append(_difference(row, split, value_a, value_b, drawn_a - drawn_b, confidence))
     return Comparison(tuple(lines), n_resamples, confidence, "F1")
 
 
@@ -802,28 +866,35 @@ def compare_values(
     """
     _check_resampling(n_resamples, confidence)
     if set(a) != set(b) or not a:
-        raise ValueError(f"The systems have different data sets: {sorted(a)} and {sorted(b)}. Compare them on the same.")
+        raise ValueError(
+            f"The systems have different data sets: {sorted(a)} and {sorted(b)}. Compare them on the same."
+        )
     observed: list[tuple[float, float]] = []
     drawn: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []
     lines = []
     for name in a:
         weight = dict.fromkeys(a[name], 1.0) if weights is None else weights.get(name, {})
         if set(a[name]) != set(b[name]) or not a[name]:
-            raise ValueError(f"The systems have different documents of `{name}`, or none. Compare them on the same.")
+            raise ValueError(
+                f"The systems have different documents of `{name}`, or none. Compare them on the same."
+            )
         if lacking := [id_ for id_ in a[name] if not weight.get(id_, 0) > 0]:
-            raise ValueError(f"Document `{lacking[0]}` of `{name}` has no positive weight. Give one, or drop the document.")
+            raise ValueError(
+                f"Document `{lacking[0]}` of `{name}` has no positive weight. Give one, or drop the document."
+            )
         columns = np.array([[weight[i], weight[i] * a[name][i], weight[i] * b[name][i]] for i in a[name]])
         if not np.isfinite(columns).all():
             broken = list(a[name])[int(np.flatnonzero(~np.isfinite(columns).all(axis=1))[0])]
-            raise ValueError(f"Document `{broken}` of `{name}` has a value that is not finite, so no mean can be taken.")
+            raise ValueError(
+                f"Document `{broken}` of `{name}` has a value that is not finite, so no mean can be taken."
+            )
         sums, total = _resampled_sums(columns, n_resamples, name, seed), columns.sum(axis=0)
         observed.append((total[1] / total[0], total[2] / total[0]))
         drawn.append((sums[:, 1] / sums[:, 0], sums[:, 2] / sums[:, 0]))
         lines.append(_difference((name,), "all", *observed[-1], drawn[-1][0] - drawn[-1][1], confidence))
-    if len(a) > 1:
-        value_a, value_b = (float(np.mean([values[s] for values in observed])) for s in (0, 1))
-        mean_a, mean_b = (np.mean([values[s] for values in drawn], axis=0) for s in (0, 1))
-        lines.append(_difference(("all",), "all", value_a, value_b, mean_a - mean_b, confidence))
+    value_a, value_b = (float(np.mean([values[s] for values in observed])) for s in (0, 1))
+    mean_a, mean_b = (np.mean([values[s] for values in drawn], axis=0) for s in (0, 1))
+    lines.append(_difference(("all",), "all", value_a, value_b, mean_a - mean_b, confidence))
     return Comparison(tuple(lines), n_resamples, confidence, "value")
 
 
@@ -834,7 +905,9 @@ def _difference(
     interval = _percentiles(drawn, confidence) or Interval(math.nan, math.nan, confidence)
     # Rounding errors must not hide a resample that equals the observed difference.
     as_far = int((np.abs(drawn - (a - b)) >= abs(a - b) - 1e-12).sum())
-    return Difference(row, split, float(a), float(b), interval.low, interval.high, (1 + as_far) / (1 + len(drawn)))
+    return Difference(
+        row, split, float(a), float(b), interval.low, interval.high, (1 + as_far) / (1 + len(drawn))
+    )
 
 
 def _check_resampling(n_resamples: int, confidence: float) -> None:
@@ -861,7 +934,9 @@ def _check_same_documents(a: ScoreReport, b: ScoreReport) -> None:
             counts = [score.by_document(split) for score in (score_a, score_b)]
             gold = [None if c is None else (c[:, 0] + c[:, 2]).tolist() for c in counts]
             if score_a.documents != score_b.documents or gold[0] != gold[1]:
-                raise ValueError(f"The reports have different documents or gold records of `{row[0]}`. {advice}")
+                raise ValueError(
+                    f"The reports have different documents or gold records of `{row[0]}`. {advice}"
+                )
 
 
 def _resampled_f1(
@@ -958,4 +1033,7 @@ def _rich_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]
 
 def _markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+    return (
+        "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        + "\n"
+    )

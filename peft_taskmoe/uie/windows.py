@@ -1,0 +1,324 @@
+"""Texts that do not fit: windows with their place in the text, and the records of windows put together again.
+
+Knows texts, records and any measure of length that a caller passes; does not know tokenizers.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from peft_taskmoe.uie.prompt import PromptFormat, prompt_text
+from peft_taskmoe.uie.records import (
+    Argument,
+    Document,
+    Entity,
+    Event,
+    Record,
+    record_key,
+    shift_record,
+    spans_of,
+)
+from peft_taskmoe.uie.schema import Names, Schema
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A part of a text: `whole[start:end] == text`."""
+
+    text: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class PromptWindow:
+    """A window and its prompt. `given` are the events asked about in it, with offsets of the window."""
+
+    window: Window
+    prompt: str
+    given: tuple[Event, ...] = ()
+
+
+def split_windows(
+    text: str, max_length: int, *, length: Callable[[str], int] = len, overlap: int = 100
+) -> tuple[Window, ...]:
+    """Cut a text into overlapping windows that fit.
+
+    A window ends behind a paragraph if one ends in its second half, or else behind a line, a sentence, a word; never
+    inside a CRLF or between a character and its marks. The next one begins `overlap` characters earlier, at a word.
+    Every character is in a window; a mention of up to `overlap` characters is whole in at least one, unless words are
+    longer than windows.
+
+    Args:
+        text: Any string; one that fits is one window.
+        max_length: The most that `length` may say of a window.
+        length: Length of a window's text, in the unit of `max_length` (characters by default). It must not shrink
+            when the text grows.
+        overlap: Characters that neighbouring windows share; at most half a window.
+
+    Returns:
+        The windows, in order.
+
+    Raises:
+        ValueError: Not even one character fits, or `overlap` is negative.
+    """
+    if overlap < 0:
+        raise ValueError(f"`overlap` is {overlap}. Windows share 0 or more characters.")
+    windows: list[Window] = []
+    start = 0
+    while True:
+        end = _furthest(
+            text, start, max_length, length, guess=windows[-1].end - windows[-1].start if windows else None
+        )
+        if end < len(text):
+            end = _cut(text, start, end)
+        windows.append(Window(text[start:end], start, end))
+        if end == len(text):
+            return tuple(windows)
+        start = _restart(text, start, end, min(overlap, (end - start) // 2))
+
+
+def prompt_windows(
+    text: str,
+    schema: Schema,
+    max_length: int,
+    *,
+    length: Callable[[str], int] = len,
+    names: Names | None = None,
+    given: Sequence[Event] = (),
+    format: PromptFormat | None = None,
+    overlap: int = 100,
+) -> tuple[PromptWindow, ...]:
+    """The prompts that ask about a whole text, each within a budget.
+
+    Args:
+        text: The text.
+        schema: The labels to ask for; every prompt shows all of them.
+        max_length: The most that `length` may say of a prompt: the context less what the answer needs.
+        length: Length of a prompt, for instance `lambda prompt: len(tokenizer(prompt).input_ids)`.
+        names: As for `prompt_text`.
+        given: Events whose arguments are asked for. Each is asked about once, in the window in whose middle its
+            trigger stands; windows without one are left out.
+        format: As for `prompt_text`.
+        overlap: As for `split_windows`.
+
+    Returns:
+        The windows with their prompts, in the order of the text.
+
+    Raises:
+        ValueError: The schema alone does not fit, or no window has a given trigger whole.
+    """
+
+    def prompt(part: str, events: Sequence[Event] = ()) -> str:
+        return prompt_text(part, schema, names, events, format)
+
+    # Any window may have to show all given events.
+    worst = [event.__class__(event.label, replace(event.trigger, start=None, end=None)) for event in given]
+    empty = length(prompt("", worst))
+    if empty >= max_length:
+        raise ValueError(
+            f"The prompt has a length of {empty} before any text, and {max_length} is allowed. Allow more, ask for "
+            'fewer labels at once, shorten their guidelines, or use `PromptFormat(style="compact")`.'
+        )
+    windows = split_windows(
+        text, max_length, length=lambda part: length(prompt(part, worst)), overlap=overlap
+    )
+    if not given:
+        return tuple(PromptWindow(window, prompt(window.text)) for window in windows)
+    asked: dict[Window, list[Event]] = {window: [] for window in windows}
+    for event in given:
+        window = _window_around(event, windows)
+        moved = shift_record(replace(event, arguments=()), -window.start)
+        assert isinstance(moved, Event)  # what is shifted stays what it is
+        asked[window].append(moved)
+    return tuple(
+        PromptWindow(window, prompt(window.text, events), tuple(events))
+        for window, events in asked.items()
+        if events
+    )
+
+
+def merge_windows(found: Iterable[tuple[Window, Sequence[Record]]]) -> tuple[Record, ...]:
+    """Put the records of windows together.
+
+    Offsets become those of the whole text. What two windows found is kept once (the first); an event that two windows
+    found has the arguments of both. An entity that a window's edge cuts short is left out where another window has
+    the longer mention with the same label.
+
+    Args:
+        found: The windows of one text, each with its records.
+
+    Returns:
+        The records, in the order of the text.
+    """
+    merged: dict[object, Record] = {}
+    at_edge: set[object] = set()
+    for window, records in found:
+        for record in (shift_record(record, window.start) for record in records):
+            key = record_key(replace(record, arguments=()) if isinstance(record, Event) else record)
+            touches = (
+                {window.start, window.end} & {record.span.start, record.span.end}
+                if isinstance(record, Entity)
+                else ()
+            )
+            if key not in merged:
+                merged[key] = record
+                at_edge |= {key} if touches else set()
+                continue
+            if not touches:
+                at_edge.discard(key)
+            earlier = merged[key]
+            if isinstance(record, Event) and isinstance(earlier, Event):
+                arguments = dict.fromkeys((*earlier.arguments, *record.arguments))
+                merged[key] = replace(earlier, arguments=_distinct(arguments))
+    entities = [record for record in merged.values() if isinstance(record, Entity)]
+    kept = [
+        record
+        for key, record in merged.items()
+        if not (
+            key in at_edge
+            and isinstance(record, Entity)
+            and any(_covers(other, record) for other in entities)
+        )
+    ]
+    return tuple(
+        sorted(kept, key=lambda record: (spans_of(record)[0].start is None, spans_of(record)[0].start or 0))
+    )
+
+
+def split_document(
+    document: Document, max_length: int, *, length: Callable[[str], int] = len, overlap: int = 100
+) -> tuple[tuple[Document, ...], tuple[Record, ...]]:
+    """Cut a document with gold records into documents of a window each, for training.
+
+    Args:
+        document: The document; its records need offsets.
+        max_length: As for `split_windows`.
+        length: As for `split_windows`, of a window's text.
+        overlap: As for `split_windows`.
+
+    Returns:
+        The documents, with ids `<id>#<start>` and the records that are whole in them (of an EAE document only those
+        windows that have an event); and the records that no window has whole. A document that fits is itself.
+    """
+    windows = split_windows(document.text, max_length, length=length, overlap=overlap)
+    if len(windows) == 1:
+        return (document,), ()
+    parts, placed = [], set()
+    for window in windows:
+        inside = [record for record in document.records if _inside(record, window)]
+        placed.update(inside)
+        if document.task == "EAE" and not inside:
+            continue
+        records = tuple(shift_record(record, -window.start) for record in inside)
+        entities = tuple(
+            Entity(entity.label, entity.span.shift(-window.start), entity.confidence)
+            for entity in document.entities
+            if _inside(entity, window)
+        )
+        name = f"{document.id}#{window.start}"
+        parts.append(replace(document, id=name, text=window.text, records=records, entities=entities))
+    return tuple(parts), tuple(record for record in document.records if record not in placed)
+
+
+def _furthest(text: str, start: int, max_length: int, length: Callable[[str], int], guess: int | None) -> int:
+    """The furthest end at which `text[start:end]` still fits."""
+    fits, limit = start, len(text)
+    step = guess or max_length
+    while fits < limit:  # gallop, so that nothing much longer than a window is ever measured
+        end = min(fits + step, limit)
+        if length(text[start:end]) > max_length:
+            limit = end - 1
+            break
+        fits, step = end, max(step // 2, 1) if guess else step
+    while fits < limit:
+        middle = (fits + limit + 1) // 2
+        if length(text[start:middle]) <= max_length:
+            fits = middle
+        else:
+            limit = middle - 1
+    if fits == start and text:
+        raise ValueError(
+            f"Not one character fits into a window of {max_length}. Allow more, or ask for less in one prompt."
+        )
+    return fits
+
+
+def _cut(text: str, start: int, end: int) -> int:
+    """The best end at or before `end`."""
+    half = start + (end - start) // 2
+    for marks in (("\n\n", "\r\n\r\n"), ("\n",), (". ", "! ", "? ", "。", "！", "？")):
+        best = max(
+            text.rfind(mark, half, end) + len(mark) if text.rfind(mark, half, end) >= 0 else 0
+            for mark in marks
+        )
+        if best > half:
+            return best
+    for at in range(end, half, -1):
+        if text[at - 1].isspace() and text[at - 1 : at + 1] != "\r\n":
+            return at
+    for at in range(end, start + 1, -1):
+        if not _glued(text, at):
+            return at
+    return end
+
+
+def _restart(text: str, start: int, end: int, overlap: int) -> int:
+    """Where the window behind the one at `start:end` begins."""
+    earliest = max(end - overlap, start + 1)
+    for at in range(
+        earliest, max(start, earliest - 64), -1
+    ):  # back to the beginning of a word, if one is near
+        if text[at - 1].isspace() and not text[at].isspace():
+            return at
+    while earliest < end and _glued(text, earliest):
+        earliest += 1
+    return earliest
+
+
+def _glued(text: str, at: int) -> bool:
+    """Whether a cut at `at` would part what is one character to a reader."""
+    before, after = text[at - 1 : at], text[at : at + 1]
+    return (
+        (before == "\r" and after == "\n")
+        or before == "\u200d"
+        or after == "\u200d"
+        or (after != "" and unicodedata.category(after)[0] == "M")
+    )
+
+
+def _window_around(event: Event, windows: Sequence[Window]) -> Window:
+    trigger = event.trigger
+    if trigger.start is None or trigger.end is None:
+        fitting = [window for window in windows if trigger.text in window.text]
+        best = 0
+    else:
+        fitting = [window for window in windows if _inside(Event(event.label, trigger), window)]
+        best = trigger.start + trigger.end
+    if not fitting:
+        raise ValueError(
+            f"The trigger {trigger.text!r} of the given event `{event.label}` is whole in no window. Let windows share "
+            f"more: `overlap={len(trigger.text) + 1}` or more."
+        )
+    return min(fitting, key=lambda window: abs(window.start + window.end - best) if best else 0)
+
+
+def _inside(record: Record, window: Window) -> bool:
+    spans = spans_of(record)
+    return all(
+        s.start is not None and s.end is not None and window.start <= s.start and s.end <= window.end
+        for s in spans
+    )
+
+
+def _covers(longer: Entity, record: Entity) -> bool:
+    a, b = longer.span, record.span
+    if a.start is None or a.end is None or b.start is None or b.end is None or longer.label != record.label:
+        return False
+    return a.start <= b.start and b.end <= a.end and (a.start, a.end) != (b.start, b.end)
+
+
+def _distinct(arguments: Iterable[Argument]) -> tuple[Argument, ...]:
+    return tuple({(x.role, x.span.start, x.span.end, x.span.text): x for x in arguments}.values())

@@ -1,0 +1,252 @@
+"""One table of tiny models and one of adapter settings, which the compatibility tests run through every behaviour.
+
+It knows how to build a model from a config and what to feed it; it knows no behaviour. Everything is random, two layers
+deep and sixteen wide, so that a case takes milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from peft_taskmoe import TaskMoELoraConfig
+
+VOCAB, WIDTH, TASK_DIM, ROWS, LENGTH = 32, 16, 6, 3, 7
+NO_END = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+
+_DECODER: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": WIDTH,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.3,  # so large that the models say something
+    **NO_END,
+}
+_GROUPED = {**_DECODER, "num_key_value_heads": 1}
+
+
+class TwoLayers(nn.Module):
+    """A plain module with one row of features per example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(10, WIDTH)
+        self.act = nn.Tanh()
+        self.second = nn.Linear(WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.act(self.second(self.act(self.first(x)))))
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """A tiny model.
+
+    Attributes:
+        model_class: Its class.
+        config: The arguments of its config, or None for a module without one.
+        config_class: Its config's class.
+        task_type: PEFT's task type.
+        linears: The last names of the layers that `"all-linear"` adapts.
+        target_modules: What to adapt.
+        modules_to_save: A module to train in full beside the adapter.
+    """
+
+    model_class: Callable[..., nn.Module]
+    config_class: Callable[..., Any] | None
+    config: dict[str, Any]
+    task_type: str | None
+    linears: frozenset[str]
+    target_modules: str | list[str] = "all-linear"
+    modules_to_save: tuple[str, ...] = ("lm_head",)
+
+    def build(self) -> nn.Module:
+        """The model: the same weights each time, in eval mode."""
+        state = torch.get_rng_state()
+        torch.manual_seed(0)
+        model = self.model_class() if self.config_class is None else self.model_class(self.config_class(**self.config))
+        torch.set_rng_state(state)
+        return model.eval()
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """A batch of three rows, the last one padded where there is a mask."""
+        generator = torch.Generator().manual_seed(1)
+        if self.config_class is None:
+            return {"x": torch.randn(ROWS, 10, generator=generator)}
+        ids = torch.randint(1, VOCAB, (ROWS, LENGTH), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[-1, :2] = 0  # on the left
+        batch = {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+        if self.task_type == "SEQ_2_SEQ_LM":
+            batch["decoder_input_ids"] = torch.randint(1, VOCAB, (ROWS, 4), generator=generator)
+        return batch
+
+
+_LLAMA_LINEARS = frozenset("q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split())
+_ATTENTION = frozenset("q_proj k_proj v_proj o_proj".split())
+
+MODELS: dict[str, ModelCase] = {
+    "llama": ModelCase(LlamaForCausalLM, LlamaConfig, _GROUPED, "CAUSAL_LM", _LLAMA_LINEARS),
+    "qwen2": ModelCase(Qwen2ForCausalLM, Qwen2Config, _GROUPED, "CAUSAL_LM", _LLAMA_LINEARS),
+    "mistral": ModelCase(
+        MistralForCausalLM, MistralConfig, {**_GROUPED, "sliding_window": 4}, "CAUSAL_LM", _LLAMA_LINEARS
+    ),
+    "gemma": ModelCase(
+        GemmaForCausalLM,
+        GemmaConfig,
+        {**_GROUPED, "head_dim": 8, "tie_word_embeddings": True},
+        "CAUSAL_LM",
+        _LLAMA_LINEARS,
+        modules_to_save=("norm",),
+    ),
+    "gpt2": ModelCase(
+        GPT2LMHeadModel,
+        GPT2Config,
+        {"vocab_size": VOCAB, "n_embd": WIDTH, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.3, **NO_END},
+        "CAUSAL_LM",
+        frozenset({"c_attn", "c_proj", "c_fc"}),
+        modules_to_save=("ln_f",),
+    ),
+    "gpt_neox": ModelCase(
+        GPTNeoXForCausalLM,
+        GPTNeoXConfig,
+        _DECODER,
+        "CAUSAL_LM",
+        frozenset({"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}),
+        modules_to_save=("embed_out",),
+    ),
+    "mixtral": ModelCase(
+        MixtralForCausalLM,
+        MixtralConfig,
+        {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2},
+        "CAUSAL_LM",
+        _ATTENTION,
+    ),
+    "qwen2_moe": ModelCase(
+        Qwen2MoeForCausalLM,
+        Qwen2MoeConfig,
+        {
+            **_GROUPED,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 12,
+            "shared_expert_intermediate_size": 12,
+        },
+        "CAUSAL_LM",
+        _LLAMA_LINEARS | {"shared_expert_gate"},
+    ),
+    "t5": ModelCase(
+        T5ForConditionalGeneration,
+        T5Config,
+        {
+            "vocab_size": VOCAB, "d_model": WIDTH, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2,
+            "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0, "tie_word_embeddings": False, **NO_END,
+        },
+        "SEQ_2_SEQ_LM",
+        frozenset({"q", "k", "v", "o", "wi_0", "wi_1", "wo"}),
+    ),
+    "bert_sequences": ModelCase(
+        BertForSequenceClassification,
+        BertConfig,
+        {**_DECODER, "num_labels": 3},
+        "SEQ_CLS",
+        frozenset({"query", "key", "value", "dense"}),
+        modules_to_save=("classifier",),
+    ),
+    "bert_tokens": ModelCase(
+        BertForTokenClassification,
+        BertConfig,
+        {**_DECODER, "num_labels": 3},
+        "TOKEN_CLS",
+        frozenset({"query", "key", "value", "dense"}),
+        modules_to_save=("classifier",),
+    ),
+    "plain": ModelCase(
+        TwoLayers, None, {}, None, frozenset({"first", "second"}), ["first", "second"], modules_to_save=("head",)
+    ),
+}  # fmt: skip
+
+SMALL: dict[str, Any] = {"num_experts": 3, "r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "task_dim": TASK_DIM, "init_weights": False}
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "token+task": {},
+    "token": {"router_inputs": "token"},
+    "task": {"router_inputs": "task"},
+    "top_k": {"top_k": 2},
+    "task top_k": {"router_inputs": "task", "top_k": 1},
+    "raw task": {"task_norm": "none"},
+    "rslora": {"use_rslora": True},
+    "many experts": {"num_experts": 5, "r": 1},
+}
+
+CASES = [(model, "token+task") for model in MODELS] + [(model, "task") for model in MODELS]
+CASES += [("llama", adapter) for adapter in ADAPTERS if adapter not in ("token+task", "task")]
+CASES += [("t5", "token"), ("gpt2", "top_k"), ("plain", "token")]
+
+
+def config_for(model: str, adapter: str = "token+task", **changes: Any) -> TaskMoELoraConfig:
+    """The adapter's config for a model of the table."""
+    case = MODELS[model]
+    settings = {"target_modules": case.target_modules, **SMALL, **ADAPTERS[adapter], **changes}
+    return TaskMoELoraConfig(task_type=case.task_type, **settings)
+
+
+def adapted(model: str, adapter: str = "token+task", seed: int = 0, **changes: Any) -> PeftModel:
+    """A model of the table with one adapter, in eval mode."""
+    torch.manual_seed(seed)
+    return get_peft_model(MODELS[model].build(), config_for(model, adapter, **changes)).eval()
+
+
+def tasks(rows: int = ROWS, seed: int = 7, dim: int = TASK_DIM) -> torch.Tensor:
+    """Task embeddings `(rows, dim)`, all different."""
+    return torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def logits_of(output: Any) -> torch.Tensor:
+    """The logits of a model's output."""
+    return output if isinstance(output, torch.Tensor) else output.logits
+
+
+def rows_of(batch: dict[str, torch.Tensor], rows: slice) -> dict[str, torch.Tensor]:
+    """Some rows of a batch."""
+    return {name: value[rows] for name, value in batch.items()}
+
+
+def real_positions(model: str, batch: dict[str, torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
+    """Bool mask over the logits: False where a token is padding, whose output means nothing."""
+    mask = batch.get("attention_mask")
+    if mask is None or logits.dim() < 3 or MODELS[model].task_type == "SEQ_2_SEQ_LM":
+        return torch.ones_like(logits, dtype=torch.bool)
+    return mask.bool().unsqueeze(-1).expand_as(logits)

@@ -1,0 +1,161 @@
+"""Tiny models made from configs, a tokenizer, an encoder, and adapters whose parameters are all random.
+
+It knows no expected value: those come from `reference.py` or from the tests. Nothing here reads a file or the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+
+from peft_taskmoe import TaskEncoder, TaskMoELoraConfig
+
+TASK_DIM = 6
+VOCAB = 64
+
+# Their own dropout is off: the adapter's draws would otherwise shift theirs.
+MODELS: dict[str, Callable[[], tuple[type, Any]]] = {
+    "llama": lambda: (
+        transformers.LlamaForCausalLM,
+        transformers.LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
+    ),
+    "gpt2": lambda: (
+        transformers.GPT2LMHeadModel,
+        transformers.GPT2Config(
+            vocab_size=VOCAB,
+            n_embd=16,
+            n_layer=2,
+            n_head=2,
+            n_positions=64,
+            attn_pdrop=0.0,
+            embd_pdrop=0.0,
+            resid_pdrop=0.0,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
+    ),
+    "t5": lambda: (
+        transformers.T5ForConditionalGeneration,
+        transformers.T5Config(
+            vocab_size=VOCAB,
+            d_model=16,
+            d_kv=8,
+            d_ff=24,
+            num_layers=2,
+            num_heads=2,
+            dropout_rate=0.0,
+            pad_token_id=0,
+            eos_token_id=2,
+            decoder_start_token_id=0,
+        ),
+    ),
+    "bert": lambda: (
+        transformers.BertForSequenceClassification,
+        transformers.BertConfig(
+            vocab_size=VOCAB,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            pad_token_id=0,
+        ),
+    ),
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def randomise(model: nn.Module, seed: int = 1, std: float = 0.2) -> nn.Module:
+    """Give every adapter parameter a random value, as training would leave it."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in sorted(model.named_parameters()):
+        if "taskmoe_lora_" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    return model
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., nn.Module]:
+    """`tiny_model("llama", **changes of its config)`: the same weights at every call."""
+
+    def make(name: str = "llama", *, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
+        cls, config = MODELS[name]()
+        config.update(changes)
+        torch.manual_seed(0)
+        model = cls(config)
+        for parameter in model.parameters():  # far enough from zero for attention and adapters to show
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.3)
+        return model.to(dtype)
+
+    return make
+
+
+@pytest.fixture
+def adapted(tiny_model) -> Callable[..., PeftModel]:
+    """`adapted("llama", num_experts=2, ...)`: a tiny model with a random adapter on it, in eval mode."""
+
+    def make(
+        name: str = "llama", *, model_changes: dict[str, Any] | None = None, **settings: Any
+    ) -> PeftModel:
+        settings = {"task_dim": TASK_DIM, "num_experts": 3, "r": 2, "lora_dropout": 0.0, **settings}
+        model = get_peft_model(tiny_model(name, **(model_changes or {})), TaskMoELoraConfig(**settings))
+        return randomise(model).eval()
+
+    return make
+
+
+@pytest.fixture
+def word_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A word a token: `<pad> <s> </s> <unk> w4 ... w63`, as many as the tiny models know."""
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    vocab = {token: i for i, token in enumerate([*special, *(f"w{n}" for n in range(4, VOCAB))])}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+@pytest.fixture
+def tiny_encoder(word_tokenizer) -> TaskEncoder:
+    """A real `TaskEncoder` on a random BERT of `TASK_DIM` dimensions."""
+    torch.manual_seed(3)
+    config = transformers.BertConfig(
+        vocab_size=VOCAB,
+        hidden_size=TASK_DIM,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=8,
+    )
+    return TaskEncoder(transformers.BertModel(config), tokenizer=word_tokenizer)

@@ -1,0 +1,271 @@
+"""`fused.py`: its function, its hand-written backward and its inference form, against the loops of `reference.py`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import reference
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from peft_taskmoe.experts import keep_mask
+from peft_taskmoe.fused import ExpertShape, FusedUpdate, fused_inference, inference_weights
+
+IN, OUT, TASK_DIM, TOKENS = 5, 4, 3, 6
+CLOSE = {"rtol": 0, "atol": 1e-10}
+NAMES = ("x", "base", "weight", "bias", "a", "b", "router", "task")
+SHAPES = [
+    ExpertShape(num_experts=3, r=2, scaling=1.5, top_k=None, reads_token=True, reads_task=True),
+    ExpertShape(num_experts=3, r=2, scaling=1.5, top_k=None, reads_token=True, reads_task=False),
+    ExpertShape(num_experts=3, r=2, scaling=1.5, top_k=None, reads_token=False, reads_task=True),
+    ExpertShape(num_experts=4, r=1, scaling=0.5, top_k=2, reads_token=True, reads_task=True),
+    ExpertShape(num_experts=1, r=3, scaling=8.0, top_k=None, reads_token=True, reads_task=True),
+]
+PACKED = [1, 0, 0, 1, 1, 1]
+
+
+def tensors(shape: ExpertShape, *, frozen_base: bool, packed: bool = False) -> dict[str, torch.Tensor | None]:
+    """Random float64 arguments of `FusedUpdate`, those that may get a gradient asking for one."""
+
+    def draw(*size: int, grad: bool = True) -> torch.Tensor:
+        return torch.randn(*size, dtype=torch.float64).requires_grad_(grad)
+
+    rank = shape.num_experts * shape.r
+    return {
+        "x": draw(TOKENS, IN),
+        "base": None if frozen_base else draw(TOKENS, OUT),
+        "weight": draw(OUT, IN, grad=False) if frozen_base else None,
+        "bias": draw(OUT, grad=False) if frozen_base else None,
+        "a": draw(rank, IN),
+        "b": draw(OUT, rank),
+        "router": draw(shape.num_experts, IN * shape.reads_token + TASK_DIM * shape.reads_task),
+        "task": draw(2, TASK_DIM) if shape.reads_task else None,
+        "token_tasks": torch.tensor(PACKED) if packed and shape.reads_task else None,
+    }
+
+
+def fused(given: dict[str, torch.Tensor | None], shape: ExpertShape, dropout: float = 0.0) -> torch.Tensor:
+    return FusedUpdate.apply(*given.values(), shape, dropout)
+
+
+def by_loops(
+    given: dict[str, torch.Tensor | None], shape: ExpertShape, kept: torch.Tensor | None = None, rate: float = 0.0
+) -> torch.Tensor:
+    x, base = given["x"], given["base"]
+    weight = given["weight"] if base is None else torch.zeros(OUT, IN, dtype=torch.float64)
+    update = reference.adapted_linear(
+        x,
+        weight,
+        given["bias"],
+        given["a"],
+        given["b"],
+        given["router"],
+        given["task"],
+        [0, 0, 0, 1, 1, 1] if given["token_tasks"] is None else PACKED,
+        r=shape.r,
+        scaling=shape.scaling,
+        reads_token=shape.reads_token,
+        top_k=shape.top_k,
+        kept=kept,
+        drop_rate=rate,
+    )
+    return update if base is None else base + update
+
+
+def gradients(out: torch.Tensor, given: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
+    wanted = {n: given[n] for n in NAMES if given[n] is not None and given[n].requires_grad}
+    loss = (out * torch.arange(1.0, out.numel() + 1, dtype=out.dtype).view(out.shape)).sum()
+    return dict(zip(wanted, torch.autograd.grad(loss, list(wanted.values())), strict=True))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("frozen_base", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_outputs_and_gradients_equal_the_loops(shape, frozen_base, packed, dropout) -> None:
+    """With dropout: those of the plain computation under the very mask that was drawn."""
+    given = tensors(shape, frozen_base=frozen_base, packed=packed)
+    torch.manual_seed(5)
+    kept, rate = keep_mask(given["x"], dropout) if dropout else (None, 0.0)
+    torch.manual_seed(5)
+    out = fused(given, shape, dropout)
+    expected = by_loops(given, shape, kept, rate)
+    torch.testing.assert_close(out, expected, **CLOSE)
+    assert kept is None or 0 < kept.double().mean() < 1
+    torch.testing.assert_close(gradients(out, given), gradients(expected, given), **CLOSE)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2]])
+def test_gradients_equal_finite_differences(shape, dropout) -> None:
+    given = tensors(shape, frozen_base=True, packed=True)
+
+    def function(x, a, b, router, task):
+        torch.manual_seed(5)  # the same mask at every call
+        return fused({**given, "x": x, "a": a, "b": b, "router": router, "task": task}, shape, dropout)
+
+    assert torch.autograd.gradcheck(function, [given[n] for n in ("x", "a", "b", "router", "task")])
+
+
+def test_gradcheck_on_a_given_base() -> None:
+    given = tensors(SHAPES[1], frozen_base=False)
+
+    def function(x, base, a, b, router):
+        return fused({**given, "x": x, "base": base, "a": a, "b": b, "router": router}, SHAPES[1])
+
+    assert torch.autograd.gradcheck(function, [given[n] for n in ("x", "base", "a", "b", "router")])
+
+
+def test_double_backward_refuses() -> None:
+    given = tensors(SHAPES[0], frozen_base=True)
+    out = fused(given, SHAPES[0]).square().sum()
+    (grad,) = torch.autograd.grad(out, given["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_an_input_without_gradient_gets_none() -> None:
+    """The first adapted layer of a frozen model: A, B and the router still get theirs."""
+    given = tensors(SHAPES[0], frozen_base=True)
+    everything = gradients(fused(given, SHAPES[0]), given)
+    given["x"].requires_grad_(False)
+    given["task"].requires_grad_(False)
+    found = gradients(fused(given, SHAPES[0]), given)
+    assert set(found) == {"a", "b", "router"}
+    torch.testing.assert_close(found, {name: everything[name] for name in found}, **CLOSE)
+
+
+@pytest.mark.parametrize("frozen_base", [True, False])
+def test_the_given_tensors_are_left_as_they_are(frozen_base) -> None:
+    given = tensors(SHAPES[0], frozen_base=frozen_base)
+    before = {name: value.clone() for name, value in given.items() if value is not None}
+    gradients(fused(given, SHAPES[0], 0.3), given)
+    assert all(torch.equal(given[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_lower_precision_is_close_to_float64(dtype) -> None:
+    """Within a few roundings of the dtype, relative to the largest entry of each tensor."""
+    given = tensors(SHAPES[0], frozen_base=True)
+    with torch.no_grad():
+        given["router"] *= 0.3  # gates near 0 and 1 would make small differences of large numbers
+        given = {n: None if v is None else v.to(dtype).requires_grad_(v.requires_grad) for n, v in given.items()}
+    exact = {n: None if v is None else v.detach().double().requires_grad_(v.requires_grad) for n, v in given.items()}
+    out, expected = fused(given, SHAPES[0]), by_loops(exact, SHAPES[0])
+    assert out.dtype == dtype
+    found = {"out": out.detach(), **gradients(out, given)}
+    wanted = {"out": expected.detach(), **gradients(expected, exact)}
+    for name, value in found.items():
+        assert value.dtype == dtype
+        error = (value.double() - wanted[name]).abs().max() / wanted[name].abs().max()
+        assert error < 8 * torch.finfo(dtype).eps, name
+
+
+class _Seen(TorchDispatchMode):
+    """Shapes and dtypes of every tensor that any operation made, and how many operations ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[torch.Tensor] = []
+        self.softmax_dtypes: set[torch.dtype] = set()
+        self.operations = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.operations += 1
+        self.made += [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        if "softmax" in func.__name__:
+            self.softmax_dtypes |= {leaf.dtype for leaf in tree_leaves(out)}
+        return out
+
+
+def _train_step(num_experts: int, dtype: torch.dtype = torch.float32, dropout: float = 0.1) -> _Seen:
+    tokens, width, task_dim, r = 64, 32, 40, 2
+    shape = ExpertShape(num_experts, r, 1.0, None, True, True)
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(*size, dtype=dtype, requires_grad=True)
+
+    arguments = (
+        draw(tokens, width), None, draw(width, width).detach(), None, draw(num_experts * r, width),
+        draw(width, num_experts * r), draw(num_experts, width + task_dim), draw(2, task_dim).detach(), None,
+    )  # fmt: skip
+    with _Seen() as seen:
+        FusedUpdate.apply(*arguments, shape, dropout).sum().backward()
+    return seen
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_nothing_has_a_token_and_an_expert_by_out_axis(dropout) -> None:
+    """64 tokens, 8 experts of rank 2, 32 x 32: such a tensor would have 16384 entries; x has 2048, all weights fewer."""
+    seen = _train_step(8, dropout=dropout)
+    assert max(t.numel() for t in seen.made) == 64 * 32
+
+
+def test_the_task_part_is_computed_per_example_not_per_token() -> None:
+    """No tensor has a token and a task axis; with 64 tokens it would have 64 x 40 entries."""
+    shapes = {tuple(t.shape) for t in _train_step(8).made}
+    assert not any(64 in shape and (40 in shape or 72 in shape) for shape in shapes)
+
+
+def test_there_is_no_loop_over_experts() -> None:
+    assert _train_step(2).operations == _train_step(16).operations > 10
+
+
+def test_the_softmax_runs_in_float32() -> None:
+    assert _train_step(4, torch.bfloat16).softmax_dtypes == {torch.float32}
+
+
+def test_backward_keeps_nothing_of_the_output() -> None:
+    """Kept are x, the bottleneck, the gates and, with dropout, a byte a feature."""
+    tokens, width, out_width, num_experts, r = 64, 32, 256, 8, 2
+    shape = ExpertShape(num_experts, r, 1.0, None, True, False)
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        FusedUpdate.apply(
+            torch.randn(tokens, width, requires_grad=True), None, torch.randn(out_width, width), None,
+            torch.randn(num_experts * r, width, requires_grad=True), torch.randn(out_width, num_experts * r),
+            torch.randn(num_experts, width), None, None, shape, 0.1,
+        )  # fmt: skip
+    of_tokens = sum(t.numel() * t.element_size() for t in kept if t.shape[0] == tokens)
+    assert of_tokens == tokens * (4 * width + 4 * num_experts * r + 4 * num_experts + width)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_inference_equals_the_loops(shape, packed) -> None:
+    given = tensors(shape, frozen_base=True, packed=packed)
+    expected = by_loops(given, shape)
+    with torch.no_grad():
+        prepared = inference_weights(given["a"], given["b"], given["router"], given["task"], shape)
+        out = torch.nn.functional.linear(given["x"], given["weight"], given["bias"])
+        result = fused_inference(given["x"], out, prepared, given["token_tasks"], shape)
+    assert result is out  # in place
+    torch.testing.assert_close(out, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:3])
+def test_no_tokens(shape) -> None:
+    given = tensors(shape, frozen_base=True)
+    given["x"] = torch.zeros(0, IN, dtype=torch.float64, requires_grad=True)
+    out = fused(given, shape, 0.2)
+    assert out.shape == (0, OUT)
+    assert all(not grad.any() for grad in gradients(out, given).values())
+    with torch.no_grad():
+        prepared = inference_weights(given["a"], given["b"], given["router"], given["task"], shape)
+        assert fused_inference(given["x"], out.detach(), prepared, None, shape).shape == (0, OUT)
+
+
+def test_other_numbers_give_other_outputs() -> None:
+    """Each plain number is used: a changed one changes the output."""
+    given = tensors(SHAPES[0], frozen_base=True)
+    out = fused(given, SHAPES[0])
+    for change in ({"scaling": 2.0}, {"top_k": 1}):
+        assert not torch.allclose(out, fused(given, replace(SHAPES[0], **change)))
