@@ -7,6 +7,8 @@ text with the model's tokenizer, and has the encoder embed it. It knows no layer
 from __future__ import annotations
 
 import re
+import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,9 +66,11 @@ def prompt_ids(
 ) -> list[list[int]]:
     """The token ids of every example's prompt: what precedes its first label that is not -100.
 
+    An example's first token is prompt even with a label, which no loss ever reads: nothing predicts it.
+
     Args:
         input_ids: `(rows, length)`.
-        labels: Same shape, or None: then everything is prompt.
+        labels: Same shape; None, or of another shape such as one class per row: then everything is prompt.
         attention_mask: Same shape, 0 for padding; or None.
         documents: See `packed_documents`.
 
@@ -75,18 +79,22 @@ def prompt_ids(
     """
     ids = input_ids.reshape(-1).tolist()
     count, length = input_ids.shape
-    answer = None if labels is None else (labels.reshape(-1) != IGNORED_LABEL).tolist()
+    answer = None
+    if labels is not None and labels.shape == input_ids.shape:
+        answer = (labels.reshape(-1) != IGNORED_LABEL).tolist()
     visible = None
     if attention_mask is not None and attention_mask.shape == input_ids.shape:
         visible = attention_mask.reshape(-1).tolist()
     owner = [i // length for i in range(len(ids))] if documents is None else documents.tolist()
     prompts: list[list[int]] = [[] for _ in range(count if documents is None else owner[-1] + 1)]
+    started = [False] * len(prompts)
     answered = [False] * len(prompts)
     for i, (token, example) in enumerate(zip(ids, owner, strict=True)):
         if visible is not None and not visible[i]:
             continue
-        if answer is not None and answer[i]:
+        if answer is not None and answer[i] and started[example]:
             answered[example] = True
+        started[example] = True
         if not answered[example]:
             prompts[example].append(token)
     return prompts
@@ -104,6 +112,11 @@ class PromptEncoder:
         self.encoder = encoder
         self.tokenizer = tokenizer
         self._texts: OrderedDict[tuple[int, ...], str] = OrderedDict()
+        self._last: tuple[weakref.ref[torch.Tensor], int, FoundTasks] | None = None
+        self._warned = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PromptEncoder:
         return self  # frozen: a copied model goes on with the same encoder
@@ -114,11 +127,73 @@ class PromptEncoder:
         labels: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        *,
+        answers: bool = True,
+        training: bool = False,
     ) -> FoundTasks:
-        """Embed the prompts of a batch; arguments as in `prompt_ids` and `packed_documents`."""
+        """Embed the prompts of a batch.
+
+        Args:
+            input_ids: See `prompt_ids`.
+            labels: Likewise. Trainers that compute the loss themselves leave them out; if the same tensor of `input_ids` was seen
+                with labels before, those count.
+            attention_mask: Likewise.
+            position_ids: See `packed_documents`.
+            answers: Whether `input_ids` hold answers as well, which `labels` mark; if not, everything is prompt.
+            training: Whether the model trains on the batch.
+
+        Returns:
+            The tasks.
+
+        Raises:
+            ValueError: If the model trains on answers and there are no labels to tell them from the prompts.
+        """
         documents = packed_documents(position_ids, attention_mask)
-        texts = [self._text(ids) for ids in prompt_ids(input_ids, labels, attention_mask, documents)]
-        return FoundTasks(self.encoder(texts).to(input_ids.device), documents)
+        if not answers:
+            labels = None
+        elif labels is None:
+            found = self._recall(input_ids)
+            if found is not None:
+                return found
+            if training:
+                raise ValueError(
+                    "This training step gives the model `input_ids` without `labels`, so the answers cannot be told from the prompts, "
+                    "and reading both would show the router the answer. Trainers do so that compute the loss outside the model (label "
+                    "smoothing, a loss function of your own, DPO in older versions of TRL). Pass `task_embeds` instead: encode "
+                    "the prompts with `encoder.encode_dataset(dataset)` and wrap the collator in `TaskCollator`."
+                )
+        prompts = prompt_ids(input_ids, labels, attention_mask, documents)
+        if labels is not None:
+            self._warn_of_missing_prompts(prompts)
+        texts = [self._text(ids) for ids in prompts]
+        if documents is not None:
+            for i, size in enumerate(documents.bincount().tolist()):
+                if size == 1 and not texts[i]:
+                    texts[i] = texts[i - 1]  # one token of padding (`pad_to_multiple_of`), which says nothing to encode
+        found = FoundTasks(self.encoder(texts).to(input_ids.device), documents)
+        if labels is not None and not input_ids.is_inference():
+            self._last = (weakref.ref(input_ids), input_ids._version, found)
+        return found
+
+    def _recall(self, input_ids: torch.Tensor) -> FoundTasks | None:
+        """The tasks found when this very batch came with labels, if it was the last that did."""
+        if self._last is None:
+            return None
+        last, version, found = self._last
+        return found if last() is input_ids and input_ids._version == version else None
+
+    def _warn_of_missing_prompts(self, prompts: list[list[int]]) -> None:
+        missing = sum(len(prompt) <= 1 for prompt in prompts)
+        if missing and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{missing} of {len(prompts)} examples have no prompt: their labels begin at the first token, so their first token alone "
+                "chooses their experts. That is so in data without prompts, where `completion_only_loss` is off, and where "
+                'packing cuts documents (`packing_strategy="wrapped"` or `"bfd_split"`). Train on prompts and completions '
+                "and pack with `\"bfd\"`, or pass `task_embeds`.",
+                UserWarning,
+                stacklevel=6,
+            )
 
     def _text(self, ids: Sequence[int]) -> str:
         key = tuple(ids)

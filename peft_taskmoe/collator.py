@@ -21,7 +21,8 @@ class TaskCollator:
 
     The embeddings come from the column `task_embeds` (see `TaskEncoder.encode_dataset`) or, where no example
     has one, from encoding the column `task_text`. Where both are there, `task_embeds` is taken as the
-    encoding of `task_text`. The wrapped collator sees neither.
+    encoding of `task_text`. The wrapped collator sees neither. Of preference data (TRL's `DPOTrainer`), whose batch
+    holds all chosen answers and then all rejected ones, both halves get the tasks of their prompts.
 
         collator = TaskCollator(DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id))
         trainer = SFTTrainer(..., args=SFTConfig(remove_unused_columns=False, ...), data_collator=collator)
@@ -86,6 +87,8 @@ class TaskCollator:
             )
         rest = [{k: v for k, v in example.items() if k not in TASK_COLUMNS} for example in examples]
         batch = self.collator(rest)
+        if all("chosen_ids" in example and "rejected_ids" in example for example in rest):
+            task_embeds = task_embeds.repeat(2, 1)
         batch["task_embeds"] = task_embeds
         return batch
 

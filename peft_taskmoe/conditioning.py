@@ -44,6 +44,9 @@ class AuxLoss:
         value: Sum of coefficient x loss / layers over the layers that ran.
         open: Whether the forward still runs; a recomputation adds no second share.
         weight: Gradient of the final loss with respect to `value`; None until backward reached it.
+        decoder_mask: Of an encoder-decoder, `(tokens,)` of the decoder; None if every token counts.
+        share: Which part of the labels that the loss is divided by (`num_items_in_batch`, over all accumulated batches) is this
+            forward's, so that the weights of accumulated batches sum to 1.
     """
 
     token_mask: torch.Tensor | None
@@ -51,6 +54,16 @@ class AuxLoss:
     value: torch.Tensor | float = 0.0
     open: bool = True
     weight: torch.Tensor | None = None
+    decoder_mask: torch.Tensor | None = None
+    share: torch.Tensor | float = 1.0
+
+    def mask_of(self, tokens: int) -> torch.Tensor | None:
+        """The mask of a layer that gets this many tokens.
+
+        Encoder and decoder are told apart by their number of tokens; where these are equal, every token counts.
+        """
+        masks = [mask for mask in (self.token_mask, self.decoder_mask) if mask is not None and mask.shape[0] == tokens]
+        return masks[0] if len(masks) == 1 else None
 
 
 @dataclass(slots=True, eq=False)
@@ -68,6 +81,8 @@ class TaskState:
         aux: The load-balancing loss, if one is collected.
         recorder: Sees every layer's gates, if given.
         token_mask: `(rows, length)` bool, False for padding; filled only for a recorder.
+        owner: Whose forward it is the state of, so that a wrapper inside that forward leaves it alone; None in a
+            `task_context` or a generation.
     """
 
     task_embeds: torch.Tensor | None = None
@@ -79,13 +94,14 @@ class TaskState:
     aux: AuxLoss | None = None
     recorder: GateRecorder | None = None
     token_mask: torch.Tensor | None = None
+    owner: Any = None
     normalized: dict[Hashable, torch.Tensor] = field(default_factory=dict)
 
     def normalized_embeds(self, task_norm: str, in_features: int, device: torch.device) -> torch.Tensor | None:
         """The task embeddings at the router's scale, on the layer's device; computed once per forward and input width."""
         if self.task_embeds is None:
             return None
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.task_embeds.requires_grad:  # a trained one: each layer its own graph
             return normalize_task(self.task_embeds.to(device), task_norm, in_features)
         key = (task_norm, in_features, device)
         found = self.normalized.get(key)
@@ -221,16 +237,45 @@ class InjectAuxLoss(torch.autograd.Function):
 
 
 class AddAuxLoss(torch.autograd.Function):
-    """`loss + aux.value`, whose backward runs before any layer's and leaves the weight of the loss for them."""
+    """`loss + share * aux.value`, whose backward runs before any layer's and leaves the weight of the loss for them."""
 
     @staticmethod
     def forward(ctx: Any, loss: torch.Tensor, aux: AuxLoss) -> torch.Tensor:
         """Add the collected value."""
         ctx.aux = aux
-        return loss + torch.as_tensor(aux.value, dtype=loss.dtype, device=loss.device)
+        return loss + torch.as_tensor(aux.share * aux.value, dtype=loss.dtype, device=loss.device)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         """Remember the incoming gradient and pass it on."""
-        ctx.aux.weight = grad.detach()
+        ctx.aux.weight = grad.detach() * ctx.aux.share
         return grad, None
+
+
+class WeighAuxLoss(torch.autograd.Function):
+    """Identity on the log-probabilities of the labels, for losses that are computed from them outside the model.
+
+    Where the loss is `-c sum_t log p_t`, as TRL's `SFTTrainer` computes it, every label has the same gradient -c, and c times the
+    number of labels is the weight that the load-balancing loss would have had as a part of that loss. Other losses, such as
+    DPO's, have no such weight: the load-balancing loss then has no effect, and `otherwise` is called.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, log_probs: torch.Tensor, counted: torch.Tensor, aux: AuxLoss, otherwise: Callable[[], None]
+    ) -> torch.Tensor:
+        """Return `log_probs`; `counted` marks those of labels."""
+        ctx.save_for_backward(counted)
+        ctx.aux, ctx.otherwise = aux, otherwise
+        return log_probs.view_as(log_probs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        """Read the weight off the incoming gradient and pass it on."""
+        (counted,) = ctx.saved_tensors
+        of_labels = grad[counted]
+        if torch.equal(of_labels, of_labels[:1].expand_as(of_labels)) and bool((of_labels <= 0).all()):
+            ctx.aux.weight = -of_labels.sum()
+        else:
+            ctx.otherwise()
+        return grad, None, None, None

@@ -5,6 +5,7 @@ It knows no torch, no layer and no model. `encoder.py` is read only for the type
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -150,6 +151,12 @@ class TaskMoELoraConfig(PeftConfig):
                 f"`top_k` is {self.top_k!r}, but a token can keep 1 to `num_experts` = {self.num_experts} of its gates. "
                 f"Pass `top_k=None` to keep all of them, or a number from 1 to {self.num_experts}."
             )
+        if self.top_k == 1 and self.num_experts > 1 and not self.router_aux_loss_coef:
+            warnings.warn(
+                "`top_k` is 1: the one gate that is kept always equals 1, so the loss gives the router no gradient, and it stays as it "
+                "was drawn. Pass `top_k=2` or more, or a `router_aux_loss_coef` above 0.",
+                stacklevel=2,
+            )
         if self.router_aux_loss_coef < 0:
             raise ValueError(
                 f"`router_aux_loss_coef` is {self.router_aux_loss_coef!r}; a negative weight would unbalance the "
@@ -160,11 +167,12 @@ class TaskMoELoraConfig(PeftConfig):
                 "`layers_pattern` was given without `layers_to_transform`, so it would have no effect. "
                 "Pass `layers_to_transform=[...]` as well, or leave `layers_pattern` out."
             )
-        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+        targets = self.target_modules
+        if self.layers_to_transform is not None and isinstance(targets, str) and targets.lower() != "all-linear":
             raise ValueError(
-                f"`layers_to_transform` does not go together with `target_modules={self.target_modules!r}`, a string "
-                "that is matched as a whole. List the modules instead, e.g. "
-                '`target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]`.'
+                f"`layers_to_transform` does not go together with `target_modules={targets!r}`, a regex that is matched as a "
+                'whole. Let the regex name the layers, or pass `target_modules="all-linear"` or a list such as '
+                '`target_modules=["q_proj", "v_proj"]`.'
             )
 
 

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 UNKNOWN_WINDOW = 512
 # A tokenizer's `model_max_length` above this means "not known"; transformers writes 1e30.
 NO_LIMIT = 1_000_000
+# Tokens to which shorter batches are padded. Products with fewer rows take other paths in the BLAS libraries, and the text's
+# vector then depends on its company by 1e-6 instead of 4e-7 (MiniLM, entries up to 2.6).
+SHORTEST_BATCH = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +42,8 @@ class TaskEncoderConfig:
 
     Args:
         name_or_path: Hub id or folder of the encoder model with its tokenizer.
-        revision: Branch, tag or commit on the Hub.
+        revision: Branch, tag or commit on the Hub. `None`: the default branch; a `TaskEncoder` then records
+            the commit it found here, so that a saved adapter names exactly the weights it was trained with.
         pooling: What becomes of the last hidden states of a text's N tokens, special tokens included: their
             `"mean"` (the paper's), their element-wise `"max"`, or the state of the first (`"cls"`) or of the
             last (`"last"`) token.
@@ -182,12 +186,9 @@ class TaskEncoder:
             encoder = whole.get_encoder() if whole.config.is_encoder_decoder else whole
         else:
             self.config = TaskEncoderConfig.from_dict({"name_or_path": os.fspath(model), **settings})
-            encoder, found = _load(self.config, dtype or torch.float32)
+            encoder, found, commit = _load(self.config, dtype or torch.float32)
             tokenizer = tokenizer or found
-            if self.config.revision is None:  # a folder has no commit, and then this stays None
-                self.config = dataclasses.replace(
-                    self.config, revision=getattr(encoder.config, "_commit_hash", None)
-                )
+            self.config = dataclasses.replace(self.config, revision=self.config.revision or commit)
         self.model: Any = encoder.eval().requires_grad_(False).to(device=device, dtype=dtype)
         self.tokenizer = tokenizer
         self.batch_size = batch_size
@@ -395,7 +396,7 @@ class TaskEncoder:
         for start in range(0, len(chunks), self.batch_size):
             batch = chunks[start : start + self.batch_size]
             pad = self.tokenizer.pad_token_id or 0
-            longest = len(batch[-1].ids)
+            longest = max(len(batch[-1].ids), min(SHORTEST_BATCH, self.window))
             ids = torch.tensor([c.ids + [pad] * (longest - len(c.ids)) for c in batch], device=self.device)
             weights = torch.tensor(
                 [c.weights + [0.0] * (longest - len(c.ids)) for c in batch], device=self.device
@@ -473,57 +474,75 @@ class _EncodeColumn:
         return {self.output_column: self.encoder(texts).numpy()}
 
 
-def _load(config: TaskEncoderConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load an encoder and its tokenizer without running any code of its repository.
+def _load(
+    config: TaskEncoderConfig, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str | None]:
+    """Load an encoder and its tokenizer, all of one commit, without running any code of its repository.
+
+    Returns:
+        The model, of encoder-decoders the encoder half; the tokenizer; the commit, `None` for a folder.
 
     Raises:
         OSError: If something is missing or out of reach.
         ValueError: If the repository wants to run code, or its checkpoint does not hold the encoder's
             weights.
     """
+    from huggingface_hub import hf_hub_download
     from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer, PreTrainedConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     name = config.name_or_path
-    place = {"revision": config.revision} if config.revision is not None else {}
+    folder = Path(name).is_dir()
     try:
+        commit = None
+        if not folder:  # the cache keeps a file of commit C in `snapshots/C/`
+            commit = Path(hf_hub_download(name, "config.json", revision=config.revision)).parent.name
+        elif not Path(name, "config.json").is_file():
+            raise FileNotFoundError("There is no config.json.")
+        place = {} if commit is None else {"revision": commit}
         settings = {
             "config.json": PreTrainedConfig.get_config_dict(name, **place)[0],
             "tokenizer_config.json": get_tokenizer_config(name, **place),
         }
-        for file, values in settings.items():
-            if "auto_map" in values:
-                raise ValueError(
-                    f"The task encoder `{name}` wants code from its repository to be run (`auto_map` in its {file}), which never happens here. "
-                    "Use an encoder that transformers knows itself, or load this one as you see fit and pass "
-                    "`TaskEncoder(model, tokenizer=tokenizer)`."
-                )
-        model_config = AutoConfig.from_pretrained(name, trust_remote_code=False, **place)
-        halves = model_config.is_encoder_decoder
-        encoder_only = halves and type(model_config) in MODEL_FOR_TEXT_ENCODING_MAPPING
-        loader = AutoModelForTextEncoding if encoder_only else AutoModel
-        model, report = loader.from_pretrained(
-            name, trust_remote_code=False, dtype=dtype, output_loading_info=True, **place
-        )
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **place)
-    except OSError as error:
+        code = [file for file, values in settings.items() if "auto_map" in values]
+        if not code:
+            model_config = AutoConfig.from_pretrained(name, trust_remote_code=False, **place)
+            halves = model_config.is_encoder_decoder
+            encoder_only = halves and type(model_config) in MODEL_FOR_TEXT_ENCODING_MAPPING
+            loader = AutoModelForTextEncoding if encoder_only else AutoModel
+            model, report = loader.from_pretrained(
+                name, trust_remote_code=False, dtype=dtype, output_loading_info=True, **place
+            )
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **place)
+            if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:
+                # What transformers makes of a folder that has none of the tokenizer's files.
+                raise FileNotFoundError("The tokenizer has no vocabulary.")
+    except (OSError, ValueError) as error:
         found = (
             f"a folder with {sorted(os.listdir(name))}"
-            if Path(name).is_dir()
-            else "no folder of that name, and the Hub did not give it"
+            if folder
+            else "no such folder, nor can the Hub give it"
         )
+        at = f" (revision `{config.revision}`)" if config.revision else ""
         raise OSError(
-            f"The task encoder `{name}`{f' (revision `{config.revision}`)' if config.revision else ''} cannot be loaded: found {found}. Pass the path of a folder with "
-            f"config.json, model.safetensors and the tokenizer's files, or a Hub id that this machine can reach or has cached. ({error})"
+            f"The task encoder `{name}`{at} cannot be loaded: found {found}. Pass the path of a folder with config.json, "
+            "model.safetensors and the tokenizer's files, or a Hub id that this machine can reach or has "
+            f"cached. The cause: {error}"
         ) from error
+    if code:
+        raise ValueError(
+            f"The task encoder `{name}` wants code from its repository to be run (`auto_map` in its {code[0]}), "
+            "which never happens here. Use an encoder that transformers knows itself, or load this one as you "
+            "see fit and pass `TaskEncoder(model, tokenizer=tokenizer)`."
+        )
     missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
     if missing:
         raise ValueError(
-            f"The checkpoint of the task encoder `{name}` lacks {len(missing)} weights (`{missing[0]}`, ...), which would stay random. "
-            f"Pass a checkpoint of a {type(model).__name__}."
+            f"The checkpoint of the task encoder `{name}` lacks {len(missing)} weights (`{missing[0]}`, ...), "
+            f"which would stay random. Pass a checkpoint of a {type(model).__name__}."
         )
-    return (model.get_encoder() if halves and not encoder_only else model), tokenizer
+    return (model.get_encoder() if halves and not encoder_only else model), tokenizer, commit
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

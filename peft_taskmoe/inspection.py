@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .conditioning import GateRecorder, TaskState, current_state, entered
-from .layer import TaskMoELoraLayer, repeat_names
+from .layer import Linear, repeat_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -83,7 +83,7 @@ class GateRecord:
         layers: The adapted layers to look at, by name.
     """
 
-    def __init__(self, layers: dict[str, TaskMoELoraLayer]) -> None:
+    def __init__(self, layers: dict[str, Linear]) -> None:
         self._names = {id(layer): name for name, layer in layers.items()}
         self._layers = layers  # keeps the ids above from being given to other objects
         self._labels: str | list[str] = "all"
@@ -104,7 +104,9 @@ class GateRecord:
             self._labels = before
 
     @torch.compiler.disable
-    def __call__(self, layer: Any, adapter: str, gates: torch.Tensor, token_tasks: torch.Tensor | None) -> None:
+    def __call__(
+        self, layer: Any, adapter: str, gates: torch.Tensor, token_tasks: torch.Tensor | None
+    ) -> None:
         """Take the gates `(tokens, e)` of one layer."""
         name = self._names.get(id(layer))
         if name is None:
@@ -197,7 +199,9 @@ class GateRecord:
             found.append(GateVariance(adapter, layer, within, between, between / total if total else 0.0))
         return found
 
-    def similarity(self, measure: Measure = "cosine", adapter: str | None = None) -> dict[str, dict[str, float]]:
+    def similarity(
+        self, measure: Measure = "cosine", adapter: str | None = None
+    ) -> dict[str, dict[str, float]]:
         """How alike the tasks use the experts, from their mean gates over all layers.
 
         Args:
@@ -263,7 +267,8 @@ def record_gates(model: nn.Module) -> Iterator[GateRecord]:
 
     Outputs stay what they were, beyond float rounding. Under gradient checkpointing a layer runs twice and counts twice,
     which leaves means as they are. Batches whose rows carry different tasks need one name per row; base layers that see a part
-    of a batch's tokens only, as in sparse mixture-of-experts blocks, count padding too and need one task per batch.
+    of a batch's tokens only, as in sparse mixture-of-experts blocks, count padding too and need one task per batch. In an encoder-decoder the padding
+    of the decoder counts (and the encoder's mask is taken for both, where both sequences have the same length).
 
     Args:
         model: A model with a Task-Aware MoELoRA adapter, wrapped in `PeftModel` or not.
@@ -301,10 +306,11 @@ def recording(recorder: GateRecorder) -> Iterator[None]:
         yield
 
 
-def adapted_layers(model: nn.Module) -> dict[str, TaskMoELoraLayer]:
+def adapted_layers(model: nn.Module) -> dict[str, Linear]:
     """The adapted layers of a model by their names in the base model."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return {name: module for name, module in base.named_modules() if isinstance(module, TaskMoELoraLayer)}
+    outer: Any = model
+    base: nn.Module = outer.get_base_model() if hasattr(model, "get_base_model") else model
+    return {name: module for name, module in base.named_modules() if isinstance(module, Linear)}
 
 
 def counted_tokens(adapter: str, tokens: int) -> torch.Tensor | None:
@@ -381,9 +387,7 @@ def _similarity(a: torch.Tensor, b: torch.Tensor, measure: Measure) -> float:
     return 1.0 - divergence.clamp(min=0.0).item()
 
 
-def heat_map(
-    record: GateRecord, tasks: Sequence[str] | None = None, adapter: str | None = None
-) -> Figure:
+def heat_map(record: GateRecord, tasks: Sequence[str] | None = None, adapter: str | None = None) -> Figure:
     """Draw the mean gates: one panel per task, a row per layer, a column per expert, one colour scale for all.
 
     Args:

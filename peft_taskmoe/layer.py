@@ -47,6 +47,7 @@ class TaskMoELoraLayer(BaseTunerLayer):
         self.shapes: dict[str, ExpertShape] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+        self._before_merge: dict[str, torch.Tensor] = {}
         self.in_features, self.out_features = _linear_features(self.get_base_layer())
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: TaskMoELoraConfig) -> None:
@@ -133,26 +134,27 @@ class TaskMoELoraLayer(BaseTunerLayer):
         Raises:
             ValueError: See `get_delta_weight`; or if the merged weight is not finite (`safe_merge`).
         """
-        for adapter_name in check_adapters_to_merge(self, adapter_names) or []:
-            if adapter_name not in self.taskmoe_lora_A:
-                continue
-            delta = self.get_delta_weight(adapter_name)
-            weight = self.get_base_layer().weight
-            if not weight.is_floating_point():
-                raise ValueError(
-                    f"The base weight is quantised ({weight.dtype}), and adding to it would round the adapter away. "
-                    "Keep the adapter unmerged, or load the base model unquantised to merge."
-                )
-            merged = weight.data + delta.to(weight.dtype)
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.taskmoe_lora_A]
+        deltas = {name: self.get_delta_weight(name) for name in names}
+        if not deltas:
+            return
+        weight = self.get_base_layer().weight
+        if not weight.is_floating_point():
+            raise ValueError(
+                f"The base weight is quantised ({weight.dtype}), and adding to it would round the adapter away. "
+                "Keep the adapter unmerged, or load the base model unquantised to merge."
+            )
+        merged = weight.data
+        for adapter_name, delta in deltas.items():
+            merged = merged + delta.to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(
-                    f'Merging adapter "{adapter_name}" gives values that are not finite: its weights are broken. '
-                    "The base weight was left as it was."
+                    f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: it gives values that are "
+                    "not finite. The base weight was left as it was."
                 )
-            self._before_merge = getattr(self, "_before_merge", {})
-            self._before_merge[adapter_name] = delta
-            weight.data = merged
-            self.merged_adapters.append(adapter_name)
+        weight.data = merged  # only now: whatever is refused leaves the layer unchanged
+        self._before_merge.update(deltas)
+        self.merged_adapters.extend(deltas)
 
     def unmerge(self) -> None:
         """Take the merged adapters out of the base weight again."""
@@ -162,7 +164,7 @@ class TaskMoELoraLayer(BaseTunerLayer):
         while self.merged_adapters:
             delta = self._before_merge.pop(self.merged_adapters.pop())
             weight = self.get_base_layer().weight
-            weight.data = weight.data - delta.to(weight.dtype)
+            weight.data = weight.data - delta.to(weight)
 
     def _weights(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return (
@@ -343,10 +345,8 @@ class Linear(nn.Module, TaskMoELoraLayer):
             state.recorder(self, adapter_name, gates.detach(), token_tasks)
         coef = self.configs[adapter_name].router_aux_loss_coef
         if state.aux is not None and coef and self.training:
-            mask = state.aux.token_mask
-            if mask is not None and mask.shape[0] != logits.shape[0]:
-                mask = None  # another sequence than the one the mask is of, such as an encoder's
-            loss = load_balancing_loss(logits, shape.top_k, mask) * (coef / state.aux.num_layers[adapter_name])
+            loss = load_balancing_loss(logits, shape.top_k, state.aux.mask_of(logits.shape[0]))
+            loss = loss * (coef / state.aux.num_layers[adapter_name])
             if state.aux.open:
                 state.aux.value = state.aux.value + loss.detach()
             update = InjectAuxLoss.apply(update, loss, state.aux)
@@ -423,6 +423,15 @@ class Linear(nn.Module, TaskMoELoraLayer):
 
     def _dropout(self, adapter_name: str) -> float:
         return self.lora_dropout[adapter_name] if self.training else 0.0
+
+    def extra_repr(self) -> str:
+        """One line per adapter: what its shapes do not tell."""
+        return "\n".join(
+            f"{name}: {shape.num_experts} experts of rank {shape.r}, scaling {shape.scaling:g}, router reads "
+            + self.configs[name].router_inputs
+            + (f", top_k {shape.top_k}" if shape.top_k else "")
+            for name, shape in self.shapes.items()
+        )
 
     def __repr__(self) -> str:
         return "taskmoe_lora." + super().__repr__()

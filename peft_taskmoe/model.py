@@ -7,8 +7,10 @@ It wraps `forward` and `generate` of the base model's instance, so that the scop
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -18,11 +20,12 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .automatic import PromptEncoder, packed_documents
+from .automatic import IGNORED_LABEL, PromptEncoder, packed_documents
 from .conditioning import (
     AddAuxLoss,
     AuxLoss,
     TaskState,
+    WeighAuxLoss,
     carry_into_recompute,
     check_task_embeds,
     current_state,
@@ -33,7 +36,9 @@ from .encoder import TaskEncoder, TaskEncoderConfig
 from .layer import Linear, TaskMoELoraLayer, missing_task_message, repeat_names
 from .peft_type import PREFIX
 
+_KEPT_AUX_LOSSES = 10_000
 _CHECKPOINT_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
+_TRAINED_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
 class Conditioner:
@@ -47,7 +52,8 @@ class Conditioner:
 
     def __init__(self, model: nn.Module) -> None:
         self.prompt_encoder: PromptEncoder | None = None
-        self.aux_loss: float | None = None
+        self._aux_losses: list[torch.Tensor] = []
+        self._warned_of_aux_loss = False
         self.find_layers(model)
 
     def find_layers(self, model: nn.Module) -> None:
@@ -79,6 +85,53 @@ class Conditioner:
                     found[name] = found.get(name, 0) + 1
         return found
 
+    def add_aux_loss(self, state: TaskState, outputs: Any) -> Any:
+        """Add the collected load-balancing loss to the loss of the outputs; see to its gradient where a trainer computes that loss."""
+        aux = state.aux
+        if aux is None:
+            return outputs
+        aux.open = False
+        by_name = isinstance(outputs, dict)
+        loss = outputs.get("loss") if by_name else outputs[0] if isinstance(outputs, tuple) and outputs else None
+        log_probs, counted = (outputs.get("log_probs"), outputs.get("label_mask")) if by_name else (None, None)
+        added = isinstance(loss, torch.Tensor) and loss.dim() == 0
+        if added and by_name:
+            outputs["loss"] = AddAuxLoss.apply(loss, aux)
+        elif added:
+            outputs = (AddAuxLoss.apply(loss, aux), *outputs[1:])
+        if isinstance(log_probs, torch.Tensor) and isinstance(counted, torch.Tensor):
+            outputs["log_probs"] = WeighAuxLoss.apply(log_probs, counted, aux, self.warn_of_aux_loss)
+        elif not added:
+            self.warn_of_aux_loss()
+            return outputs
+        self._aux_losses = [*self._aux_losses[-_KEPT_AUX_LOSSES:], torch.as_tensor(aux.value).detach()]
+        return outputs
+
+    def warn_of_aux_loss(self) -> None:
+        """Say once that the load-balancing loss does not reach the loss that is trained on."""
+        if self._warned_of_aux_loss:
+            return
+        self._warned_of_aux_loss = True
+        warnings.warn(
+            f"`router_aux_loss_coef` of {list(self.aux_layers())} has no effect here: the model adds its load-balancing loss to the "
+            "loss it returns, but this loss is computed outside of it (label smoothing, DPO, a loss function of your own). "
+            "Train with the model's own loss, or set the coefficient to 0.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+    @property
+    def aux_loss(self) -> float | None:
+        """The load-balancing loss (coefficient included) of the last forward that had one."""
+        return float(self._aux_losses[-1]) if self._aux_losses else None
+
+    def take_aux_loss(self) -> float | None:
+        """Its mean since this was last called; None where there was none."""
+        if not self._aux_losses:
+            return None
+        taken, self._aux_losses = self._aux_losses, []
+        return float(torch.stack(taken).mean())
+
     def carry_task_into_recompute(self) -> None:
         """Make whatever checkpoints recompute under the task of its forward; at each forward, so that it does not matter when and
         by which method checkpointing was switched on."""
@@ -104,15 +157,20 @@ def install_conditioning(model: nn.Module) -> Conditioner:
         return conditioner
     conditioner = Conditioner(model)
     model.__dict__["_taskmoe_conditioner"] = conditioner
-    for name, conditioned in (("forward", _forward), ("generate", _generate)):
-        if not hasattr(model, name):
-            continue
-        signature = _with_task_embeds(getattr(model, name))
-        own = model.__dict__.get(name)  # a wrapper of accelerate's, say
-        if own is not None:
-            model.__dict__[f"_taskmoe_wrapped_{name}"] = own
-        model.__dict__[name] = _bound(conditioned, model, name, signature)
+    wrap_outermost(model)
     return conditioner
+
+
+def wrap_outermost(model: nn.Module) -> None:
+    """Put the wrappers around whatever `forward` and `generate` this instance has now, unless they are outermost already.
+
+    TRL's trainers set a `forward` of their own over the model's, which hands labels to the LM head and calls the
+    backbone directly: a wrapper inside of it would see neither the call nor the labels.
+    """
+    for name, conditioned in (("forward", _forward), ("generate", _generate)):
+        own = model.__dict__.get(name)
+        if hasattr(model, name) and getattr(own, "func", None) is not conditioned:
+            model.__dict__[name] = _bound(conditioned, model, own, name, _with_task_embeds(getattr(model, name)))
 
 
 def remove_conditioning(model: nn.Module) -> None:
@@ -120,19 +178,28 @@ def remove_conditioning(model: nn.Module) -> None:
     if model.__dict__.pop("_taskmoe_conditioner", None) is None:
         return
     for name, conditioned in (("forward", _forward), ("generate", _generate)):
-        if getattr(model.__dict__.get(name), "func", None) is not conditioned:
+        wrapper = model.__dict__.get(name)
+        if getattr(wrapper, "func", None) is not conditioned:
             continue
-        del model.__dict__[name]
-        own = model.__dict__.pop(f"_taskmoe_wrapped_{name}", None)
-        if own is not None:
+        own = wrapper.args[1]  # type: ignore[union-attr]
+        if own is None:
+            del model.__dict__[name]
+        else:
             model.__dict__[name] = own
 
 
 def _bound(
-    conditioned: Callable[..., Any], model: nn.Module, name: str, signature: inspect.Signature
+    conditioned: Callable[..., Any],
+    model: nn.Module,
+    own: Callable[..., Any] | None,
+    name: str,
+    signature: inspect.Signature,
 ) -> Callable[..., Any]:
-    """`conditioned` for one model: a partial, which copies and pickles with the model, as a bound method would not."""
-    bound = partial(conditioned, model)
+    """`conditioned` for one model, around the instance's `own` method or, if None, its class's.
+
+    It is a partial, which copies and pickles with the model, as a bound method would not.
+    """
+    bound = partial(conditioned, model, own)
     bound.__signature__ = signature  # type: ignore[attr-defined]
     bound.__name__ = name  # type: ignore[attr-defined]
     return bound
@@ -143,33 +210,47 @@ def conditioner_of(model: nn.Module) -> Conditioner | None:
     return model.__dict__.get("_taskmoe_conditioner")
 
 
-def _inner(model: nn.Module, name: str) -> Callable[..., Any]:
-    """What was called `name` before it was wrapped."""
-    own = model.__dict__.get(f"_taskmoe_wrapped_{name}")
-    return own if own is not None else partial(getattr(type(model), name), model)
-
-
-def _forward(model: nn.Module, /, *args: Any, task_embeds: torch.Tensor | None = None, **kwargs: Any) -> Any:
+def _forward(
+    model: nn.Module,
+    own: Callable[..., Any] | None,
+    /,
+    *args: Any,
+    task_embeds: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
     """The model's `forward` under the task of the call."""
-    inner = _inner(model, "forward")
+    inner = own or partial(type(model).forward, model)
     outer = current_state()
     conditioner = conditioner_of(model)
     if conditioner is None:
         return inner(*args, **kwargs)
-    if outer is not None and outer.memo is not None and task_embeds is None:
-        return inner(*args, **kwargs)  # a step of `generate`, whose state is set
+    if outer is not None and task_embeds is None:
+        if outer.owner is conditioner:
+            return inner(*args, **kwargs)  # inside a wrapper of its own, around what was wrapped since
+        if outer.memo is not None:
+            if outer.recorder is not None:
+                outer.token_mask = _token_mask(_bind(type(model), args, kwargs))
+            return inner(*args, **kwargs)  # a step of `generate`, whose state is set
     call = _bind(type(model), args, kwargs)
     state = _state_for_forward(model, conditioner, call, task_embeds, outer)
+    state.owner = conditioner
     if model.training and torch.is_grad_enabled():
         conditioner.carry_task_into_recompute()
     with entered(state):
         outputs = inner(*args, **kwargs)
-    return _add_aux_loss(conditioner, state, outputs)
+    return conditioner.add_aux_loss(state, outputs)
 
 
-def _generate(model: nn.Module, /, *args: Any, task_embeds: torch.Tensor | None = None, **kwargs: Any) -> Any:
+def _generate(
+    model: nn.Module,
+    own: Callable[..., Any] | None,
+    /,
+    *args: Any,
+    task_embeds: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
     """The model's `generate` under the task of the call."""
-    inner = _inner(model, "generate")
+    inner = own or partial(type(model).generate, model)  # type: ignore[attr-defined]
     conditioner = conditioner_of(model)
     if conditioner is None:
         return inner(*args, **kwargs)
@@ -180,7 +261,7 @@ def _generate(model: nn.Module, /, *args: Any, task_embeds: torch.Tensor | None 
         call["input_ids"] = call["inputs"]
     call.pop("labels", None)
     outer = current_state()
-    state = _state_for_forward(model, conditioner, call, task_embeds, outer)
+    state = _state_for_forward(model, conditioner, call, task_embeds, outer, generates=True)
     state.rows = state.length = None
     state.memo = {}
     with entered(state):
@@ -190,6 +271,8 @@ def _generate(model: nn.Module, /, *args: Any, task_embeds: torch.Tensor | None 
 def _with_task_embeds(function: Callable[..., Any]) -> inspect.Signature:
     """The signature of `function` with `task_embeds` in it, so that a Trainer keeps a column of that name."""
     signature = inspect.signature(function)
+    if "task_embeds" in signature.parameters:
+        return signature  # wrapped before, with something of others' in between
     parameters = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
     rest = [p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
     parameters = [p for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
@@ -226,12 +309,26 @@ def _token_mask(call: dict[str, Any]) -> torch.Tensor | None:
     return (mask if length is None else mask[:, -length:]).bool()
 
 
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _answers_are_in_input(model: nn.Module) -> bool:
+    """Whether `input_ids` hold prompt and answer, told apart by `labels`: in language models without an encoder.
+
+    A classifier's labels stand for the whole text or for its tokens, all of which are prompt.
+    """
+    can_generate = getattr(model, "can_generate", None)
+    return not _is_encoder_decoder(model) and (can_generate is None or bool(can_generate()))
+
+
 def _state_for_forward(
     model: nn.Module,
     conditioner: Conditioner,
     call: dict[str, Any],
     task_embeds: torch.Tensor | None,
     outer: TaskState | None,
+    generates: bool = False,
 ) -> TaskState:
     """The state of one forward (or generation): the given task, the outer scope's, or the encoder's, in this order.
 
@@ -255,9 +352,13 @@ def _state_for_forward(
     elif outer is not None and outer.task_embeds is not None:
         state.task_embeds, state.token_tasks = outer.task_embeds, outer.token_tasks
     elif readers and conditioner.prompt_encoder is not None and call.get("input_ids") is not None:
-        labels = None if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else call.get("labels")
         found = conditioner.prompt_encoder.tasks_of(
-            call["input_ids"], labels, call.get("attention_mask"), call.get("position_ids")
+            call["input_ids"],
+            call.get("labels"),
+            call.get("attention_mask"),
+            call.get("position_ids"),
+            answers=_answers_are_in_input(model),
+            training=model.training and not generates,
         )
         state.task_embeds, state.token_tasks = found.task_embeds, found.token_tasks
     if readers:
@@ -267,6 +368,14 @@ def _state_for_forward(
         mask = call.get("attention_mask")
         whole = isinstance(mask, torch.Tensor) and mask.dim() == 2
         state.aux = AuxLoss(mask.reshape(-1).bool() if whole else None, aux_layers)  # type: ignore[union-attr]
+        labels = call.get("labels")
+        if isinstance(labels, torch.Tensor):
+            labelled = labels != IGNORED_LABEL
+            if _is_encoder_decoder(model):
+                state.aux.decoder_mask = labelled.reshape(-1)
+            if call.get("num_items_in_batch") is not None:
+                predicted = labelled[..., 1:] if _answers_are_in_input(model) else labelled
+                state.aux.share = predicted.sum() / call["num_items_in_batch"]
     return state
 
 
@@ -295,20 +404,6 @@ def _check_fit(
     )
 
 
-def _add_aux_loss(conditioner: Conditioner, state: TaskState, outputs: Any) -> Any:
-    """Add the collected load-balancing loss to the loss that the model returns."""
-    aux = state.aux
-    if aux is None:
-        return outputs
-    aux.open = False
-    conditioner.aux_loss = float(aux.value)
-    if isinstance(outputs, dict) and isinstance(outputs.get("loss"), torch.Tensor):
-        outputs["loss"] = AddAuxLoss.apply(outputs["loss"], aux)
-    elif isinstance(outputs, tuple) and outputs and isinstance(outputs[0], torch.Tensor) and outputs[0].dim() == 0:
-        outputs = (AddAuxLoss.apply(outputs[0], aux), *outputs[1:])
-    return outputs
-
-
 class TaskMoELoraModel(BaseTuner):
     """Task-Aware MoELoRA on a model: what `get_peft_model(model, TaskMoELoraConfig(...))` builds.
 
@@ -329,6 +424,19 @@ class TaskMoELoraModel(BaseTuner):
         if peft_config.target_modules is None:
             peft_config.target_modules = "all-linear"
         return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: TaskMoELoraConfig, key: str) -> Any:
+        """As every tuner matches, with two gaps of `"all-linear"` closed: it keeps off the heads that PEFT trains in full for every
+        task type, not for `SEQ_CLS` alone, and it goes together with `layers_to_transform`.
+        """
+        name = key.rpartition(".")[2]
+        if name in _TRAINED_HEADS.get(peft_config.task_type or "", ()):
+            return False
+        if peft_config.layers_to_transform is not None and key in (peft_config.target_modules or ()):
+            peft_config = copy(peft_config)  # PEFT counts layers for names that end a path, not for whole paths
+            peft_config.target_modules = {name}  # type: ignore[assignment]
+        return BaseTuner._check_target_module_exists(peft_config, key)
 
     def _create_and_replace(
         self,
@@ -369,6 +477,7 @@ class TaskMoELoraModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """PEFT calls this around `forward` and `generate`: here `adapter_names` enter the scope."""
+        wrap_outermost(self.model)
         names = kwargs.get("adapter_names")
         if names is None:
             yield
@@ -449,6 +558,7 @@ def attach_task_encoder(
         ValueError: If the encoder's dimension differs from the adapter's `task_dim`, or the config names no encoder.
     """
     base = base_model_of(model)
+    wrap_outermost(base)
     conditioner = conditioner_of(base)
     assert conditioner is not None
     configs: dict[str, TaskMoELoraConfig] = {

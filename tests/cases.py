@@ -1,7 +1,7 @@
 """One table of tiny models and one of adapter settings, which the compatibility tests run through every behaviour.
 
 It knows how to build a model from a config and what to feed it; it knows no behaviour. Everything is random, two layers
-deep and sixteen wide, so that a case takes milliseconds.
+deep and sixteen wide, so that a case takes milliseconds. No model has dropout of its own.
 """
 
 from __future__ import annotations
@@ -134,7 +134,8 @@ MODELS: dict[str, ModelCase] = {
     "gpt2": ModelCase(
         GPT2LMHeadModel,
         GPT2Config,
-        {"vocab_size": VOCAB, "n_embd": WIDTH, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.3, **NO_END},
+        {"vocab_size": VOCAB, "n_embd": WIDTH, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.3,
+         "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, **NO_END},
         "CAUSAL_LM",
         frozenset({"c_attn", "c_proj", "c_fc"}),
         modules_to_save=("ln_f",),
@@ -172,7 +173,8 @@ MODELS: dict[str, ModelCase] = {
         T5Config,
         {
             "vocab_size": VOCAB, "d_model": WIDTH, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2,
-            "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0, "tie_word_embeddings": False, **NO_END,
+            "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0, "tie_word_embeddings": False,
+            "dropout_rate": 0.0, **NO_END,
         },
         "SEQ_2_SEQ_LM",
         frozenset({"q", "k", "v", "o", "wi_0", "wi_1", "wo"}),
@@ -180,7 +182,7 @@ MODELS: dict[str, ModelCase] = {
     "bert_sequences": ModelCase(
         BertForSequenceClassification,
         BertConfig,
-        {**_DECODER, "num_labels": 3},
+        {**_DECODER, "num_labels": 3, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
         "SEQ_CLS",
         frozenset({"query", "key", "value", "dense"}),
         modules_to_save=("classifier",),
@@ -188,7 +190,7 @@ MODELS: dict[str, ModelCase] = {
     "bert_tokens": ModelCase(
         BertForTokenClassification,
         BertConfig,
-        {**_DECODER, "num_labels": 3},
+        {**_DECODER, "num_labels": 3, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
         "TOKEN_CLS",
         frozenset({"query", "key", "value", "dense"}),
         modules_to_save=("classifier",),
@@ -205,7 +207,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "token": {"router_inputs": "token"},
     "task": {"router_inputs": "task"},
     "top_k": {"top_k": 2},
-    "task top_k": {"router_inputs": "task", "top_k": 1},
+    "task top_k": {"router_inputs": "task", "top_k": 2},
     "raw task": {"task_norm": "none"},
     "rslora": {"use_rslora": True},
     "many experts": {"num_experts": 5, "r": 1},
@@ -227,6 +229,17 @@ def adapted(model: str, adapter: str = "token+task", seed: int = 0, **changes: A
     """A model of the table with one adapter, in eval mode."""
     torch.manual_seed(seed)
     return get_peft_model(MODELS[model].build(), config_for(model, adapter, **changes)).eval()
+
+
+def louder(model: nn.Module) -> Any:
+    """The model with an adapter so strong that other tasks lead to other words."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "taskmoe_lora_router" in name:
+                parameter.mul_(8)
+            elif "taskmoe_lora_B" in name:
+                parameter.mul_(4)
+    return model
 
 
 def tasks(rows: int = ROWS, seed: int = 7, dim: int = TASK_DIM) -> torch.Tensor:

@@ -97,7 +97,7 @@ def test_threads_do_not_see_each_other(adapted) -> None:
     expected = [model(input_ids=IDS, task_embeds=tasks(seed=i)).logits for i in range(2)]
     both_inside = threading.Barrier(2, timeout=20)
     middle = model.get_base_model().model.layers[1]
-    middle.register_forward_pre_hook(lambda module, args: both_inside.wait() and None)
+    middle.register_forward_pre_hook(lambda module, args: (both_inside.wait(), None)[1])
     found: dict[int, torch.Tensor] = {}
 
     def run(i: int) -> None:
@@ -167,6 +167,7 @@ def test_wrapping_a_checkpoint_function_twice_is_harmless() -> None:
     assert carry_into_recompute(once) is once
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bert"])
@@ -175,25 +176,23 @@ def test_gradient_checkpointing_changes_no_gradient(name, when, use_reentrant, t
     labels = torch.tensor([0, 1]) if name == "bert" else IDS
 
     def gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
-        base = tiny_model(name)
-        runs = []
-        for layer_name, module in base.named_modules():
-            if type(module).__name__ in {"LlamaDecoderLayer", "GPT2Block", "T5Block", "BertLayer"}:
-                module.register_forward_pre_hook(lambda module, args, n=layer_name: runs.append(n))
-        options = {"gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
+        base, runs = tiny_model(name), []
+        options = {"use_reentrant": use_reentrant}
         if checkpointing and when == "before":
-            base.gradient_checkpointing_enable(**options)
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         base = inject_adapter_in_model(
             TaskMoELoraConfig(task_dim=TASK_DIM, num_experts=3, r=2, lora_dropout=0.0), base
         )
-        if checkpointing and when == "after":
-            base.gradient_checkpointing_enable(**options)
+        if checkpointing and when == "after":  # by its newer name, where there is one
+            enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
+            enable(options)
         base.enable_input_require_grads()
-        randomise(base).train()
+        first = next(m for m in randomise(base).double().train().modules() if isinstance(m, TaskMoELoraLayer))
+        first.register_forward_pre_hook(lambda module, args: runs.append(current_state().task_embeds))
         loss = base(input_ids=IDS, labels=labels, task_embeds=tasks(seed=1)).loss
         loss = loss - 2 * base(input_ids=IDS, labels=labels, task_embeds=tasks(seed=2)).loss
         loss.backward()
-        assert len(runs) == len(set(runs)) * (4 if checkpointing else 2)  # it did recompute
+        assert len(runs) == (4 if checkpointing else 2)  # it did recompute
         return {n: p.grad for n, p in base.named_parameters() if p.requires_grad}
 
     expected, found = gradients(False), gradients(True)

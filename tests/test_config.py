@@ -165,7 +165,7 @@ def test_no_target_modules_means_all_linear(tiny_model) -> None:
           for k in (0, 9, 1.5)),
         ({"router_aux_loss_coef": -1}, r"`router_aux_loss_coef` is -1; a negative weight would unbalance .* Pass 0.0"),
         ({"layers_pattern": "layers"}, r"`layers_pattern` was given without `layers_to_transform`.*`layers_to_transform=\[...\]`"),
-        ({"layers_to_transform": [0]}, r"`layers_to_transform` does not go together with `target_modules='all-linear'`.*List the modules"),
+        ({"layers_to_transform": [0], "target_modules": ".*q_proj"}, r"`layers_to_transform` does not go together with `target_modules='.\*q_proj'`.*Let the regex name the layers"),
         ({"task_encoder": {"name": "x"}}, r"The task encoder has no setting \['name'\]. Its settings are \['name_or_path'"),
         ({"task_encoder": {"pooling": "sum"}}, "`pooling` is 'sum', which the task encoder does not know"),
         ({"task_encoder": "Salesforce/codet5-base"},

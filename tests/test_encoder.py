@@ -5,12 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import pickle
-import subprocess
-import sys
 import threading
 import warnings
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -186,7 +185,7 @@ def test_a_vector_does_not_depend_on_the_batch(kind):
     for batch_size in (1, 2, 32):
         together = make_encoder(kind, batch_size=batch_size)(texts)
         assert (together - alone).abs().max() < 1e-6
-    assert torch.cdist(alone, alone).fill_diagonal_(1).min() > 1e-2  # and they are not all the same
+    assert torch.cdist(alone, alone).fill_diagonal_(1).min() > 1e-3  # and they are not all the same
 
 
 def test_minilm_gives_the_same_vector_in_any_company(minilm):
@@ -318,7 +317,7 @@ def test_without_a_cache_every_call_encodes():
     encoder = make_encoder(cache_size=0)
     shapes = count_forwards(encoder)
     assert torch.equal(encoder([SHORT, SHORT]), encoder([SHORT, SHORT]))
-    assert shapes == [(1, 5), (1, 5)] and encoder.cache_info().currsize == 0
+    assert shapes == [(1, 16), (1, 16)] and encoder.cache_info().currsize == 0
 
 
 def test_changing_a_result_leaves_the_cache_alone():
@@ -338,7 +337,7 @@ def test_texts_of_one_length_share_a_batch():
     encoder = make_encoder(batch_size=2)
     shapes = count_forwards(encoder)
     encoder([words(*range(n, n + size)) for n, size in enumerate([1, 20, 2, 19])])
-    assert shapes == [(2, 4), (2, 22)]
+    assert shapes == [(2, 16), (2, 22)]
 
 
 def test_threads_share_one_encoder():
@@ -441,10 +440,23 @@ def test_a_folder_without_a_model_says_what_was_found(tmp_path):
         TaskEncoder(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "left_out", [["model.safetensors"], ["tokenizer.json"], ["tokenizer.json", "tokenizer_config.json"]]
+)
+def test_an_incomplete_folder_says_so(folders, tmp_path, left_out):
+    """Without any tokenizer file transformers 5 makes a tokenizer that knows no word, and every text would look alike."""
+    for source in folders["bert"].iterdir():
+        if source.name not in left_out:
+            (tmp_path / source.name).write_bytes(source.read_bytes())
+    with pytest.raises(OSError, match=r"found a folder with \['config.json'.*The cause: ") as error:
+        TaskEncoder(tmp_path)
+    assert ("The tokenizer has no vocabulary" in str(error.value)) == (len(left_out) == 2)
+
+
 def test_a_folder_that_is_not_there():
     with pytest.raises(
         OSError,
-        match="`no/such/folder/at/all` cannot be loaded: found no folder of that name, and the Hub did not give it",
+        match="`no/such/folder/at/all` cannot be loaded: found no such folder, nor can the Hub give it",
     ):
         TaskEncoder("no/such/folder/at/all")
 
@@ -504,45 +516,27 @@ def test_a_checkpoint_without_a_pooler_is_fine_and_always_the_same(folders, tmp_
     )
 
 
-CACHED = """
-import sys, torch
-torch.set_num_threads(1)
-from peft_taskmoe.encoder import TaskEncoder
-encoder = TaskEncoder("user/encoder")
-print(encoder.config.revision, encoder("w1 w2").sum().item())
-assert TaskEncoder.from_config(encoder.config).config == encoder.config
-try:
-    TaskEncoder("user/other", revision="v2")
-except OSError as error:
-    print(error)
-"""
-
-
-def test_a_hub_id_is_found_in_the_cache_without_a_network_and_its_commit_is_recorded(folders, tmp_path):
+def test_a_hub_id_is_found_in_the_cache_without_a_network_and_its_commit_is_recorded(
+    folders, tmp_path, monkeypatch
+):
     commit = "0123456789abcdef0123456789abcdef01234567"
-    repository = tmp_path / "hub" / "models--user--encoder"
+    repository = tmp_path / "models--user--encoder"
     (repository / "snapshots" / commit).mkdir(parents=True)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     for source in folders["bert"].iterdir():
         (repository / "snapshots" / commit / source.name).write_bytes(source.read_bytes())
-    environment = {
-        "HF_HOME": str(tmp_path),
-        "HF_HUB_OFFLINE": "1",
-        "PATH": "",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", CACHED], env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    first, *rest = done.stdout.splitlines()
-    assert first.split()[0] == commit
-    assert float(first.split()[1]) == pytest.approx(make_encoder("bert")("w1 w2").sum().item(), abs=1e-5)
-    assert (
-        "`user/other` (revision `v2`) cannot be loaded: found no folder of that name, and the Hub did not give it"
-        in "".join(rest)
-    )
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    encoder = TaskEncoder("user/encoder")
+    assert encoder.config == TaskEncoderConfig(name_or_path="user/encoder", revision=commit)
+    torch.testing.assert_close(encoder(SHORT), make_encoder("bert")(SHORT), rtol=0, atol=1e-6)
+    assert TaskEncoder.from_config(encoder.config).fingerprint() == encoder.fingerprint()
+    with pytest.raises(
+        OSError,
+        match=r"`user/encoder` \(revision `v2`\) cannot be loaded: found no such folder, nor can the Hub",
+    ):
+        TaskEncoder("user/encoder", revision="v2")
 
 
 # --- settings --------------------------------------------------------------------------------------------------------------

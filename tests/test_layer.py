@@ -379,7 +379,7 @@ def test_what_cannot_merge_says_so() -> None:
         layer.merge()
     layer.taskmoe_lora_B["default"].weight.data[0, 0] = torch.inf
     before = layer.base_layer.weight.clone()
-    with task_context(tasks[:1]), pytest.raises(ValueError, match="not finite: its weights are broken"):
+    with task_context(tasks[:1]), pytest.raises(ValueError, match="adapter default seems to be broken.*not finite"):
         layer.merge(safe_merge=True)
     assert torch.equal(layer.base_layer.weight, before) and not layer.merged
 

@@ -177,8 +177,8 @@ class Aligner:
         if not heads or not tails:
             return
         if head_place or tail_place:
-            pairs = [(h, t) for h in heads for t in tails]
-            yield from [pair for pair in pairs if pair[0] != pair[1]] or pairs
+            alone = len(heads) == len(tails) == 1
+            yield from ((h, t) for h in heads for t in tails if alone or h != t)
         elif heads == tails:
             yield from zip(heads, heads[1:] or heads, strict=False)
         else:

@@ -2,7 +2,7 @@
 
 Knows answers, schemas and alignment. Nothing that a model wrote is evaluated: a scanner finds the calls of an answer
 and checks that they are made of names, strings, numbers and lists; `ast.parse` reads each of them. Time is linear
-in the length of the answer; nothing that an answer can hold raises.
+in the length of the answer (each new mention is a search through the text); nothing that an answer can hold raises.
 """
 
 from __future__ import annotations
@@ -164,11 +164,11 @@ class _Scanner:
                     closed = closed or empty or calls > calls_before
             elif self.rest is None:
                 self.rest, self.rest_kind = start, "extra_text"
-                if closed:
-                    break
-        truncated = self.rest_kind == "truncated" and self.rest is not None
+                if closed and kind != "close":
+                    break  # a run-on: another text and its records, not ours
+        in_record = self.rest is not None and self.rest_kind != "extra_text"  # which says enough about the end
         self.flush(len(answer))
-        if not truncated and not closed:
+        if not in_record and not closed:
             message = "The answer has no list." if not calls and not depth else "The list is not closed."
             self.reader.problem("truncated", message, answer[list_start:] if depth and not calls else "")
 

@@ -28,6 +28,7 @@ ProblemKind = Literal[
     "not_in_text",
     "not_given",
     "repeated",
+    "low_confidence",
 ]
 
 PROBLEM_KINDS: dict[str, str] = {
@@ -42,6 +43,7 @@ PROBLEM_KINDS: dict[str, str] = {
     "not_in_text": "a span that the text does not contain; record or argument left out",
     "not_given": "an event other than the given ones, where events are given; it is left out",
     "repeated": "a record or argument that says again what an earlier one said; it is left out",
+    "low_confidence": "a record below the threshold that the caller set; it is left out",
 }
 """Every kind of `Problem`, and what becomes of what it is about."""
 

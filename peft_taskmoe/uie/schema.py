@@ -327,10 +327,18 @@ class Names:
 
     @classmethod
     def masked(cls, schema: Schema) -> Names:
-        """The same with `LABEL_1`, `LABEL_2`, ... for the classes, counted in the schema's order."""
+        """The same with `LABEL_1`, `LABEL_2`, ... for the classes, counted in the schema's order.
+
+        A label that nothing is said about but its name keeps it: no model could know what `LABEL_3` is.
+        """
+        plain = cls.of(schema)
         return cls(
             tuple(
-                (*label.key, f"LABEL_{number}", _slot_identifiers(label))
+                (
+                    *label.key,
+                    f"LABEL_{number}" if label.description or label.examples else plain.class_of(label),
+                    plain.slots_of(label),
+                )
                 for number, label in enumerate(schema.labels, start=1)
             )
         )
@@ -386,7 +394,7 @@ def _identifiers(names: Sequence[str], reserved: Collection[str]) -> list[str]:
     identifiers = []
     for name in names:
         stem = _identifier(name)
-        if keyword.iskeyword(stem) or stem in reserved:
+        if keyword.iskeyword(stem) or stem in reserved or stem.startswith("LABEL_"):  # masks are called so
             stem += "_"
         identifier, number = stem, 2
         while identifier in taken:
