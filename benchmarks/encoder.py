@@ -13,6 +13,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -66,11 +67,13 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    console = Console()
+    console = Console(width=110)
     rng = random.Random(0)
     encoder = TaskEncoder(args.encoder, batch_size=args.batch_size, device=args.device)
     encoder(prompt(rng, 50))
-    setting = f"{args.encoder}, {args.device}, {args.threads} threads, medians of {args.rounds} rounds"
+    setting = (
+        f"{Path(args.encoder).name}, {args.device}, {args.threads} threads, medians of {args.rounds} rounds"
+    )
 
     table = Table(title="One prompt: new and repeated", caption=setting)
     for column in ("words", "tokens", "new, ms", "repeated, µs", "new / repeated"):

@@ -163,13 +163,13 @@ class PromptEncoder:
                     "the prompts with `encoder.encode_dataset(dataset)` and wrap the collator in `TaskCollator`."
                 )
         prompts = prompt_ids(input_ids, labels, attention_mask, documents)
-        if labels is not None:
-            self._warn_of_missing_prompts(prompts)
         texts = [self._text(ids) for ids in prompts]
         if documents is not None:
             for i, size in enumerate(documents.bincount().tolist()):
-                if size == 1 and not texts[i]:
-                    texts[i] = texts[i - 1]  # one token of padding (`pad_to_multiple_of`), which says nothing to encode
+                if size == 1 and not texts[i]:  # one token of padding (`pad_to_multiple_of`), which says nothing to encode
+                    texts[i], prompts[i] = texts[i - 1], prompts[i - 1]
+        if labels is not None:
+            self._warn_of_missing_prompts(prompts)
         found = FoundTasks(self.encoder(texts).to(input_ids.device), documents)
         if labels is not None and not input_ids.is_inference():
             self._last = (weakref.ref(input_ids), input_ids._version, found)

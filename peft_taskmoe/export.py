@@ -247,6 +247,11 @@ def _batches(
                 "takes them."
             )
         if task_embeds is not None:
+            if "task_embeds" in batch:
+                raise ValueError(
+                    f"Item {i} of `calibration` brings its own `task_embeds`, and `to_lora` was given some as well. Leave one of the "
+                    "two out."
+                )
             batch["task_embeds"] = task_embeds.expand(tensors[0].shape[0], -1)
         batches.append(batch)
     if not batches:
@@ -325,7 +330,7 @@ def _measure(
     batches: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
     """What replacing the gates by `gates` changes, on the calibration batches: the measured fields of `ExportReport`."""
-    errors = _UpdateErrors(layers, adapter_name, gates)
+    errors = _UpdateErrors(layers, gates)
     kl_sum, kl_count = 0.0, 0
     max_abs: float | None = None
     with _evaluating(base):
@@ -360,10 +365,9 @@ def _logits(outputs: Any) -> torch.Tensor | None:
 class _UpdateErrors:
     """Sums up, layer by layer, how far the update with fixed gates is from the adapter's; a recorder of gates."""
 
-    def __init__(self, layers: dict[str, Linear], adapter_name: str, gates: dict[str, torch.Tensor]) -> None:
+    def __init__(self, layers: dict[str, Linear], gates: dict[str, torch.Tensor]) -> None:
         self.layers = layers
         self.gates = gates
-        self.adapter_name = adapter_name
         self.names = {id(layer): name for name, layer in layers.items()}
         self.inputs: dict[int, torch.Tensor] = {}
         self.squares = {name: [0.0, 0.0] for name in layers}

@@ -206,12 +206,15 @@ class InferenceWeights:
         b: `(e*r, out)`.
         per_task: `W_e e` of each task, `(n, e)`, or None if the router does not read the task.
         task_gates: If the router reads the task only: the gates of each task, each repeated r times, `(n, e*r)`.
+        by_rows: For a number of tokens that was met with one token a row: the task part of each row beside zeros, `(rows,
+            e*r + e)`, which starts the product's sum; or each row's `task_gates`.
     """
 
     a_and_w_x: torch.Tensor
     b: torch.Tensor
     per_task: torch.Tensor | None
     task_gates: torch.Tensor | None
+    by_rows: dict[int, torch.Tensor]
 
 
 def inference_weights(
@@ -230,7 +233,7 @@ def inference_weights(
         assert per_task is not None
         gates = torch.softmax(keep_top_k(per_task, shape.top_k), dim=-1)
         task_gates = gates.repeat_interleave(shape.r, dim=-1).to(weight_a.dtype)
-    return InferenceWeights(a_and_w_x.t(), weight_b.t(), per_task, task_gates)
+    return InferenceWeights(a_and_w_x.t(), weight_b.t(), per_task, task_gates, {})
 
 
 def fused_inference(
@@ -253,12 +256,32 @@ def fused_inference(
         `out`.
     """
     x2 = x.reshape(-1, x.shape[-1])
-    h = x2 @ prepared.a_and_w_x
+    tokens, rank = x2.shape[0], shape.num_experts * shape.r
+    one_token_a_row = token_tasks is None and x.dim() == 3 and x.shape[1] == 1
+    row_part = _row_part(prepared, tokens, rank) if one_token_a_row else None
     if prepared.task_gates is not None:
-        z = h * spread_over_tokens(prepared.task_gates, x2.shape[0], token_tasks)
+        spread = row_part if row_part is not None else spread_over_tokens(prepared.task_gates, tokens, token_tasks)
+        z = (x2 @ prepared.a_and_w_x) * spread
     else:
-        rank = shape.num_experts * shape.r
-        gates = _gates(h[:, rank:], prepared.per_task, x2.shape[0], token_tasks, shape.top_k)
-        z = (h[:, :rank].unflatten(1, (shape.num_experts, shape.r)) * gates.to(h.dtype).unsqueeze(-1)).flatten(1)
+        if row_part is not None:
+            h = torch.addmm(row_part, x2, prepared.a_and_w_x)
+            gates = torch.softmax(keep_top_k(h[:, rank:], shape.top_k), dim=-1, dtype=torch.promote_types(h.dtype, torch.float32))
+        else:
+            h = x2 @ prepared.a_and_w_x
+            gates = _gates(h[:, rank:], prepared.per_task, tokens, token_tasks, shape.top_k)
+        z = (h[:, :rank].view(tokens, shape.num_experts, shape.r) * gates.to(h.dtype).unsqueeze(-1)).view(tokens, rank)
     out.view(-1, out.shape[-1]).addmm_(z, prepared.b, alpha=shape.scaling)
     return out
+
+
+def _row_part(prepared: InferenceWeights, rows: int, rank: int) -> torch.Tensor | None:
+    """`InferenceWeights.by_rows` for this number of rows, made the first time; None where no row has a task."""
+    found = prepared.by_rows.get(rows)
+    if found is None and prepared.per_task is not None:
+        if prepared.task_gates is not None:
+            found = spread_over_tokens(prepared.task_gates, rows, None)
+        else:
+            per_row = spread_over_tokens(prepared.per_task, rows, None).to(prepared.a_and_w_x.dtype)
+            found = torch.cat((per_row.new_zeros(rows, rank), per_row), dim=1)
+        prepared.by_rows[rows] = found
+    return found

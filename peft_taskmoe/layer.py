@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers.pytorch_utils import Conv1D
 
 from .conditioning import InjectAuxLoss, TaskState, current_state
 from .config import TaskMoELoraConfig
 from .experts import expert_update
-from .fused import ExpertShape, FusedUpdate, fused_inference, inference_weights
+from .fused import ExpertShape, FusedUpdate, InferenceWeights, fused_inference, inference_weights
 from .peft_type import PREFIX
 from .router import gates_from_logits, load_balancing_loss, router_logits
 
@@ -284,22 +285,23 @@ class Linear(nn.Module, TaskMoELoraLayer):
 
     def _forward_memoised(self, x: torch.Tensor, adapter_name: str, state: TaskState) -> torch.Tensor:
         """Generation: what does not change between steps is computed once per `generate` call."""
+        assert state.memo is not None
         out = self.base_layer(x)
-        weight_a, weight_b, router_weight = self._weights(adapter_name)
+        prepared: InferenceWeights | None = state.memo.get((self, adapter_name))
+        dtype = self.taskmoe_lora_A[adapter_name].weight.dtype if prepared is None else prepared.b.dtype
         if (
             state.recorder is not None
             or torch.is_grad_enabled()
-            or not (x.dtype == out.dtype == weight_a.dtype)
+            or not (x.dtype == out.dtype == dtype)
             or not out.is_contiguous()
         ):
             return self._add_update(x, out, adapter_name, state)
-        assert state.memo is not None
-        key = (id(self), adapter_name)
-        prepared = state.memo.get(key)
-        task, token_tasks = self._task_of(x, adapter_name, state)
-        shape = self.shapes[adapter_name]
-        if prepared is None:
-            prepared = state.memo[key] = inference_weights(weight_a, weight_b, router_weight, task, shape)
+        shape, token_tasks = self.shapes[adapter_name], state.token_tasks
+        if prepared is None or x.dim() != 3 or x.shape[1] != 1:
+            task, token_tasks = self._task_of(x, adapter_name, state)
+            if prepared is None:
+                prepared = inference_weights(*self._weights(adapter_name), task, shape)
+                state.memo[self, adapter_name] = prepared
         return fused_inference(x, out, prepared, token_tasks, shape)
 
     def _add_update(
@@ -407,7 +409,11 @@ class Linear(nn.Module, TaskMoELoraLayer):
         return state.recorder is not None or (state.aux is not None and wants_loss)
 
     def _frozen_linear(self, x: torch.Tensor, adapter_name: str) -> bool:
-        """Whether the base is a plain frozen `nn.Linear` that nobody hooked, so that its product may be computed here."""
+        """Whether the base is a plain frozen `nn.Linear` that nobody hooked, so that its product may be computed here.
+
+        Under a dispatch mode it may not: selective checkpointing keeps the product itself, and the update would be
+        accumulated into what it keeps.
+        """
         base = self.base_layer
         if type(base) is not nn.Linear or "forward" in base.__dict__:
             return False
@@ -418,6 +424,7 @@ class Linear(nn.Module, TaskMoELoraLayer):
             and (base.bias is None or not base.bias.requires_grad)
             and x.dtype == weight.dtype == self.taskmoe_lora_A[adapter_name].weight.dtype
             and not torch.is_autocast_enabled(x.device.type)
+            and not is_in_torch_dispatch_mode()
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
         )
 

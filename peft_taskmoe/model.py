@@ -57,10 +57,8 @@ class Conditioner:
         self.find_layers(model)
 
     def find_layers(self, model: nn.Module) -> None:
-        """Look up the adapted layers and the modules that checkpoint; again after every injection."""
-        modules = list(model.modules())
-        self.layers = [m for m in modules if isinstance(m, TaskMoELoraLayer)]
-        self.checkpointing = [m for m in modules if hasattr(m, "gradient_checkpointing") or hasattr(m, "checkpoint_fn")]
+        """Look up the adapted layers; again after every injection."""
+        self.layers = [m for m in model.modules() if isinstance(m, TaskMoELoraLayer)]
 
     def adapters_that_read_the_task(self, adapter_names: Sequence[str] | None) -> list[tuple[str, int]]:
         """Names and task dimensions of the adapters this forward uses whose router reads the task."""
@@ -131,15 +129,6 @@ class Conditioner:
             return None
         taken, self._aux_losses = self._aux_losses, []
         return float(torch.stack(taken).mean())
-
-    def carry_task_into_recompute(self) -> None:
-        """Make whatever checkpoints recompute under the task of its forward; at each forward, so that it does not matter when and
-        by which method checkpointing was switched on."""
-        for module in self.checkpointing:
-            for attribute in _CHECKPOINT_ATTRIBUTES:
-                checkpoint = module.__dict__.get(attribute)
-                if checkpoint is not None:
-                    setattr(module, attribute, carry_into_recompute(checkpoint))
 
 
 def install_conditioning(model: nn.Module) -> Conditioner:
@@ -234,11 +223,23 @@ def _forward(
     call = _bind(type(model), args, kwargs)
     state = _state_for_forward(model, conditioner, call, task_embeds, outer)
     state.owner = conditioner
-    if model.training and torch.is_grad_enabled():
-        conditioner.carry_task_into_recompute()
+    if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        _carry_task_into_recompute(model)
     with entered(state):
         outputs = inner(*args, **kwargs)
     return conditioner.add_aux_loss(state, outputs)
+
+
+def _carry_task_into_recompute(model: nn.Module) -> None:
+    """Make whatever checkpoints recompute under the task of its forward.
+
+    Done at each forward, so that it does not matter when and by which method checkpointing was switched on.
+    """
+    for module in model.modules():
+        for attribute in _CHECKPOINT_ATTRIBUTES:
+            checkpoint = module.__dict__.get(attribute)
+            if checkpoint is not None:
+                setattr(module, attribute, carry_into_recompute(checkpoint))
 
 
 def _generate(

@@ -54,6 +54,7 @@ _DECODER: dict[str, Any] = {
     **NO_END,
 }
 _GROUPED = {**_DECODER, "num_key_value_heads": 1}
+_SPARSE = {**_GROUPED, "experts_implementation": "eager"}  # its fused kernel knows no float64
 
 
 class TwoLayers(nn.Module):
@@ -151,7 +152,7 @@ MODELS: dict[str, ModelCase] = {
     "mixtral": ModelCase(
         MixtralForCausalLM,
         MixtralConfig,
-        {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2},
+        {**_SPARSE, "num_local_experts": 4, "num_experts_per_tok": 2},
         "CAUSAL_LM",
         _ATTENTION,
     ),
@@ -159,7 +160,7 @@ MODELS: dict[str, ModelCase] = {
         Qwen2MoeForCausalLM,
         Qwen2MoeConfig,
         {
-            **_GROUPED,
+            **_SPARSE,
             "num_experts": 4,
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 12,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import dataclass, field
 
 import pytest
@@ -136,7 +137,7 @@ def test_a_prompt_is_decoded_once() -> None:
     assert decoded == IDS.tolist()
 
 
-@pytest.mark.parametrize("end", ["# This is the text to analyze\ntext = \"x\"", 'text = "x"'])
+@pytest.mark.parametrize("end", ['# This is the text to analyze\ntext = "x"', 'text = "x"'])
 def test_a_schema_encoder_reads_the_part_before_the_text(end) -> None:
     class Prompt(FakeTokenizer):
         def decode(self, ids, skip_special_tokens=False):
@@ -145,8 +146,62 @@ def test_a_schema_encoder_reads_the_part_before_the_text(end) -> None:
     encoder = FakeEncoder(config=TaskEncoderConfig(name_or_path="fake", text="schema"))
     PromptEncoder(encoder, Prompt()).tasks_of(IDS[:1])
     assert encoder.calls == [['class A:\n    """Not text = "y" inside a line."""\n']]
-    with pytest.raises(ValueError, match=r"reads only the schema .* has no such line: 't4 t5.* pass `task_embeds`"):
+    with pytest.raises(
+        ValueError, match=r"reads only the schema .* has no such line: 't4 t5.* pass `task_embeds`"
+    ):
         PromptEncoder(encoder, FakeTokenizer()).tasks_of(IDS[:1])
+
+
+def test_training_without_labels_cannot_tell_the_prompt(attached) -> None:
+    model, encoder = attached()
+    with pytest.raises(
+        ValueError,
+        match=r"without `labels`, so the answers cannot be told from the prompts.* Pass `task_embeds` instead",
+    ):
+        model.train()(input_ids=IDS)
+    assert encoder.calls == []
+    model.eval()(input_ids=IDS)
+    assert encoder.calls == [["t4 t5 t6 t7 t8", "t9 t10 t11 t12 t13"]]
+
+
+def test_labels_seen_with_the_same_batch_count(attached) -> None:
+    """A trainer that takes the labels out of the batch and calls the model again; another batch is not mistaken for it."""
+    model, encoder = attached()
+    labels = torch.tensor([[PAD, PAD, 6, 7, 8], [PAD, PAD, PAD, PAD, 13]])
+    ids = IDS.clone()
+    expected = model.train()(input_ids=ids, labels=labels).logits
+    assert torch.equal(model(input_ids=ids).logits, expected)
+    assert len(encoder.calls) == 1
+    with pytest.raises(ValueError, match="without `labels`"):
+        model(input_ids=IDS)
+    ids[0, 0] = 20  # changed in place: no longer the batch that the labels came with
+    with pytest.raises(ValueError, match="without `labels`"):
+        model(input_ids=ids)
+
+
+def test_examples_without_a_prompt_warn_once(attached) -> None:
+    model, encoder = attached()
+    with pytest.warns(
+        UserWarning,
+        match=r"2 of 2 examples have no prompt: their labels begin at the first token.*pass `task_embeds`",
+    ):
+        model(input_ids=IDS, labels=IDS)
+    assert encoder.calls == [["t4", "t9"]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(input_ids=IDS, labels=IDS)
+
+
+def test_a_padding_token_behind_packed_documents_takes_the_task_before_it() -> None:
+    """`pad_to_multiple_of` adds documents of one special token, which say nothing to encode."""
+    encoder = FakeEncoder()
+    ids, positions = torch.tensor([[4, 5, 6, 0, 0]]), torch.tensor([[0, 1, 2, 0, 0]])
+    labels = torch.tensor([[PAD, PAD, 6, PAD, PAD]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # and is no example without a prompt
+        found = PromptEncoder(encoder, FakeTokenizer()).tasks_of(ids, labels, None, positions)
+    assert encoder.calls == [["t4 t5"] * 3]
+    assert found.token_tasks.tolist() == [0, 0, 0, 1, 2]
 
 
 def test_forward_routes_each_row_by_its_prompt(attached) -> None:
@@ -175,33 +230,21 @@ def test_task_embeds_and_task_context_win_over_the_encoder(attached, adapted) ->
     assert encoder.calls == []
 
 
-def test_packed_rows_equal_their_documents_alone(attached) -> None:
-    """Same logits for every token as when each document is a row of its own."""
-    model, encoder = attached(model_changes={"attn_implementation": "eager"})
-    ids = torch.tensor([[4, 5, 6, 7, 8, 9, 10]])
-    labels = torch.tensor([[PAD, PAD, 6, PAD, 8, 9, 10]])
-    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
-    documents = torch.tensor([0, 0, 0, 1, 1, 1, 1])
-    same = documents[:, None] == documents[None]
-    blocked = torch.where(same & torch.ones(7, 7).tril().bool(), 0.0, torch.finfo(torch.float32).min)[None, None]
-    state = encoder.vectors("t4 t5", "t7")
-
-    # A mask of our own keeps the documents apart here, as a varlen attention kernel does for packed batches
-    base = model.get_base_model()
-    original = type(base.model).forward
-
-    def with_mask(self, *args, **kwargs):
-        return original(self, *args, **{**kwargs, "attention_mask": blocked})
-
-    base.model.forward = with_mask.__get__(base.model)
-    packed = model(input_ids=ids, labels=labels, position_ids=positions).logits
-    given = model(input_ids=ids, labels=labels, position_ids=positions, task_embeds=state).logits
-    del base.model.forward
-    assert encoder.calls == [["t4 t5", "t7"]]
-    assert torch.equal(packed, given)
-    for tokens in (slice(0, 3), slice(3, 7)):
-        alone = model(input_ids=ids[:, tokens], labels=labels[:, tokens]).logits
-        torch.testing.assert_close(packed[:, tokens], alone, rtol=1e-4, atol=1e-4)
+def test_packed_rows_are_routed_by_document(attached) -> None:
+    model, encoder = attached()
+    batch = {
+        "input_ids": torch.tensor([[4, 5, 6, 7, 8, 9, 10]]),
+        "labels": torch.tensor([[PAD, PAD, 6, PAD, PAD, 9, 10]]),
+        "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]]),
+    }
+    found = model(**batch).logits
+    assert encoder.calls == [["t4 t5", "t7 t8"]]
+    expected = model(**batch, task_embeds=encoder.vectors("t4 t5", "t7 t8")).logits  # one task a document
+    assert torch.equal(found, expected)
+    swapped = model(**batch, task_embeds=encoder.vectors("t7 t8", "t4 t5")).logits
+    assert not torch.allclose(found, swapped, atol=1e-3)
+    with pytest.raises(ValueError, match="There are 3 task embeddings for a batch of 1 rows"):
+        model(**batch, task_embeds=torch.randn(3, TASK_DIM))
 
 
 def test_an_encoder_decoder_reads_its_input_not_its_labels(attached) -> None:
@@ -218,7 +261,9 @@ def test_a_classifier_reads_its_whole_input(attached) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}, {"use_cache": False}])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}, {"use_cache": False}]
+)
 def test_generate_encodes_once_per_call(name, options, attached) -> None:
     model, encoder = attached(name)
     model.generate(input_ids=IDS, max_new_tokens=4, min_new_tokens=4, **options)
@@ -301,14 +346,25 @@ def test_the_config_names_the_encoder_to_load(adapted, tiny_encoder, word_tokeni
 
 
 def test_what_cannot_be_attached_says_so(adapted, tiny_model, tiny_encoder, word_tokenizer) -> None:
-    with pytest.raises(ValueError, match=r"The adapter's config names no task encoder .*`attach_task_encoder\(model, TaskEncoder\("):
+    with pytest.raises(
+        ValueError,
+        match=r"The adapter's config names no task encoder .*`attach_task_encoder\(model, TaskEncoder\(",
+    ):
         attach_task_encoder(adapted())
-    with pytest.raises(ValueError, match=r"no Task-Aware MoELoRA adapter, so there is no router .*`get_peft_model"):
+    with pytest.raises(
+        ValueError, match=r"no Task-Aware MoELoRA adapter, so there is no router .*`get_peft_model"
+    ):
         attach_task_encoder(tiny_model(), tiny_encoder, word_tokenizer)
-    with pytest.raises(ValueError, match=r"base model has no name to load its tokenizer from.*`attach_task_encoder\(model, encoder, tokenizer\)`"):
+    with pytest.raises(
+        ValueError,
+        match=r"base model has no name to load its tokenizer from.*`attach_task_encoder\(model, encoder, tokenizer\)`",
+    ):
         attach_task_encoder(adapted(), tiny_encoder)
     other = get_peft_model(tiny_model(), TaskMoELoraConfig(task_dim=5))
-    with pytest.raises(ValueError, match=rf"vectors of {TASK_DIM} dimensions, but .* `task_dim=5`.*`TaskMoELoraConfig\(task_dim={TASK_DIM}\)`"):
+    with pytest.raises(
+        ValueError,
+        match=rf"vectors of {TASK_DIM} dimensions, but .* `task_dim=5`.*`TaskMoELoraConfig\(task_dim={TASK_DIM}\)`",
+    ):
         attach_task_encoder(other, tiny_encoder, word_tokenizer)
     with pytest.raises(ValueError, match="no task embedding"):
         other(input_ids=IDS)  # the refused encoder was not attached

@@ -1,6 +1,7 @@
 """Gradient checkpointing: what is recomputed in backward sees the task of its own forward, so the gradients stay the same.
 
-The yardstick is the same model without checkpointing; every comparison is to 1e-6 of the largest gradient.
+The yardstick is the same model without checkpointing, in float64, where 1e-6 of the largest gradient leaves room for no error
+but rounding.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cases import MODELS, SMALL, adapted, config_for, logits_of, louder, tasks
-from peft import get_peft_model, prepare_model_for_kbit_training
+from peft import get_peft_model
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -50,11 +51,11 @@ def _nothing_is_left_in_scope():
 
 def loud(name: str, adapter: str = "token+task", **changes: Any) -> Any:
     """An adapted model in training mode whose task moves its gradients."""
-    return louder(adapted(name, adapter, **changes)).train()
+    return louder(adapted(name, adapter, **changes)).double().train()
 
 
 def loss_of(model: Any, name: str, embeds: torch.Tensor) -> torch.Tensor:
-    return logits_of(model(**MODELS[name].inputs(), task_embeds=embeds)).pow(2).mean()
+    return logits_of(model(**MODELS[name].inputs(), task_embeds=embeds.double())).pow(2).mean()
 
 
 def gradients(model: Any, backward: Callable[[], None]) -> dict[str, torch.Tensor]:
@@ -80,7 +81,7 @@ def count_forwards(model: nn.Module) -> list[nn.Module]:
     ran: list[nn.Module] = []
     for module in model.modules():
         if isinstance(module, TaskMoELoraLayer):
-            module.base_layer.register_forward_hook(lambda module, *_: ran.append(module))
+            module.register_forward_pre_hook(lambda module, *_: ran.append(module))
     return ran
 
 
@@ -150,7 +151,7 @@ def test_gradients_of_every_schedule_stay(kind, adapter, run):
 
 
 @pytest.mark.parametrize("run", [one_backward, two_tasks_then_backward])
-@pytest.mark.parametrize("kind", ["reentrant", "not reentrant"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_dropout_is_drawn_again_as_it_was(kind, run):
     model = loud("llama", lora_dropout=0.4)
     expected = gradients(model, run(model, "llama"))
@@ -183,12 +184,6 @@ def _by_its_new_name() -> Any:
     return model
 
 
-def _for_quantised_training() -> Any:
-    torch.manual_seed(0)
-    base = prepare_model_for_kbit_training(MODELS["llama"].build(), use_gradient_checkpointing=True)
-    return louder(get_peft_model(base, config_for("llama")))
-
-
 def _between_two_forwards() -> Any:
     model = loud("llama")
     loss_of(model, "llama", tasks()).backward()
@@ -205,12 +200,12 @@ def _by_wrapping_layers() -> Any:
 
 
 @pytest.mark.parametrize(
-    "build", [_before_the_adapter, _by_its_new_name, _for_quantised_training, _between_two_forwards, _by_wrapping_layers]
+    "build", [_before_the_adapter, _by_its_new_name, _between_two_forwards, _by_wrapping_layers]
 )
 def test_it_does_not_matter_when_and_how_it_is_switched_on(build):
     plain = loud("llama")
     expected = gradients(plain, two_tasks_then_backward(plain, "llama"))
-    model = build().train()
+    model = build().double().train()
     ran = count_forwards(model)
     assert_same(gradients(model, two_tasks_then_backward(model, "llama")), expected)
     assert len(ran) == 2 * 2 * 14  # two forwards, each layer twice
@@ -233,11 +228,11 @@ def test_through_transformers_own_integration():
     torch.manual_seed(0)
     model = MODELS["llama"].build()
     model.add_adapter(config_for("llama"))
-    louder(model).train()
+    louder(model).double().train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def inside_the_context() -> None:
-        with task_context(tasks()):
+        with task_context(tasks().double()):
             loss = logits_of(model(**MODELS["llama"].inputs())).pow(2).mean()
         loss.backward()  # outside of it
 

@@ -16,7 +16,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from peft_taskmoe import TaskMoELoraConfig, task_context
-from peft_taskmoe.conditioning import AddAuxLoss, AuxLoss, TaskState, carry_into_recompute, current_state, entered
+from peft_taskmoe.conditioning import (
+    AddAuxLoss,
+    AuxLoss,
+    TaskState,
+    carry_into_recompute,
+    current_state,
+    entered,
+)
 from peft_taskmoe.layer import Linear, TaskMoELoraLayer
 from peft_taskmoe.model import conditioner_of
 
@@ -69,7 +76,9 @@ def test_nested_contexts_use_the_inner_task() -> None:
             second = layer(x)
         assert torch.equal(layer(x), first)
     assert not torch.allclose(first, second)
-    with pytest.raises(ValueError, match=r"Where the call is not yours, run it inside `with task_context\(task_embeds\):`"):
+    with pytest.raises(
+        ValueError, match=r"Where the call is not yours, run it inside `with task_context\(task_embeds\):`"
+    ):
         layer(x)
 
 
@@ -133,7 +142,14 @@ def test_what_is_no_task_embedding_is_refused(task, found, adapted) -> None:
 
 def _layer(**settings: Any) -> Linear:
     torch.manual_seed(4)
-    settings = {"task_dim": TASK_DIM, "num_experts": 3, "r": 2, "lora_dropout": 0.0, "init_weights": False, **settings}
+    settings = {
+        "task_dim": TASK_DIM,
+        "num_experts": 3,
+        "r": 2,
+        "lora_dropout": 0.0,
+        "init_weights": False,
+        **settings,
+    }
     return Linear(nn.Linear(5, 4).requires_grad_(False), "default", 2, 32, TaskMoELoraConfig(**settings))
 
 

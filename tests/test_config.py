@@ -15,7 +15,9 @@ from torch import nn
 from peft_taskmoe import TaskEncoderConfig, TaskMoELoraConfig
 from peft_taskmoe.layer import Linear, TaskMoELoraLayer
 
-OWN_FIELDS = {f.name for f in dataclasses.fields(TaskMoELoraConfig)} - {f.name for f in dataclasses.fields(PeftConfig)}
+OWN_FIELDS = {f.name for f in dataclasses.fields(TaskMoELoraConfig)} - {
+    f.name for f in dataclasses.fields(PeftConfig)
+}
 
 
 def layers(model: nn.Module) -> dict[str, Linear]:
@@ -24,7 +26,9 @@ def layers(model: nn.Module) -> dict[str, Linear]:
     return {name.partition("layers.")[2] or name.rpartition(".")[2]: layer for name, layer in found.items()}
 
 
-def weights(model: nn.Module, name: str = "0.self_attn.q_proj") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def weights(
+    model: nn.Module, name: str = "0.self_attn.q_proj"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return layers(model)[name]._weights("default")
 
 
@@ -199,7 +203,10 @@ SETTINGS = [
 def test_save_and_load_give_the_same_config(settings, tmp_path) -> None:
     config = TaskMoELoraConfig(**settings)
     config.save_pretrained(tmp_path)
-    for loaded in (PeftConfig.from_pretrained(str(tmp_path)), TaskMoELoraConfig.from_pretrained(str(tmp_path))):
+    for loaded in (
+        PeftConfig.from_pretrained(str(tmp_path)),
+        TaskMoELoraConfig.from_pretrained(str(tmp_path)),
+    ):
         assert isinstance(loaded, TaskMoELoraConfig)
         # PEFT itself writes `inference_mode: true` and lets the loader turn it off
         assert dataclasses.replace(loaded, inference_mode=config.inference_mode) == config
@@ -207,7 +214,9 @@ def test_save_and_load_give_the_same_config(settings, tmp_path) -> None:
 
 def test_the_json_file_is_plain(tmp_path) -> None:
     """A string for the type, lists for sets, a dict for the encoder: readable without this package."""
-    TaskMoELoraConfig(target_modules=["q", "k"], task_encoder=TaskEncoderConfig(name_or_path="here")).save_pretrained(tmp_path)
+    TaskMoELoraConfig(
+        target_modules=["q", "k"], task_encoder=TaskEncoderConfig(name_or_path="here")
+    ).save_pretrained(tmp_path)
     found = json.loads((tmp_path / "adapter_config.json").read_text())
     assert found["peft_type"] == "TASKMOE_LORA"
     assert sorted(found["target_modules"]) == ["k", "q"]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import pickle
+import statistics
 import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -210,6 +212,18 @@ def test_minilm_is_the_masked_mean_of_its_own_hidden_states(minilm):
     torch.testing.assert_close(
         minilm(["A soft cheese.", "word " * 200]), (h * mask).sum(1) / mask.sum(1), rtol=0, atol=1e-6
     )
+
+
+def test_a_repeated_prompt_costs_a_hundredth_of_a_new_one(minilm):
+    encoder = TaskEncoder(minilm.model, tokenizer=minilm.tokenizer)
+    text = "class Launcher(Entity): a vehicle designed to carry a payload to space. " * 20
+    encoder("warm up")
+    times = []
+    for _ in range(21):
+        start = time.perf_counter()
+        encoder(text)
+        times.append(time.perf_counter() - start)
+    assert times[0] > 100 * statistics.median(times[1:])
 
 
 def test_surroundings_do_not_matter():

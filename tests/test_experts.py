@@ -20,7 +20,16 @@ def test_the_update_equals_the_loops(num_experts, r) -> None:
     gates = reference.all_gates(x, router, None, [])
     update = expert_update(x, gates, weight_a, weight_b, 1.7)
     expected = reference.adapted_linear(
-        x, torch.zeros(5, 6, dtype=torch.float64), None, weight_a, weight_b, router, None, [], r=r, scaling=1.7
+        x,
+        torch.zeros(5, 6, dtype=torch.float64),
+        None,
+        weight_a,
+        weight_b,
+        router,
+        None,
+        [],
+        r=r,
+        scaling=1.7,
     )
     torch.testing.assert_close(update, expected, rtol=0, atol=1e-12)
 
@@ -46,7 +55,9 @@ def test_dropout_drops_at_its_rate_and_scales_without_bias(p) -> None:
     deviation = (p * (1 - p) / n) ** 0.5
     assert abs(dropped - rate) < 4 * deviation
     x = torch.rand(n, dtype=torch.float64) + 1
-    assert (x * keep / (1 - rate)).mean().item() == pytest.approx(x.mean().item(), abs=10 * deviation / (1 - p))
+    assert (x * keep / (1 - rate)).mean().item() == pytest.approx(
+        x.mean().item(), abs=10 * deviation / (1 - p)
+    )
 
 
 def test_dropout_draws_neighbours_independently() -> None:

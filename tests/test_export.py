@@ -353,6 +353,8 @@ def test_errors_of_to_lora(adapted, tiny_model, task):
         to_lora(token, calibration=[[1, 2]])
     with pytest.raises(ValueError, match=r"Item 0 of `calibration` has no tensors \(keys: \['input_ids'\]\)"):
         to_lora(token, calibration=[{"input_ids": [1, 2]}])
+    with pytest.raises(ValueError, match=r"Item 0 of `calibration` brings its own `task_embeds`.*Leave one"):
+        to_lora(exact, task, calibration=[{"input_ids": IDS, "task_embeds": task}])
     with pytest.raises(ValueError, match=r"`calibration` is empty"):
         to_lora(token, calibration=[])
     with pytest.raises(

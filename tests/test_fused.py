@@ -51,7 +51,10 @@ def fused(given: dict[str, torch.Tensor | None], shape: ExpertShape, dropout: fl
 
 
 def by_loops(
-    given: dict[str, torch.Tensor | None], shape: ExpertShape, kept: torch.Tensor | None = None, rate: float = 0.0
+    given: dict[str, torch.Tensor | None],
+    shape: ExpertShape,
+    kept: torch.Tensor | None = None,
+    rate: float = 0.0,
 ) -> torch.Tensor:
     x, base = given["x"], given["base"]
     weight = given["weight"] if base is None else torch.zeros(OUT, IN, dtype=torch.float64)
@@ -151,8 +154,13 @@ def test_lower_precision_is_close_to_float64(dtype) -> None:
     given = tensors(SHAPES[0], frozen_base=True)
     with torch.no_grad():
         given["router"] *= 0.3  # gates near 0 and 1 would make small differences of large numbers
-        given = {n: None if v is None else v.to(dtype).requires_grad_(v.requires_grad) for n, v in given.items()}
-    exact = {n: None if v is None else v.detach().double().requires_grad_(v.requires_grad) for n, v in given.items()}
+        given = {
+            n: None if v is None else v.to(dtype).requires_grad_(v.requires_grad) for n, v in given.items()
+        }
+    exact = {
+        n: None if v is None else v.detach().double().requires_grad_(v.requires_grad)
+        for n, v in given.items()
+    }
     out, expected = fused(given, SHAPES[0]), by_loops(exact, SHAPES[0])
     assert out.dtype == dtype
     found = {"out": out.detach(), **gradients(out, given)}

@@ -94,7 +94,12 @@ def test_the_method_itself_knows_no_peft_and_no_transformers(name) -> None:
 
 @pytest.mark.parametrize("name", sorted(WITHOUT_TORCH))
 def test_what_reads_and_scores_text_is_free_of_torch(name) -> None:
-    assert not {module.split(".")[0] for module in imported(ROOT / "uie" / f"{name}.py")} & {"torch", "transformers", "peft", "safetensors"}
+    assert not {module.split(".")[0] for module in imported(ROOT / "uie" / f"{name}.py")} & {
+        "torch",
+        "transformers",
+        "peft",
+        "safetensors",
+    }
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))

@@ -268,11 +268,9 @@ def test_optional_packages_are_named_where_missing(adapted, monkeypatch):
 
 
 def test_errors_say_what_to_do(adapted, tiny_model):
-    with pytest.raises(
-        ValueError, match=r"`LlamaForCausalLM` has no Task-Aware MoELoRA adapter.*get_peft_model"
-    ):  # noqa: SIM117
-        with record_gates(tiny_model()):
-            raise AssertionError("not reached")
+    no_adapter = r"`LlamaForCausalLM` has no Task-Aware MoELoRA adapter.*get_peft_model"
+    with pytest.raises(ValueError, match=no_adapter), record_gates(tiny_model()):
+        raise AssertionError("not reached")
     model = adapted()
     with record_gates(model) as record:
         with pytest.raises(ValueError, match=r"No gates were recorded. Run the model.*record_gates"):

@@ -66,7 +66,14 @@ def make_base(path: str, bias: bool = True) -> nn.Module:
 
 
 def make_layer(path: str = "frozen", bias: bool = True, **settings: Any) -> Linear:
-    settings = {"task_dim": TASK_DIM, "num_experts": 3, "r": 2, "lora_dropout": 0.0, "init_weights": False, **settings}
+    settings = {
+        "task_dim": TASK_DIM,
+        "num_experts": 3,
+        "r": 2,
+        "lora_dropout": 0.0,
+        "init_weights": False,
+        **settings,
+    }
     config = TaskMoELoraConfig(**settings)
     layer = Linear(make_base(path, bias), "default", config.r, config.lora_alpha, config).double()
     layer.configs["default"].fan_in_fan_out = "conv1d" in path
@@ -121,7 +128,9 @@ def by_loops(
 
 def leaves(layer: Linear, *more: torch.Tensor | None) -> list[torch.Tensor]:
     """Everything that asks for a gradient."""
-    return [p for p in layer.parameters() if p.requires_grad] + [t for t in more if t is not None and t.requires_grad]
+    return [p for p in layer.parameters() if p.requires_grad] + [
+        t for t in more if t is not None and t.requires_grad
+    ]
 
 
 def gradients(out: torch.Tensor, wanted: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -211,7 +220,9 @@ def test_with_dropout_gradients_are_those_under_the_drawn_mask(path, router_inpu
     expected = by_loops(layer, x, tasks, kept=kept, rate=rate)
     torch.testing.assert_close(out, expected, **CLOSE)
     assert not torch.allclose(out, by_loops(layer, x, tasks))
-    torch.testing.assert_close(gradients(out, leaves(layer, x)), gradients(expected, leaves(layer, x)), **CLOSE)
+    torch.testing.assert_close(
+        gradients(out, leaves(layer, x)), gradients(expected, leaves(layer, x)), **CLOSE
+    )
     with task_context(tasks):
         torch.testing.assert_close(layer.eval()(x), by_loops(layer, x, tasks), **CLOSE)
 
@@ -227,7 +238,9 @@ def test_dropout_of_the_plain_form_equals_the_loops_under_its_mask() -> None:
         out = layer(x)
     expected = by_loops(layer, x, tasks, kept=kept, rate=0.4)
     torch.testing.assert_close(out, expected, **CLOSE)
-    torch.testing.assert_close(gradients(out, leaves(layer, x)), gradients(expected, leaves(layer, x)), **CLOSE)
+    torch.testing.assert_close(
+        gradients(out, leaves(layer, x)), gradients(expected, leaves(layer, x)), **CLOSE
+    )
 
 
 @pytest.mark.parametrize(
@@ -256,7 +269,10 @@ def test_an_input_that_is_not_contiguous(path, transposed) -> None:
     x = torch.randn(3, 2, IN, dtype=torch.float64)
     x = x.transpose(0, 1) if transposed else x[:1].expand(2, 2, IN)
     tasks = torch.randn(2, TASK_DIM, dtype=torch.float64)
-    with entered(TaskState(task_embeds=tasks, memo={} if path == "memo" else None)), torch.set_grad_enabled(path != "memo"):
+    with (
+        entered(TaskState(task_embeds=tasks, memo={} if path == "memo" else None)),
+        torch.set_grad_enabled(path != "memo"),
+    ):
         torch.testing.assert_close(layer(x), by_loops(layer, x, tasks), **CLOSE)
 
 
@@ -372,14 +388,23 @@ def test_a_task_router_merges_exactly_per_task(path, top_k) -> None:
 def test_what_cannot_merge_says_so() -> None:
     tasks = torch.randn(2, TASK_DIM, dtype=torch.float64)
     layer = make_layer(router_inputs="token+task")
-    with task_context(tasks[:1]), pytest.raises(ValueError, match=r"the gates differ from token to token .* `to_lora"):
+    with (
+        task_context(tasks[:1]),
+        pytest.raises(ValueError, match=r"the gates differ from token to token .* `to_lora"),
+    ):
         layer.merge()
     layer = make_layer(router_inputs="task")
-    with task_context(tasks), pytest.raises(ValueError, match=r"needs the one task to merge for, but 2 task embeddings"):
+    with (
+        task_context(tasks),
+        pytest.raises(ValueError, match=r"needs the one task to merge for, but 2 task embeddings"),
+    ):
         layer.merge()
     layer.taskmoe_lora_B["default"].weight.data[0, 0] = torch.inf
     before = layer.base_layer.weight.clone()
-    with task_context(tasks[:1]), pytest.raises(ValueError, match="adapter default seems to be broken.*not finite"):
+    with (
+        task_context(tasks[:1]),
+        pytest.raises(ValueError, match=r"adapter default seems to be broken.*not finite"),
+    ):
         layer.merge(safe_merge=True)
     assert torch.equal(layer.base_layer.weight, before) and not layer.merged
 
@@ -416,7 +441,12 @@ def test_a_recorder_sees_the_gates_of_every_token() -> None:
     ((recorded_layer, adapter, gates, token_tasks),) = seen
     assert recorded_layer is layer and adapter == "default" and token_tasks is None
     expected = reference.all_gates(
-        x.view(-1, IN), layer.taskmoe_lora_router["default"].weight, tasks, [0, 0, 0, 1, 1, 1], top_k=2, task_norm="matched"
+        x.view(-1, IN),
+        layer.taskmoe_lora_router["default"].weight,
+        tasks,
+        [0, 0, 0, 1, 1, 1],
+        top_k=2,
+        task_norm="matched",
     )
     torch.testing.assert_close(gates, expected.detach(), **CLOSE)
     assert not gates.requires_grad
@@ -447,7 +477,9 @@ def test_a_task_that_is_missing_or_does_not_fit(path, shape, tasks, state, messa
         layer(torch.randn(*shape, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("base", [nn.Conv2d(3, 4, 1), nn.Embedding(3, 4), nn.LayerNorm(4), nn.Conv1d(3, 4, 1), nn.ReLU()])
+@pytest.mark.parametrize(
+    "base", [nn.Conv2d(3, 4, 1), nn.Embedding(3, 4), nn.LayerNorm(4), nn.Conv1d(3, 4, 1), nn.ReLU()]
+)
 def test_what_is_no_linear_layer_is_refused(base) -> None:
     config = TaskMoELoraConfig()
     with pytest.raises(TypeError, match=rf"`{type(base).__name__}` is no linear layer.*`exclude_modules`"):

@@ -37,7 +37,9 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
 @pytest.mark.parametrize("name", sorted(MODELS))
-def test_a_fresh_adapter_changes_nothing_bit_for_bit(name, dtype, training, autocast_adapter_dtype, tiny_model) -> None:
+def test_a_fresh_adapter_changes_nothing_bit_for_bit(
+    name, dtype, training, autocast_adapter_dtype, tiny_model
+) -> None:
     """Training means: with the adapter's dropout. Adapters of a bfloat16 base are float32 unless told otherwise.
 
     The base is frozen in both: PyTorch picks other kernels, which round differently, for weights that ask for a gradient.
@@ -46,7 +48,9 @@ def test_a_fresh_adapter_changes_nothing_bit_for_bit(name, dtype, training, auto
     labels = labels_for(name)
     base = model(input_ids=IDS, labels=labels)
     adapted = get_peft_model(
-        model, TaskMoELoraConfig(task_dim=TASK_DIM, lora_dropout=0.3), autocast_adapter_dtype=autocast_adapter_dtype
+        model,
+        TaskMoELoraConfig(task_dim=TASK_DIM, lora_dropout=0.3),
+        autocast_adapter_dtype=autocast_adapter_dtype,
     ).train(training)
     expected = torch.float32 if autocast_adapter_dtype else dtype
     assert {p.dtype for p in adapter_parameters(adapted).values()} == {expected}
@@ -59,7 +63,12 @@ def test_a_fresh_adapter_changes_nothing_bit_for_bit(name, dtype, training, auto
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_fresh_adapter_generates_the_same(dtype, tiny_model) -> None:
     model = tiny_model(dtype=dtype).requires_grad_(False).eval()
-    options = {"max_new_tokens": 6, "min_new_tokens": 6, "output_logits": True, "return_dict_in_generate": True}
+    options = {
+        "max_new_tokens": 6,
+        "min_new_tokens": 6,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
     base = model.generate(input_ids=IDS, **options)
     adapted = get_peft_model(model, TaskMoELoraConfig(task_dim=TASK_DIM)).eval()
     found = adapted.generate(input_ids=IDS, task_embeds=TASK, **options)
@@ -110,7 +119,12 @@ def test_only_adapters_train_and_each_of_them_does(name, adapted) -> None:
 
 
 def test_all_linears_but_the_head_are_adapted(adapted) -> None:
-    for name, heads in (("llama", ["lm_head"]), ("gpt2", ["lm_head"]), ("t5", ["lm_head"]), ("bert", ["classifier"])):
+    for name, heads in (
+        ("llama", ["lm_head"]),
+        ("gpt2", ["lm_head"]),
+        ("t5", ["lm_head"]),
+        ("bert", ["classifier"]),
+    ):
         base = adapted(name).get_base_model()
         linears = {n for n, m in base.named_modules() if type(m) in (nn.Linear, Conv1D)}
         bare = {n for n in linears if not any(part in n for part in ("taskmoe_lora_", "base_layer"))}
@@ -141,7 +155,10 @@ def test_every_adapted_layer_reads_its_own_rows_task(adapted) -> None:
     for module in model.modules():
         if isinstance(module, TaskMoELoraLayer):
             module.register_forward_pre_hook(lambda m, args: inputs.__setitem__(m, args[0]))
-    with entered(TaskState(recorder=lambda layer, adapter, g, owners: gates.__setitem__(layer, g))), torch.no_grad():
+    with (
+        entered(TaskState(recorder=lambda layer, adapter, g, owners: gates.__setitem__(layer, g))),
+        torch.no_grad(),
+    ):
         model(input_ids=IDS, task_embeds=TASK.double())
     assert len(gates) == 14
     for layer, found in gates.items():
@@ -216,7 +233,12 @@ def test_the_model_traces_without_a_graph_break(adapted) -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
 def test_generation_with_a_cache_equals_generation_without(name, router_inputs, adapted) -> None:
     model = adapted(name, router_inputs=router_inputs)
-    options = {"max_new_tokens": 6, "min_new_tokens": 6, "output_logits": True, "return_dict_in_generate": True}
+    options = {
+        "max_new_tokens": 6,
+        "min_new_tokens": 6,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
     cached = model.generate(input_ids=IDS, task_embeds=TASK, use_cache=True, **options)
     plain = model.generate(input_ids=IDS, task_embeds=TASK, use_cache=False, **options)
     assert torch.equal(cached.sequences, plain.sequences)
@@ -226,7 +248,12 @@ def test_generation_with_a_cache_equals_generation_without(name, router_inputs, 
 def test_generated_logits_are_those_of_one_forward(adapted) -> None:
     model = adapted()
     found = model.generate(
-        input_ids=IDS, task_embeds=TASK, max_new_tokens=5, min_new_tokens=5, output_logits=True, return_dict_in_generate=True
+        input_ids=IDS,
+        task_embeds=TASK,
+        max_new_tokens=5,
+        min_new_tokens=5,
+        output_logits=True,
+        return_dict_in_generate=True,
     )
     whole = model(input_ids=found.sequences, task_embeds=TASK).logits[:, IDS.shape[1] - 1 : -1]
     torch.testing.assert_close(torch.stack(found.logits, 1), whole, rtol=1e-4, atol=1e-4)
@@ -239,7 +266,9 @@ def test_beams_keep_the_task_of_their_prompt(name, options, adapted) -> None:
     model = adapted(name)
     options = {"max_new_tokens": 5, "min_new_tokens": 5, **options}
     together = model.generate(input_ids=IDS, task_embeds=TASK, **options)
-    alone = [model.generate(input_ids=IDS[i : i + 1], task_embeds=TASK[i : i + 1], **options) for i in range(2)]
+    alone = [
+        model.generate(input_ids=IDS[i : i + 1], task_embeds=TASK[i : i + 1], **options) for i in range(2)
+    ]
     assert torch.equal(together, torch.cat(alone))
     swapped = model.generate(input_ids=IDS, task_embeds=TASK.flip(0), **options)
     assert not torch.equal(together, swapped)
@@ -250,7 +279,9 @@ def test_a_second_generation_has_its_own_task(adapted) -> None:
     options = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
     for task in (TASK, TASK.flip(0)):
         found = model.generate(input_ids=IDS, task_embeds=task, **options).logits[0]
-        torch.testing.assert_close(found, model(input_ids=IDS, task_embeds=task).logits[:, -1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            found, model(input_ids=IDS, task_embeds=task).logits[:, -1], rtol=1e-4, atol=1e-4
+        )
 
 
 # The load-balancing loss
@@ -286,16 +317,24 @@ def test_the_balancing_loss_and_its_gradient(checkpointing, top_k, adapted) -> N
     if checkpointing is not None:
         model.enable_input_require_grads()
         options = {"use_reentrant": checkpointing}
-        enable = getattr(model.get_base_model(), "activation_checkpointing_enable", model.get_base_model().gradient_checkpointing_enable)
+        enable = getattr(
+            model.get_base_model(),
+            "activation_checkpointing_enable",
+            model.get_base_model().gradient_checkpointing_enable,
+        )
         enable(options)
     found = model(**batch).loss
-    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)  # transformers' own loss is float32
+    torch.testing.assert_close(
+        found.double(), expected, rtol=1e-6, atol=0
+    )  # transformers' own loss is float32
     assert conditioner_of(model.get_base_model()).aux_loss == pytest.approx(coef * aux.item())
     (found / accumulation).backward()
     for (name, parameter), (_, other) in zip(
         adapter_parameters(model).items(), adapter_parameters(plain).items(), strict=True
     ):
-        torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-4, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            parameter.grad, other.grad, rtol=1e-4, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 def test_the_balancing_loss_is_for_training_only(adapted) -> None:
@@ -324,12 +363,23 @@ def test_two_adapters_and_each_row_its_own(adapted) -> None:
         expected = torch.stack([rows[name][i] for i, name in enumerate(names)])
         torch.testing.assert_close(mixed, expected, rtol=1e-4, atol=1e-4)
         generated = model.generate(
-            input_ids=IDS, task_embeds=TASK, adapter_names=names, max_new_tokens=1, output_logits=True, return_dict_in_generate=True
+            input_ids=IDS,
+            task_embeds=TASK,
+            adapter_names=names,
+            max_new_tokens=1,
+            output_logits=True,
+            return_dict_in_generate=True,
         )
         torch.testing.assert_close(generated.logits[0], expected[:, -1], rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match=r'non-existing adapter\(s\): third. This model has default, second, and "__base__" for none'):
+    with pytest.raises(
+        ValueError,
+        match=r'non-existing adapter\(s\): third. This model has default, second, and "__base__" for none',
+    ):
         model(input_ids=IDS, task_embeds=TASK, adapter_names=["third", "second"])
-    with pytest.raises(ValueError, match=r"Cannot pass `adapter_names` when the model is in training mode. Call `model.eval\(\)` first"):
+    with pytest.raises(
+        ValueError,
+        match=r"Cannot pass `adapter_names` when the model is in training mode. Call `model.eval\(\)` first",
+    ):
         model.train()(input_ids=IDS, task_embeds=TASK, adapter_names=["default", "second"])
 
 

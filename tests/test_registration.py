@@ -28,7 +28,9 @@ MAPPINGS = (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_T
 def test_the_tables_have_their_entries() -> None:
     assert [mapping[TASKMOE_LORA] for mapping in MAPPINGS] == [TaskMoELoraConfig, TaskMoELoraModel, PREFIX]
     assert [mapping["TASKMOE_LORA"] for mapping in MAPPINGS] == [TaskMoELoraConfig, TaskMoELoraModel, PREFIX]
-    assert PREFIX == TASKMOE_LORA.value.lower() + "_" == TaskMoELoraModel.prefix  # how transformers derives it
+    assert (
+        PREFIX == TASKMOE_LORA.value.lower() + "_" == TaskMoELoraModel.prefix
+    )  # how transformers derives it
 
 
 def test_registering_again_changes_nothing() -> None:
@@ -50,14 +52,21 @@ def test_saved_and_loaded_the_logits_are_the_same_bit_for_bit(name, adapted, tin
     batch = {"input_ids": IDS, "task_embeds": TASK, "labels": torch.tensor([0, 1]) if name == "bert" else IDS}
     expected = model(**batch).logits
     model.save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+    }
     saved = load_file(tmp_path / "adapter_model.safetensors")
     adapter = {n for n, p in model.named_parameters() if p.requires_grad}
     assert len(saved) == len(adapter) and all("taskmoe_lora_" in key or "classifier" in key for key in saved)
     loaded = PeftModel.from_pretrained(tiny_model(name), tmp_path).eval()
     assert torch.equal(loaded(**batch).logits, expected)
     assert not any(p.requires_grad for p in loaded.parameters())
-    assert any(p.requires_grad for p in PeftModel.from_pretrained(tiny_model(name), tmp_path, is_trainable=True).parameters())
+    assert any(
+        p.requires_grad
+        for p in PeftModel.from_pretrained(tiny_model(name), tmp_path, is_trainable=True).parameters()
+    )
 
 
 def test_a_second_adapter_is_loaded_beside_the_first(adapted, tiny_model, tmp_path) -> None:

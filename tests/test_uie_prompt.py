@@ -63,7 +63,7 @@ class carries(Relation):
     tail: str  # Probe or Crew: what
 @dataclass
 class Launch(Event):
-    """It "starts\\""""
+    """It \\"starts\\""""
     trigger: str  # the words that name the event
     Vehicle: List[str]  # Such as: Soyuz
     Launch_Site: List[str]  # a \\ place

@@ -272,8 +272,8 @@ def _one_line(words: str) -> str:
 
 
 def _docstring(words: str) -> str:
-    words = words.replace("\\", "\\\\").replace('"""', '\\"\\"\\"')
-    return f'{words[:-1]}\\"' if words.endswith('"') else words
+    words = words.replace("\\", "\\\\")
+    return words.replace('"', '\\"') if '"""' in words or words.endswith('"') else words
 
 
 # --- answers -------------------------------------------------------------------------------------------------------
