@@ -4,6 +4,8 @@ from .collator import TaskCollator
 from .conditioning import task_context
 from .config import TaskMoELoraConfig
 from .encoder import TaskEncoder, TaskEncoderConfig
+from .export import experts_from_loras, from_reference_checkpoint, to_lora
+from .inspection import heat_map, record_gates
 from .model import TaskMoELoraModel, attach_task_encoder
 from .registration import register
 
@@ -16,7 +18,12 @@ __all__ = [
     "TaskMoELoraConfig",
     "TaskMoELoraModel",
     "attach_task_encoder",
+    "experts_from_loras",
+    "from_reference_checkpoint",
+    "heat_map",
+    "record_gates",
     "task_context",
+    "to_lora",
 ]
 
 register()

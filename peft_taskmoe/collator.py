@@ -68,8 +68,9 @@ class TaskCollator:
         for i, (embed, text) in enumerate(zip(embeds, texts, strict=True)):
             if embed is None and text is None:
                 raise ValueError(
-                    f'Example {i} has no task embedding (columns: {sorted(examples[i])}). The router of adapter "{self.adapter_name}" reads the task, so '
-                    "every example needs one. Pass task_embeds=..., or call attach_task_encoder(model)."
+                    f"Example {i} has no task embedding (columns: {sorted(examples[i])}). The router of adapter "
+                    f'"{self.adapter_name}" reads the task, so every example needs one. '
+                    "Pass task_embeds=..., or call attach_task_encoder(model)."
                 )
             if precomputed and embed is None:
                 raise ValueError(
@@ -82,8 +83,8 @@ class TaskCollator:
             task_embeds = self.encoder(texts)
         else:
             raise ValueError(
-                "The examples have a `task_text`, and there is no encoder to read it. "
-                "Call `TaskCollator(collator, encoder)`, or encode the data beforehand: `encoder.encode_dataset(dataset)`."
+                "The examples have a `task_text`, and there is no encoder to read it. Call "
+                "`TaskCollator(collator, encoder)`, or encode the data beforehand: `encoder.encode_dataset(dataset)`."
             )
         rest = [{k: v for k, v in example.items() if k not in TASK_COLUMNS} for example in examples]
         batch = self.collator(rest)
@@ -99,7 +100,8 @@ class TaskCollator:
         for i, row in enumerate(rows):
             if tuple(row.shape) != expected:
                 raise ValueError(
-                    f"The `task_embeds` of example {i} has the shape {tuple(row.shape)}, but {expected} is needed: one vector of the encoder's `task_dim`. "
-                    "Encode the data with the adapter's own encoder, one text an example: `encoder.encode_dataset(dataset)`."
+                    f"The `task_embeds` of example {i} has the shape {tuple(row.shape)}, but {expected} is needed: "
+                    "one vector of the encoder's `task_dim`. Encode the data with the adapter's own encoder, "
+                    "one text an example: `encoder.encode_dataset(dataset)`."
                 )
         return torch.stack(rows)

@@ -194,7 +194,7 @@ class _CarryState:
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         state = _SCOPE.state
-        if state is None or torch.compiler.is_compiling():
+        if state is None or (torch.compiler.is_compiling() and state.aux is None):
             return self.checkpoint(function, *args, **kwargs)
 
         def under_state(*inner_args: Any, **inner_kwargs: Any) -> Any:
@@ -234,6 +234,17 @@ class InjectAuxLoss(torch.autograd.Function):
         """Pass `grad` on, and the loss's own weight to the load-balancing loss."""
         weight = ctx.aux.weight
         return grad, None if weight is None else weight.to(ctx.loss_dtype), None
+
+
+@torch.compiler.disable
+def collect_aux_loss(update: torch.Tensor, loss: torch.Tensor, aux: AuxLoss) -> torch.Tensor:
+    """Add a layer's load-balancing loss to what the forward collects, and hang its gradient on the layer's update.
+
+    A compiled layer leaves its graph for this: tracing would freeze `aux.weight`, which backward is to read.
+    """
+    if aux.open:
+        aux.value = aux.value + loss.detach()
+    return InjectAuxLoss.apply(update, loss, aux)
 
 
 class AddAuxLoss(torch.autograd.Function):

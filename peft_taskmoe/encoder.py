@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 UNKNOWN_WINDOW = 512
 # A tokenizer's `model_max_length` above this means "not known"; transformers writes 1e30.
 NO_LIMIT = 1_000_000
-# Tokens to which shorter batches are padded. Products with fewer rows take other paths in the BLAS libraries, and the text's
-# vector then depends on its company by 1e-6 instead of 4e-7 (MiniLM, entries up to 2.6).
+# Tokens to which shorter batches are padded. Products with fewer rows take other paths in the BLAS libraries,
+# and the text's vector then depends on its company by 1e-6 instead of 4e-7 (MiniLM, entries up to 2.6).
 SHORTEST_BATCH = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskEncoderConfig:
-    """What is needed to build the same task encoder again; it travels in `adapter_config.json`, the weights do not.
+    """How to build the same task encoder again; travels in `adapter_config.json`, the weights never do.
 
     Args:
         name_or_path: Hub id or folder of the encoder model with its tokenizer.
@@ -74,15 +74,18 @@ class TaskEncoderConfig:
             value, allowed = getattr(self, name), get_args(hints[name])
             if value not in allowed:
                 raise ValueError(
-                    f"`{name}` is {value!r}, which the task encoder does not know. Use one of {list(allowed)}."
+                    f"`{name}` is {value!r}, which the task encoder does not know. "
+                    f"Use one of {list(allowed)}."
                 )
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(
-                f"`max_length` is {self.max_length}: a chunk needs at least one token. Leave it `None` or raise it."
+                f"`max_length` is {self.max_length}: a chunk needs at least one token. "
+                "Leave it `None` or raise it."
             )
         if self.stride is not None and self.stride < 0:
             raise ValueError(
-                f"`stride` is {self.stride}, but chunks cannot share fewer than 0 tokens. Leave it `None` or raise it."
+                f"`stride` is {self.stride}, but chunks cannot share fewer than 0 tokens. "
+                "Leave it `None` or raise it."
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,7 +116,7 @@ class CacheInfo(NamedTuple):
 
 
 class _Chunk(NamedTuple):
-    """Tokens that are read at once: ids, the weight of every token's state in its text's vector, and the text's number."""
+    """Tokens read at once: ids, the weight of each token's state in its text's vector, the text's number."""
 
     ids: list[int]
     weights: list[float]
@@ -174,12 +177,14 @@ class TaskEncoder:
     ) -> None:
         if batch_size < 1 or cache_size < 0:
             raise ValueError(
-                f"`batch_size` must be at least 1 and `cache_size` at least 0, found {batch_size} and {cache_size}."
+                "`batch_size` must be at least 1 and `cache_size` at least 0, "
+                f"found {batch_size} and {cache_size}."
             )
         if isinstance(model, nn.Module):
             if tokenizer is None:
                 raise ValueError(
-                    "A loaded model was given without its `tokenizer`. Call `TaskEncoder(model, tokenizer=tokenizer)`."
+                    "A loaded model was given without its `tokenizer`. "
+                    "Call `TaskEncoder(model, tokenizer=tokenizer)`."
                 )
             self.config = TaskEncoderConfig.from_dict({"name_or_path": model.name_or_path, **settings})
             whole: Any = model
@@ -199,18 +204,14 @@ class TaskEncoder:
         self._warned = False
         self._fingerprint: str | None = None
 
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is not None:  # some tokenizer.json files cut and pad by themselves
-            backend.no_truncation()
-            backend.no_padding()
         self._prefix, self._suffix = _special_tokens(tokenizer)
         self.window = _window(self.config.max_length, self.model, tokenizer)
         self._body = self.window - len(self._prefix) - len(self._suffix)  # tokens of the text in one chunk
         self._stride = self.window // 8 if self.config.stride is None else self.config.stride
         if self._stride >= self._body:
             raise ValueError(
-                f"Chunks of {self.window} tokens hold {max(self._body, 0)} of the text beside the special tokens and cannot share "
-                f"{self._stride} of them. Lower `stride` or raise `max_length`."
+                f"Chunks of {self.window} tokens hold {max(self._body, 0)} of the text beside the special tokens "
+                f"and cannot share {self._stride} of them. Lower `stride` or raise `max_length`."
             )
 
     @classmethod
@@ -256,7 +257,8 @@ class TaskEncoder:
         for i, text in enumerate(texts):
             if not isinstance(text, str):
                 raise TypeError(
-                    f"Text {i} is {text!r} ({type(text).__name__}); the task encoder reads `str`. Pass the prompts as texts."
+                    f"Text {i} is {text!r} ({type(text).__name__}), but the task encoder reads `str`. "
+                    "Pass the prompts as texts."
                 )
         keys = [
             hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in texts
@@ -319,15 +321,16 @@ class TaskEncoder:
             return DatasetDict(splits)
         if not isinstance(dataset, Dataset):
             raise TypeError(
-                f"`encode_dataset` got a {type(dataset).__name__}; it encodes a `datasets.Dataset` or a `DatasetDict`. "
-                "Map other data yourself: `dataset.map(lambda batch: {'task_embeds': encoder(batch['task_text']).numpy()}, batched=True)`."
+                f"`encode_dataset` got a {type(dataset).__name__}; it encodes a `datasets.Dataset` or a "
+                "`DatasetDict`. Call the encoder on other data yourself: `encoder(texts)`."
             )
         if column not in dataset.column_names:
             raise ValueError(
-                f"The data has no column `{column}` to encode (columns: {dataset.column_names}). Pass `column=` with the one that holds the texts."
+                f"The data has no column `{column}` to encode (columns: {dataset.column_names}). "
+                "Pass `column=` with the one that holds the texts."
             )
         return dataset.map(
-            _EncodeColumn(self, output_column),
+            lambda texts: {output_column: self(texts).numpy()},
             batched=True,
             batch_size=batch_size,
             input_columns=column,
@@ -347,7 +350,7 @@ class TaskEncoder:
             self._hits = self._misses = 0
 
     def fingerprint(self) -> str:
-        """Hash of all that a vector depends on: weights, tokenizer, window, pooling. The encoder's name and place do not count."""
+        """Hash of all that a vector depends on: weights, tokenizer, window, pooling; not the name or place."""
         if self._fingerprint is None:
             backend = getattr(self.tokenizer, "backend_tokenizer", None)
             words = (
@@ -376,7 +379,10 @@ class TaskEncoder:
         return self._fingerprint
 
     def __repr__(self) -> str:
-        return f"TaskEncoder({self.config.name_or_path!r}, task_dim={self.task_dim}, window={self.window}, device='{self.device}')"
+        name = self.config.name_or_path
+        return (
+            f"TaskEncoder({name!r}, task_dim={self.task_dim}, window={self.window}, device='{self.device}')"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy in another process starts with an empty cache and a lock of its own."""
@@ -395,9 +401,9 @@ class TaskEncoder:
         vectors = torch.full((len(texts), self.task_dim), -torch.inf if largest else 0.0)
         for start in range(0, len(chunks), self.batch_size):
             batch = chunks[start : start + self.batch_size]
-            pad = self.tokenizer.pad_token_id or 0
             longest = max(len(batch[-1].ids), min(SHORTEST_BATCH, self.window))
-            ids = torch.tensor([c.ids + [pad] * (longest - len(c.ids)) for c in batch], device=self.device)
+            # Padding stands on the right and is masked, so any id will do.
+            ids = torch.tensor([c.ids + [0] * (longest - len(c.ids)) for c in batch], device=self.device)
             weights = torch.tensor(
                 [c.weights + [0.0] * (longest - len(c.ids)) for c in batch], device=self.device
             )
@@ -415,7 +421,7 @@ class TaskEncoder:
         return [vector.clone() for vector in vectors]
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        """The tokens of every text, without special ones, cut to one chunk (with one warning) where the config says so."""
+        """The tokens of every text, without special ones; cut, with one warning, where the config says so."""
         if not texts:
             return []
         with self._lock:  # a fast tokenizer is no place for two threads
@@ -427,8 +433,9 @@ class TaskEncoder:
             if longest > self._body and not self._warned:
                 self._warned = True
                 warnings.warn(
-                    f'A task text has {longest} tokens, but the encoder `{self.config.name_or_path}` reads {self._body} at once and `overflow="truncate"` '
-                    'drops the rest, here and in later texts. Use `overflow="chunk"` to read all of it.',
+                    f"A task text has {longest} tokens, but the encoder `{self.config.name_or_path}` reads {self._body} at "
+                    'once and `overflow="truncate"` drops the rest, here and in later texts. '
+                    'Use `overflow="chunk"` to read all of it.',
                     UserWarning,
                     stacklevel=4,
                 )
@@ -449,7 +456,8 @@ class TaskEncoder:
         shares = [1 / n for n in [len(starts)] * len(prefix) + seen + [len(starts)] * len(suffix)]
         if not shares:
             raise ValueError(
-                "The task text is empty and the tokenizer adds no special tokens, so there is nothing to encode. Pass a text."
+                "The task text is empty and the tokenizer adds no special tokens, so there is nothing to encode. "
+                "Pass a text."
             )
         if self.config.pooling == "mean":
             shares = [share / len(shares) for share in shares]
@@ -461,17 +469,6 @@ class TaskEncoder:
         for start, body in zip(starts, bodies, strict=True):
             inside = shares[len(prefix) + start : len(prefix) + start + len(body)]
             yield _Chunk(prefix + body + suffix, before + inside + after, text)
-
-
-class _EncodeColumn:
-    """The function `encode_dataset` maps over batches of texts; a class, so that other processes can be sent it."""
-
-    def __init__(self, encoder: TaskEncoder, output_column: str) -> None:
-        self.encoder = encoder
-        self.output_column = output_column
-
-    def __call__(self, texts: list[str]) -> dict[str, Any]:
-        return {self.output_column: self.encoder(texts).numpy()}
 
 
 def _load(
@@ -553,8 +550,8 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list
         if whole[start : start + len(body)] == body:
             return whole[:start], whole[start + len(body) :]
     raise ValueError(
-        f"The {type(tokenizer).__name__} gives the tokens {body} for `a` and {whole} with special tokens, so these do not stand around the text and "
-        "texts cannot be cut into chunks. Use another encoder."
+        f"The {type(tokenizer).__name__} gives the tokens {body} for `a` and {whole} with special tokens, so these "
+        "do not stand around the text and texts cannot be cut into chunks. Use another encoder."
     )
 
 
@@ -574,7 +571,8 @@ def _window(max_length: int | None, model: nn.Module, tokenizer: PreTrainedToken
     if max_length is not None:
         if positions and max_length > positions:
             raise ValueError(
-                f"`max_length` is {max_length}, but the task encoder has {positions} positions. Use at most that, or `None`."
+                f"`max_length` is {max_length}, but the task encoder has {positions} positions. "
+                "Use at most that, or `None`."
             )
         return max_length
     stated = [

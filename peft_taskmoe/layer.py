@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers.pytorch_utils import Conv1D
 
-from .conditioning import InjectAuxLoss, TaskState, current_state
+from .conditioning import TaskState, collect_aux_loss, current_state
 from .config import TaskMoELoraConfig
 from .experts import expert_update
 from .fused import ExpertShape, FusedUpdate, InferenceWeights, fused_inference, inference_weights
@@ -168,18 +169,24 @@ class TaskMoELoraLayer(BaseTunerLayer):
             weight.data = weight.data - delta.to(weight)
 
     def _weights(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return (
-            self.taskmoe_lora_A[adapter_name].weight,
-            self.taskmoe_lora_B[adapter_name].weight,
-            self.taskmoe_lora_router[adapter_name].weight,
+        modules = (
+            self.taskmoe_lora_A[adapter_name],
+            self.taskmoe_lora_B[adapter_name],
+            self.taskmoe_lora_router[adapter_name],
         )
+        weight_a, weight_b, router_weight = (module.weight for module in modules)
+        if weight_a.is_meta:
+            weight_a, weight_b, router_weight = (_onloaded(module, adapter_name) for module in modules)
+        return weight_a, weight_b, router_weight
 
-    def _task(self, adapter_name: str, state: TaskState | None) -> torch.Tensor | None:
+    def _task(
+        self, adapter_name: str, state: TaskState | None, device: torch.device | None = None
+    ) -> torch.Tensor | None:
         """The task embeddings in scope at the scale this adapter reads them; None if it does not read the task."""
         if not self.shapes[adapter_name].reads_task:
             return None
         config = self.configs[adapter_name]
-        device = self.taskmoe_lora_router[adapter_name].weight.device
+        device = device or self.taskmoe_lora_router[adapter_name].weight.device
         task = None if state is None else state.normalized_embeds(config.task_norm, self.in_features, device)
         if task is None:
             raise ValueError(missing_task_message(adapter_name))
@@ -190,6 +197,23 @@ class TaskMoELoraLayer(BaseTunerLayer):
                 f"`TaskMoELoraConfig(task_dim={task.shape[-1]})`."
             )
         return task
+
+
+def _onloaded(module: nn.Module, adapter_name: str) -> torch.Tensor:
+    """The weight of a part of an adapter that accelerate has offloaded to the CPU or to disk.
+
+    Raises:
+        ValueError: If there is none: it was created empty.
+    """
+    with align_module_device(module):
+        weight = module.weight
+    if weight.is_meta:
+        raise ValueError(
+            f'The weights of adapter "{adapter_name}" are on the meta device: they were created empty, by `low_cpu_mem_usage=True` '
+            "or on a base layer that is offloaded, and never filled. Load them (`PeftModel.from_pretrained`, `load_adapter`, "
+            "`set_peft_model_state_dict(..., low_cpu_mem_usage=True)`), and offload the model only with its adapter on."
+        )
+    return weight
 
 
 def missing_task_message(adapter_name: str) -> str:
@@ -349,9 +373,7 @@ class Linear(nn.Module, TaskMoELoraLayer):
         if state.aux is not None and coef and self.training:
             loss = load_balancing_loss(logits, shape.top_k, state.aux.mask_of(logits.shape[0]))
             loss = loss * (coef / state.aux.num_layers[adapter_name])
-            if state.aux.open:
-                state.aux.value = state.aux.value + loss.detach()
-            update = InjectAuxLoss.apply(update, loss, state.aux)
+            update = collect_aux_loss(update, loss, state.aux)
         return update
 
     def _forward_by_row(
@@ -375,7 +397,7 @@ class Linear(nn.Module, TaskMoELoraLayer):
         self, x: torch.Tensor, adapter_name: str, state: TaskState | None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Task embeddings and, for packed rows, each token's task; checked against the rows of x."""
-        task = self._task(adapter_name, state)
+        task = self._task(adapter_name, state, x.device)
         if task is None:
             return None, None
         assert state is not None

@@ -83,11 +83,9 @@ class Conditioner:
                     found[name] = found.get(name, 0) + 1
         return found
 
-    def add_aux_loss(self, state: TaskState, outputs: Any) -> Any:
+    @torch.compiler.disable
+    def add_aux_loss(self, aux: AuxLoss, outputs: Any) -> Any:
         """Add the collected load-balancing loss to the loss of the outputs; see to its gradient where a trainer computes that loss."""
-        aux = state.aux
-        if aux is None:
-            return outputs
         aux.open = False
         by_name = isinstance(outputs, dict)
         loss = outputs.get("loss") if by_name else outputs[0] if isinstance(outputs, tuple) and outputs else None
@@ -227,7 +225,7 @@ def _forward(
         _carry_task_into_recompute(model)
     with entered(state):
         outputs = inner(*args, **kwargs)
-    return conditioner.add_aux_loss(state, outputs)
+    return outputs if state.aux is None else conditioner.add_aux_loss(state.aux, outputs)
 
 
 def _carry_task_into_recompute(model: nn.Module) -> None:
@@ -469,6 +467,18 @@ class TaskMoELoraModel(BaseTuner):
         """Create the adapted layers, as every tuner does, and open the way for the task."""
         super().inject_adapter(model, *args, **kwargs)
         install_conditioning(model)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse what LoRA's adapters can do and routed ones cannot.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(
+            "Adapters with a router cannot be combined by weights: each routes its own experts, and no mean of two routers routes "
+            "both. Activate them together (`model.base_model.set_adapter([...])`), which adds their updates, or combine what "
+            "`to_lora` makes of each."
+        )
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)

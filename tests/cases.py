@@ -147,7 +147,6 @@ MODELS: dict[str, ModelCase] = {
         _DECODER,
         "CAUSAL_LM",
         frozenset({"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}),
-        modules_to_save=("embed_out",),
     ),
     "mixtral": ModelCase(
         MixtralForCausalLM,

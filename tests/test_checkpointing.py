@@ -194,6 +194,7 @@ def _between_two_forwards() -> Any:
 def _by_wrapping_layers() -> Any:
     """What FSDP's activation checkpointing does, after the adapter is on."""
     model = loud("llama")
+    model.get_base_model().config.use_cache = False  # which transformers' own checkpointing does
     layers = set(model.get_base_model().model.layers)
     apply_activation_checkpointing(model, check_fn=lambda module: module in layers)
     return model

@@ -189,16 +189,19 @@ class _Seen(TorchDispatchMode):
         return out
 
 
-def _train_step(num_experts: int, dtype: torch.dtype = torch.float32, dropout: float = 0.1) -> _Seen:
+def _train_step(
+    num_experts: int, dtype: torch.dtype = torch.float32, dropout: float = 0.1, reads_task: bool = True
+) -> _Seen:
     tokens, width, task_dim, r = 64, 32, 40, 2
-    shape = ExpertShape(num_experts, r, 1.0, None, True, True)
+    shape = ExpertShape(num_experts, r, 1.0, None, True, reads_task)
 
     def draw(*size: int) -> torch.Tensor:
         return torch.randn(*size, dtype=dtype, requires_grad=True)
 
     arguments = (
         draw(tokens, width), None, draw(width, width).detach(), None, draw(num_experts * r, width),
-        draw(width, num_experts * r), draw(num_experts, width + task_dim), draw(2, task_dim).detach(), None,
+        draw(width, num_experts * r), draw(num_experts, width + task_dim * reads_task),
+        draw(2, task_dim).detach() if reads_task else None, None,
     )  # fmt: skip
     with _Seen() as seen:
         FusedUpdate.apply(*arguments, shape, dropout).sum().backward()
@@ -222,8 +225,9 @@ def test_there_is_no_loop_over_experts() -> None:
     assert _train_step(2).operations == _train_step(16).operations > 10
 
 
-def test_the_softmax_runs_in_float32() -> None:
-    assert _train_step(4, torch.bfloat16).softmax_dtypes == {torch.float32}
+@pytest.mark.parametrize("reads_task", [True, False])
+def test_the_softmax_runs_in_float32(reads_task) -> None:
+    assert _train_step(4, torch.bfloat16, reads_task=reads_task).softmax_dtypes == {torch.float32}
 
 
 def test_backward_keeps_nothing_of_the_output() -> None:

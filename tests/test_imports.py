@@ -18,7 +18,7 @@ LEVELS = [
     {"peft_type", "config", "router", "experts", "fused", "conditioning", "encoder", "collator", "automatic"},
     {"layer"},
     {"model", "inspection"},
-    {"registration", "export"},
+    {"registration", "export", "training_log"},
     {"__init__"},
 ]
 WITHIN = {

@@ -175,9 +175,17 @@ VARIATIONS = [
 ]
 
 
-@pytest.mark.parametrize("variation", VARIATIONS, ids=str)
+# These differ from another path only in what the base is, so the cases in which the base matters will do.
+SAME_BUT_FOR_THE_BASE = {"subclass", "hooked", "memo_conv1d"}
+CASES = [
+    pytest.param(path, variation, id=f"{path}-{variation}")
+    for path, variation in itertools.product(PATHS, VARIATIONS)
+    if path not in SAME_BUT_FOR_THE_BASE or variation.name in {"usual", "no bias", "4-D", "packed"}
+]
+
+
+@pytest.mark.parametrize("path, variation", CASES)
 @pytest.mark.parametrize("router_inputs", ["token+task", "token", "task"])
-@pytest.mark.parametrize("path", PATHS)
 def test_outputs_and_gradients_equal_the_loops(path, router_inputs, variation) -> None:
     layer = make_layer(path, variation.bias, router_inputs=router_inputs, **variation.settings)
     x = torch.randn(*variation.shape, dtype=torch.float64, requires_grad=variation.needs_grad)

@@ -18,7 +18,7 @@ PIECES = [
 
 def slow_normal_form(words):
     """The definition of the normal form, in passes over the whole string."""
-    plain = {c: "'" for c in "‘’‚‛′`´"} | {c: '"' for c in "“”„‟″«»"} | {c: "-" for c in "‐‑‒–—―−"}
+    plain = dict.fromkeys("‘’‚‛′`´", "'") | dict.fromkeys("“”„‟″«»", '"') | dict.fromkeys("‐‑‒–—―−", "-")
     out = []
     for character in words:
         for c in unicodedata.normalize("NFKD", plain.get(character, character)):
@@ -35,14 +35,20 @@ def slow_normal_form(words):
     runs = "".join(" " if c.isspace() else c for c in dropped).split(" ")
     result = ""
     for run in (run for run in runs if run):
-        wordlike = [x and (x.isalnum() or unicodedata.category(x).startswith("M")) for x in (result[-1:], run[0])]
+        wordlike = [
+            x and (x.isalnum() or unicodedata.category(x).startswith("M")) for x in (result[-1:], run[0])
+        ]
         result += (" " if all(wordlike) else "") + run
     return result
 
 
 def brute_force(text, mention):
     """All places of a mention, by trying every substring of the text."""
-    places = [(i, i + len(mention)) for i in range(len(text) - len(mention) + 1) if text[i : i + len(mention)] == mention]
+    places = [
+        (i, i + len(mention))
+        for i in range(len(text) - len(mention) + 1)
+        if text[i : i + len(mention)] == mention
+    ]
     if mention and places:
         return "exact", places
     wanted = slow_normal_form(mention)
@@ -58,7 +64,9 @@ def brute_force(text, mention):
         if not slow_normal_form(text[start]) or text[start].isspace():
             continue
         end = min(ends)
-        while end < len(text) and unicodedata.category(text[end])[0] == "M" and not slow_normal_form(text[end]):
+        while (
+            end < len(text) and unicodedata.category(text[end])[0] == "M" and not slow_normal_form(text[end])
+        ):
             end += 1
         if end < len(text) and unicodedata.category(text[end])[0] == "M":
             continue

@@ -146,7 +146,9 @@ def test_relations_get_types_from_the_schema_or_from_entities():
 
 
 def test_events_with_roles_that_are_no_identifiers():
-    parsed = parse("[Launch(trigger='carried', Vehicle='Ariane 5', Launch_Site=['Kourou', 'Mars', 7], Crew=['x'])]")
+    parsed = parse(
+        "[Launch(trigger='carried', Vehicle='Ariane 5', Launch_Site=['Kourou', 'Mars', 7], Crew=['x'])]"
+    )
     (event,) = parsed.records
     assert [(a.role, a.span.text, a.span.start) for a in event.arguments] == [
         ("Vehicle", "Ariane 5", 20),  # the nearest to the trigger
@@ -169,7 +171,10 @@ def test_given_events():
     second = Event("Launch", Span("flew", TEXT.rindex("flew"), TEXT.rindex("flew") + 4))
     answer = "[Launch('flew'), Launch('flew', Vehicle='Apollo'), Launch('flew'), Launch('carried')]"
     parsed = parse(answer, given=(second, first))
-    assert [(r.trigger.start, len(r.arguments)) for r in parsed.records] == [(9, 0), (second.trigger.start, 1)]
+    assert [(r.trigger.start, len(r.arguments)) for r in parsed.records] == [
+        (9, 0),
+        (second.trigger.start, 1),
+    ]
     assert kinds(parsed) == ["not_given"] * 2
     chosen = parse("[Launch('flew', trigger_nth=2)]", given=(first, second))
     assert chosen.records[0].trigger == second.trigger
@@ -181,8 +186,34 @@ def test_masked_names():
 
 
 def random_text(rng):
-    pieces = ["Ariane 5", "Rosetta", "Launcher(span='Apollo')", '"', "'", "\\", "\n", "\r\n", "]", "result = [", "é", "🚀"]
-    pieces += ["Apollo", "\0", "\ud83d", "שלום", ", ", "(", "#", "[Mission(span=\"Apollo\")]", "\\n", "```", "{}", "text"]
+    pieces = [
+        "Ariane 5",
+        "Rosetta",
+        "Launcher(span='Apollo')",
+        '"',
+        "'",
+        "\\",
+        "\n",
+        "\r\n",
+        "]",
+        "result = [",
+        "é",
+        "🚀",
+    ]
+    pieces += [
+        "Apollo",
+        "\0",
+        "\ud83d",
+        "שלום",
+        ", ",
+        "(",
+        "#",
+        '[Mission(span="Apollo")]',
+        "\\n",
+        "```",
+        "{}",
+        "text",
+    ]
     return " ".join(rng.choice(pieces) for _ in range(rng.randrange(2, 20)))
 
 
@@ -236,11 +267,20 @@ def test_every_prefix_gives_exactly_its_complete_records(style):
     assert prefixes > 3_000
 
 
+def test_an_escape_may_be_cut_off_as_well():
+    text = "see Launcher(span='Apollo') \ud83d and \n\\ Apollo"
+    answer = completion_text([Entity("Mission", Span(text, 0, len(text)))], text, SCHEMA)
+    for cut in range(len(answer) - 2):
+        assert parse(answer[:cut], text).records == ()
+    assert len(parse(answer[:-1], text).records) == 1
+
+
 N = 20_000
 HOSTILE = {
     "brackets": "[" * 100_000,
     "calls in calls": "Launcher(" * N,
     "nested values": "Launcher(span=" + "[" * 100_000 + "]" * 100_000 + ")",
+    "strings that never end": 'nothing("' + "nothing('" * N,
     "unterminated": 'Mission("' * N,
     "alternating quotes": ("Mission('" + 'Mission("') * N,
     "long string": '[Mission(span="' + "x" * 1_000_000 + '")]',
@@ -277,7 +317,9 @@ def test_hostile_answers(name):
     assert all(problem.kind in PROBLEM_KINDS for problem in parsed.problems)
 
 
-@pytest.mark.parametrize("name", ["calls in calls", "unterminated", "alternating quotes", "many records", "spaces"])
+@pytest.mark.parametrize(
+    "name", ["calls in calls", "unterminated", "alternating quotes", "many records", "spaces"]
+)
 def test_time_is_linear(name):
     answer = HOSTILE[name]
 
@@ -294,21 +336,43 @@ def test_time_is_linear(name):
 def test_nothing_is_executed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "os_spy", None)
-    for code in ("open('made', 'w')", "__import__('pathlib').Path('made').touch()", "exec('open(\"made\", \"w\")')"):
+    for code in (
+        "open('made', 'w')",
+        "__import__('pathlib').Path('made').touch()",
+        'exec(\'open("made", "w")\')',
+    ):
         parse(f"[Launcher(span={code}), {code}, Launcher(span=f'{{{code}}}')]")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_random_garbage_never_raises():
     rng = random.Random(7)
-    alphabet = ["Launcher", "Mission(", "span=", "'", '"', "Apollo", "(", ")", "[", "]", ",", "\\", "\n", "#", "=", " ", "5"]
+    alphabet = [
+        "Launcher",
+        "Mission(",
+        "span=",
+        "'",
+        '"',
+        "Apollo",
+        "(",
+        ")",
+        "[",
+        "]",
+        ",",
+        "\\",
+        "\n",
+        "#",
+        "=",
+        " ",
+        "5",
+    ]
     for _ in range(3_000):
         parsed = parse("".join(rng.choice(alphabet) for _ in range(rng.randrange(40))))
         assert all(isinstance(problem, Problem) for problem in parsed.problems)
 
 
 def test_a_problem_has_a_known_kind_and_is_json():
-    with pytest.raises(ValueError, match="`oops` is no kind of problem. The kinds are: `malformed`"):
+    with pytest.raises(ValueError, match=r"`oops` is no kind of problem. The kinds are: `malformed`"):
         Problem("oops", "", "")
     (problem,) = parse("[Rocket('Apollo')]").problems
     assert json.loads(json.dumps(problem.to_dict()))["kind"] == "unknown_label"

@@ -35,8 +35,19 @@ class Launcher(EntityType):
 SCHEMA = Schema.of(
     Launcher,
     {"creative-work": ""},
-    {"carries": {"description": "", "head": ["Launcher"], "tail": {"description": "what", "types": ["Probe", "Crew"]}}},
-    {"Launch": {"description": 'It "starts"', "roles": {"Vehicle": {"examples": ["Soyuz"]}, "Launch.Site": "a \\ place"}}},
+    {
+        "carries": {
+            "description": "",
+            "head": ["Launcher"],
+            "tail": {"description": "what", "types": ["Probe", "Crew"]},
+        }
+    },
+    {
+        "Launch": {
+            "description": 'It "starts"',
+            "roles": {"Vehicle": {"examples": ["Soyuz"]}, "Launch.Site": "a \\ place"},
+        }
+    },
 )
 
 
@@ -48,7 +59,9 @@ def span(text, words, nth=1):
 
 
 def test_dataclass_style():
-    assert prompt_text('Ariane 5 "flew"\nto Mars.', SCHEMA) == '''\
+    assert (
+        prompt_text('Ariane 5 "flew"\nto Mars.', SCHEMA)
+        == '''\
 @dataclass
 class Launcher(Entity):
     """A vehicle designed to carry a payload to space. Such as: Falcon 9, Soyuz"""
@@ -71,16 +84,20 @@ class Launch(Event):
 text = "Ariane 5 \\"flew\\"\\nto Mars."
 # The annotation instances that take place in the text above are listed here
 result ='''
+    )
 
 
 def test_compact_style():
-    assert prompt_text("Ariane 5", SCHEMA, format=COMPACT) == '''\
+    assert (
+        prompt_text("Ariane 5", SCHEMA, format=COMPACT)
+        == """\
 Launcher(span): A vehicle designed to carry a payload to space. Such as: Falcon 9, Soyuz
 creative_work(span): creative-work
 carries(head, tail): head: Launcher; tail: Probe or Crew: what
 Launch(trigger, Vehicle, Launch_Site): It "starts"; Vehicle: Such as: Soyuz; Launch_Site: a \\ place
 text = "Ariane 5"
-result ='''
+result ="""
+    )
 
 
 @pytest.mark.parametrize("format", [PromptFormat(), COMPACT])
@@ -146,7 +163,10 @@ def test_given_events_are_shown_without_their_arguments():
     parsed = parse_answer(example.completion, example.schema, text, names=example.names, given=document.given)
     assert parsed.records == (event,)
     long = build_example(document).prompt
-    assert '# These events are given; list each with its arguments\ngiven = [Launch(trigger="flew", trigger_nth=2)]' in long
+    assert (
+        '# These events are given; list each with its arguments\ngiven = [Launch(trigger="flew", trigger_nth=2)]'
+        in long
+    )
 
 
 ANY_TEXT = [
@@ -162,9 +182,16 @@ def test_any_text_goes_in_and_comes_back(text):
     assert ast.literal_eval(literal) == text
     assert len(literal.splitlines()) == 1
     literal.encode("utf-8")
-    assert ast.literal_eval(prompt_text(text, SCHEMA, format=COMPACT).split("\ntext = ")[1].split("\nresult =")[0]) == text
+    assert (
+        ast.literal_eval(
+            prompt_text(text, SCHEMA, format=COMPACT).split("\ntext = ")[1].split("\nresult =")[0]
+        )
+        == text
+    )
     # Every character of it can be a span, with exact offsets.
-    records = tuple(Entity("Launcher", Span(text[i : i + 2], i, min(i + 2, len(text)))) for i in range(len(text)))
+    records = tuple(
+        Entity("Launcher", Span(text[i : i + 2], i, min(i + 2, len(text)))) for i in range(len(text))
+    )
     example = build_example(Document("d", text, "NER", Schema.of(Launcher), records))
     parsed = parse_answer(example.completion, example.schema, text)
     assert (parsed.records, parsed.problems) == (records, ())
@@ -177,12 +204,16 @@ def test_readable_characters_stay_readable():
 def test_unknown_labels_and_roles_are_errors():
     text = "It flew."
     wrong = Document("d7", text, "NER", Schema.of(Launcher), (Entity("Rocket", span(text, "It")),))
-    with pytest.raises(ValueError, match="Document `d7`: There is a record of the entity `Rocket`.*has `Launcher`"):
+    with pytest.raises(
+        ValueError, match=r"Document `d7`: There is a record of the entity `Rocket`.*has `Launcher`"
+    ):
         build_example(wrong)
     event = Event("Launch", span(text, "flew"), (Argument("Crew", span(text, "It")),))
-    with pytest.raises(ValueError, match=r"event `Launch` has an argument in the role `Crew`.*roles: `Vehicle`, `Lau"):
+    with pytest.raises(
+        ValueError, match=r"event `Launch` has an argument in the role `Crew`.*roles: `Vehicle`, `Lau"
+    ):
         completion_text([event], text, SCHEMA)
-    with pytest.raises(ValueError, match='`style` is \'long\'. Write "dataclass" or "compact"'):
+    with pytest.raises(ValueError, match=r'`style` is .long.\. Write "dataclass" or "compact"'):
         PromptFormat("long")
 
 
@@ -219,8 +250,13 @@ def test_examples_differ_by_seed_and_by_document_and_by_nothing_else():
 
 
 def test_they_do_not_depend_on_the_hash_seed():
+    # The packages' own __init__ are stepped over: they import torch, which takes its time.
     code = (
-        "import sys; sys.path[:0] = ['tests', '.']; import test_uie_prompt as t\n"
+        "import sys, types; sys.path[:0] = ['tests', '.']\n"
+        "for name in ('peft_taskmoe', 'peft_taskmoe.uie'):\n"
+        "    module = sys.modules[name] = types.ModuleType(name)\n"
+        "    module.__path__ = [name.replace('.', '/')]\n"
+        "import test_uie_prompt as t\n"
         "for i in range(20): print(t.build_example(t.document(i), t.COMPACT, t.ALL, 3, t.POOL, t.NEGATIVES))"
     )
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -286,7 +322,9 @@ def test_dropout_takes_labels_with_their_records():
         shown, _ = regularise(document(number), Regularisers(dropout=1.0), 0)
         assert len(shown.schema.labels) == 1
     text = "It flew."
-    given = Document("e", text, "EAE", SCHEMA.select([SCHEMA.labels[-1]]), (Event("Launch", span(text, "flew")),))
+    given = Document(
+        "e", text, "EAE", SCHEMA.select([SCHEMA.labels[-1]]), (Event("Launch", span(text, "flew")),)
+    )
     assert regularise(given, Regularisers(dropout=1.0), 0)[0] == given
 
 
@@ -307,7 +345,9 @@ def test_example_mentions_are_sampled_and_never_in_the_text():
             assert len(label.examples) <= 2
             seen.update(label.examples)
     assert {"alpha", "beta", "gamma 0"} < set(seen) and not any(word in seen for word in WORDS)
-    assert "Such as: " in build_example(document(2), regularisers=Regularisers(examples=2), mentions=POOL).prompt
+    assert (
+        "Such as: " in build_example(document(2), regularisers=Regularisers(examples=2), mentions=POOL).prompt
+    )
 
 
 def test_negatives_are_added_from_other_schemas():
@@ -315,17 +355,21 @@ def test_negatives_are_added_from_other_schemas():
     names = [label.name for label in shown.schema.labels]
     assert sorted(names[8:]) == ["N1", "N2", "N3"]  # not L1: that is asked for already
     assert shown.records == document(1).records
-    with pytest.raises(ValueError, match=r"`added_negatives` is 1, but there is no schema.*negative_pool=Schema.of"):
+    with pytest.raises(
+        ValueError, match=r"`added_negatives` is 1, but there is no schema.*negative_pool=Schema.of"
+    ):
         regularise(document(1), Regularisers(added_negatives=1), 0)
-    with pytest.raises(ValueError, match="`dropout` is 2. It is a probability"):
+    with pytest.raises(ValueError, match=r"`dropout` is 2. It is a probability"):
         Regularisers(dropout=2)
-    with pytest.raises(ValueError, match="`examples` is -1. It counts: write 0 or more"):
+    with pytest.raises(ValueError, match=r"`examples` is -1. It counts: write 0 or more"):
         Regularisers(examples=-1)
 
 
 def test_collected_mentions():
     text = "It flew."
-    launch = Document("e", text, "EE", SCHEMA.select([SCHEMA.labels[-1]]), (Event("Launch", span(text, "flew")),))
+    launch = Document(
+        "e", text, "EE", SCHEMA.select([SCHEMA.labels[-1]]), (Event("Launch", span(text, "flew")),)
+    )
     assert collect_mentions([document(1), document(2, (0, 1)), launch]) == {
         ("entity", "L0"): ("word0",),
         ("entity", "L3"): ("word3",),

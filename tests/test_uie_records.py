@@ -114,7 +114,11 @@ def test_shifted_records():
     document = Document.from_dict(ROWS[2])
     (event,) = document.records
     moved = shift_record(event, 10)
-    assert [(s.text, s.start, s.end) for s in spans_of(moved)] == [("met", 14, 17), ("Ada", 10, 13), ("Bob", 18, 21)]
+    assert [(s.text, s.start, s.end) for s in spans_of(moved)] == [
+        ("met", 14, 17),
+        ("Ada", 10, 13),
+        ("Bob", 18, 21),
+    ]
     assert shift_record(moved, -10) == event
     lost = Entity("PER", Span("Eve", alignment="not_found"))
     assert shift_record(lost, 10) == lost
@@ -147,7 +151,7 @@ def test_missing_keys_and_unknown_tasks():
         Document.from_dict({"text": "", "task": "NER"})
     with pytest.raises(ValueError, match="`X` is no task"):
         record_from_dict("X", {})
-    with pytest.raises(ValueError, match="Document `a` has task `X`. Write one of: `NER`"):
+    with pytest.raises(ValueError, match=r"Document `a` has task `X`. Write one of: `NER`"):
         Document("a", "", "X", Document.from_dict(ROWS[0]).schema)
 
 

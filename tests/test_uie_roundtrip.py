@@ -30,8 +30,8 @@ def test_every_record_of_every_document_comes_back(name, style):
     documents = list(read(name))
     mentions = collect_mentions(documents)
     records = 0
-    for regularisers in (None, REGULARISED):
-        for document in documents:
+    for regularisers, part in ((None, documents), (REGULARISED, documents[::5])):
+        for document in part:
             example = build_example(document, PromptFormat(style), regularisers, 1, mentions)
             parsed = parse_answer(
                 example.completion, example.schema, document.text, names=example.names, given=document.given

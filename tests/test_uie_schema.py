@@ -50,7 +50,9 @@ class Attack(EventType):
 
     trigger: Annotated[str, "the verb"]
     attacker: list[Person]
-    place: str = field(default="", metadata={"description": "where", "examples": ["Rome"], "name": "Attack-Place"})
+    place: str = field(
+        default="", metadata={"description": "where", "examples": ["Rome"], "name": "Attack-Place"}
+    )
     counter: ClassVar[int] = 3
 
 
@@ -75,7 +77,10 @@ def test_classes():
             "relation",
             "Wrote",
             "The head wrote the tail.",
-            slots=(Slot("head", types=("Person",)), Slot("tail", "what was written", types=("creative-work",))),
+            slots=(
+                Slot("head", types=("Person",)),
+                Slot("tail", "what was written", types=("creative-work",)),
+            ),
         ),
         ATTACK,
     )
@@ -99,7 +104,9 @@ def test_sources_can_be_mixed_and_a_label_is_kept_once():
 
 JOINT = {
     "entities": {"Person": {"description": "people", "examples": ["Ada"]}, "Place": "places"},
-    "relations": {"born-in": {"description": "", "head": {"types": ["Person"]}, "tail": {"types": ["Place", "City"]}}},
+    "relations": {
+        "born-in": {"description": "", "head": {"types": ["Person"]}, "tail": {"types": ["Place", "City"]}}
+    },
     "events": {
         "Life.Die": {"description": "die", "roles": ["Victim", "Place"]},
         "Attack": {
@@ -144,7 +151,9 @@ def test_short_forms_of_dicts():
         Slot("tail", types=("Place",)),
     )
     # Several participants: one role that several mentions may fill.
-    assert [r.name for r in Schema.from_dict("EE", {"Meet": {"roles": ["Who", "Who", "Where"]}}).labels[0].roles] == [
+    assert [
+        r.name for r in Schema.from_dict("EE", {"Meet": {"roles": ["Who", "Who", "Where"]}}).labels[0].roles
+    ] == [
         "Who",
         "Where",
     ]
@@ -202,7 +211,7 @@ def test_pydantic_models():
 
     class Report(pydantic.BaseModel):
         mentions: list[Mention]
-        paints: list[Paint] = []
+        paints: list[Paint]
         works: list[Works] | None = None
         hit: Hit
         title: list[str] = pydantic.Field(description="titles")
@@ -224,7 +233,11 @@ def test_pydantic_models():
             "event",
             "Hit",
             "Hits.",
-            slots=(Slot("trigger"), Slot("Victim-s", "who", types=("organi-sation",)), Slot("place", "where")),
+            slots=(
+                Slot("trigger"),
+                Slot("Victim-s", "who", types=("organi-sation",)),
+                Slot("place", "where"),
+            ),
         ),
         Label("entity", "title", "titles"),
     )
@@ -296,30 +309,63 @@ def undefined_name():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (class_with_slot, r"`Rocket.weight` has no place.*Write `class Rocket\(EventType\):` with `weight: str`"),
+        (
+            class_with_slot,
+            r"`Rocket.weight` has no place.*Write `class Rocket\(EventType\):` with `weight: str`",
+        ),
         (relation_with_role, r"`Meets.place` has no place.*Write `class Meets\(EventType\):` for more roles"),
         (number_as_role, r"`Sale.amount` is annotated `int`.*Write `amount: str`, `amount: list\[str\]` or"),
         (choice_as_role, r"`Sale.amount` is annotated `.*Literal.*Write `amount: str`"),
         (unnamed_label, r"`Sale.label` is named ''. Write a name with letters"),
         (examples_in_a_string, r'`Rocket.examples` is \'Ariane\'. Write a list of strings: \["Ariane"\]'),
-        (unknown_metadata, r"metadata of `Sale.buyer` has the keys `desc`. It takes `description`, `examples` and"),
-        (pydantic_number, r"`Sale.amount` is annotated `int`.*Write `amount: list\[str\]`, or a model with `span`"),
-        (pydantic_two_choices, r"`Sale` has several fields of fixed choices \(`a`, `b`\). One of them can be the"),
+        (
+            unknown_metadata,
+            r"metadata of `Sale.buyer` has the keys `desc`. It takes `description`, `examples` and",
+        ),
+        (
+            pydantic_number,
+            r"`Sale.amount` is annotated `int`.*Write `amount: list\[str\]`, or a model with `span`",
+        ),
+        (
+            pydantic_two_choices,
+            r"`Sale` has several fields of fixed choices \(`a`, `b`\). One of them can be the",
+        ),
         (undefined_name, r"`Sale` uses a name that cannot be found .*Schema.of\(Sale, ...\)"),
         (lambda: Schema.of(), r'The schema has no labels. Write at least one: {"Person"'),
         (lambda: Schema.of(3), r"A schema cannot be read from `3`. Pass classes, Pydantic models"),
         (lambda: Schema.of(int), r"A schema cannot be read from `int`. Write `class int\(EntityType\):`"),
-        (lambda: Schema.of(Person, {"Person": "x"}), r"The entity `Person` is defined twice. Keep one of the two"),
+        (
+            lambda: Schema.of(Person, {"Person": "x"}),
+            r"The entity `Person` is defined twice. Keep one of the two",
+        ),
         (lambda: Schema.from_dict("NRE", {}), r"`NRE` is no task. Write one of: `NER`, `RE`"),
         (lambda: Schema.from_dict("NER", "PER"), r"A schema cannot be read from 'PER'. Write a dict"),
-        (lambda: Schema.from_dict("NER", {"PER": 3}), r'The entity `PER` is described by 3. Write a description: {"PER"'),
+        (
+            lambda: Schema.from_dict("NER", {"PER": 3}),
+            r'The entity `PER` is described by 3. Write a description: {"PER"',
+        ),
         (lambda: Schema.from_dict("NER", {"": "x"}), r"A label of kind `entity` is named ''. Write a name"),
-        (lambda: Schema.from_dict("EE", {"Die": {"role": []}}), r"The event `Die` has the keys `role`. An event takes"),
-        (lambda: Schema.from_dict("EE", {"Die": {"roles": "Who"}}), r"event `Die` has roles 'Who'. Write a list of names"),
-        (lambda: Schema.from_dict("EE", {"Die": {"roles": {"Who": 3}}}), r"slot `Who` is described by 3. Write a des"),
-        (lambda: Schema.from_dict("NER", {"A": {"examples": "x"}}), r"`examples` of `A` is 'x'. Write a list"),
+        (
+            lambda: Schema.from_dict("EE", {"Die": {"role": []}}),
+            r"The event `Die` has the keys `role`. An event takes",
+        ),
+        (
+            lambda: Schema.from_dict("EE", {"Die": {"roles": "Who"}}),
+            r"event `Die` has roles 'Who'. Write a list of names",
+        ),
+        (
+            lambda: Schema.from_dict("EE", {"Die": {"roles": {"Who": 3}}}),
+            r"slot `Who` is described by 3. Write a des",
+        ),
+        (
+            lambda: Schema.from_dict("NER", {"A": {"examples": "x"}}),
+            r"`examples` of `A` is 'x'. Write a list",
+        ),
         (lambda: Schema.of(ATTACK).to_dict("NER"), r"Task `NER` has no place for `Attack`. Use task `UIE`"),
-        (lambda: Label("event", "A", slots=(Slot("x"),)), r"`A` of kind `event` has the slots `x`. Its slots must be"),
+        (
+            lambda: Label("event", "A", slots=(Slot("x"),)),
+            r"`A` of kind `event` has the slots `x`. Its slots must be",
+        ),
         (lambda: Label("thing", "A"), r"Label `A` has kind `thing`. Write one of: `entity`"),
     ],
 )

@@ -1,6 +1,7 @@
 """Texts cut into windows and records put together again, with the offsets of the whole text."""
 
 import random
+from itertools import pairwise
 
 import pytest
 
@@ -16,7 +17,9 @@ COMPACT = PromptFormat("compact")
 
 def random_text(rng, pieces):
     ends = [" ", " ", ". ", "\n", "\r\n", "\n\n", "\u3000", "", "e\u0301", "👨\u200d👩", "\0", "日本語"]
-    return "".join(rng.choice(["word", "Ariane", "a", "Überschall"]) + rng.choice(ends) for _ in range(pieces))
+    return "".join(
+        rng.choice(["word", "Ariane", "a", "Überschall"]) + rng.choice(ends) for _ in range(pieces)
+    )
 
 
 def test_windows_cover_the_text_and_fit():
@@ -28,9 +31,9 @@ def test_windows_cover_the_text_and_fit():
         assert windows[0].start == 0 and windows[-1].end == len(text)
         for window in windows:
             assert window.text == text[window.start : window.end] and len(window.text) <= most
-        for before, after in zip(windows, windows[1:], strict=False):
+        for before, after in pairwise(windows):
             assert before.start < after.start <= before.end < after.end
-            assert not (text[before.end - 1] == "\r" and text[before.end] == "\n") or most < 8
+            assert text[before.end - 1 : before.end + 1] != "\r\n" or most < 8
 
 
 def test_short_mentions_are_whole_in_some_window():
@@ -83,7 +86,9 @@ def test_what_cannot_fit_is_an_error():
         split_windows("abc", 3, length=lambda text: 4 * len(text))
     with pytest.raises(ValueError, match="`overlap` is -1"):
         split_windows("abc", 3, overlap=-1)
-    with pytest.raises(ValueError, match=r"The prompt has a length of \d+ before any text, and 20 is allowed"):
+    with pytest.raises(
+        ValueError, match=r"The prompt has a length of \d+ before any text, and 20 is allowed"
+    ):
         prompt_windows("abc", SCHEMA, 20)
 
 
@@ -103,7 +108,9 @@ def test_a_long_document_comes_back_whole():
     for _ in range(20):
         text = random_text(rng, 300)
         starts = sorted(rng.sample(range(len(text) - 20), 40))
-        gold = {Entity("Word", Span(text[s : s + k], s, s + k)) for s in starts if (k := rng.randrange(1, 12))}
+        gold = {
+            Entity("Word", Span(text[s : s + k], s, s + k)) for s in starts if (k := rng.randrange(1, 12))
+        }
         parts = []
         for part in prompt_windows(text, SCHEMA, 400, format=COMPACT, overlap=30):
             window = part.window
@@ -117,7 +124,10 @@ def test_a_long_document_comes_back_whole():
         merged = merge_windows(parts)
         lost = gold - set(merged)
         # Only what an edge cuts short, inside a longer mention, is left out.
-        assert all(any(o != r and o.span.start <= r.span.start and r.span.end <= o.span.end for o in merged) for r in lost)
+        assert all(
+            any(o != r and o.span.start <= r.span.start and r.span.end <= o.span.end for o in merged)
+            for r in lost
+        )
         assert set(merged) <= gold and list(merged) == sorted(merged, key=lambda r: r.span.start)
 
 
@@ -156,7 +166,7 @@ def test_each_given_event_is_asked_about_once():
         assert part.window.start + event.trigger.start == start and len(part.prompt) <= 500
         assert 'given = [Act("flew")]' in part.prompt
     long = Event("Act", Span(text[:900], 0, 900))
-    with pytest.raises(ValueError, match="whole in no window. Let windows share more: `overlap=901`"):
+    with pytest.raises(ValueError, match=r"whole in no window. Let windows share more: `overlap=901`"):
         prompt_windows(text, SCHEMA, 1500, given=[long], format=COMPACT)
 
 

@@ -1,4 +1,9 @@
-"""Universal information extraction: schema and text in, typed records with offsets out."""
+"""Universal information extraction: schema and text in, typed records with offsets out.
+
+Everything but the `Extractor` works without torch, and so is imported without it.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 from peft_taskmoe.uie.data import (
     ReadError,
@@ -14,14 +19,6 @@ from peft_taskmoe.uie.data import (
     to_dataset,
     to_prompt_completion,
     write_jsonl,
-)
-from peft_taskmoe.uie.extractor import (
-    Answer,
-    Extraction,
-    Extractions,
-    Extractor,
-    load_format,
-    save_format,
 )
 from peft_taskmoe.uie.parse import ParsedAnswer, parse_answer
 from peft_taskmoe.uie.prompt import (
@@ -56,6 +53,16 @@ from peft_taskmoe.uie.schema import (
     Slot,
 )
 from peft_taskmoe.uie.score import Comparison, ScoreReport, SeenLabels, compare, compare_values, score
+
+if TYPE_CHECKING:
+    from peft_taskmoe.uie.extractor import (
+        Answer,
+        Extraction,
+        Extractions,
+        Extractor,
+        load_format,
+        save_format,
+    )
 
 __all__ = [
     "PROBLEM_KINDS",
@@ -112,3 +119,14 @@ __all__ = [
     "to_prompt_completion",
     "write_jsonl",
 ]
+
+_NEEDS_TORCH = {"Answer", "Extraction", "Extractions", "Extractor", "load_format", "save_format"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the extractor when it is first asked for."""
+    if name not in _NEEDS_TORCH:
+        raise AttributeError(f"module `{__name__}` has no attribute `{name}`")
+    from peft_taskmoe.uie import extractor
+
+    return getattr(extractor, name)

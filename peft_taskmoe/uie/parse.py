@@ -150,8 +150,7 @@ class _Scanner:
                 if after is not None:
                     calls, at = calls + 1, after
                     continue
-            recovering = self.rest_kind == "malformed" and self.rest is not None
-            if recovering or kind in ("space", "fence", "echo", "comma"):
+            if self.recovering or kind in ("space", "fence", "echo", "comma"):
                 continue
             if kind == "open":
                 if depth == 0:
@@ -166,7 +165,8 @@ class _Scanner:
                 self.rest, self.rest_kind = start, "extra_text"
                 if closed and kind != "close":
                     break  # a run-on: another text and its records, not ours
-        in_record = self.rest is not None and self.rest_kind != "extra_text"  # which says enough about the end
+        # A record that is malformed or cut off says enough about the end.
+        in_record = self.rest is not None and self.rest_kind != "extra_text"
         self.flush(len(answer))
         if not in_record and not closed:
             message = "The answer has no list." if not calls and not depth else "The list is not closed."
@@ -176,9 +176,10 @@ class _Scanner:
         """Read the call that may begin here; returns where to go on, or `None` if there is none."""
         gap = _GAP.match(self.answer, behind)
         known = self.reader.knows(name)
-        recovering = self.rest_kind == "malformed" and self.rest is not None
-        # Prose has words before brackets; only the schema's classes count there.
-        if gap is None or (not known and (recovering or gap.end() > behind + 1)):
+        if gap is None:
+            return None
+        # Prose has words before brackets, and strings have anything: only the schema's classes count there.
+        if not known and (self.recovering or gap.end() > behind + 1 or self.budget <= 0):
             return None
         call = self.scan(gap.end())
         if call.status == "whole":
@@ -189,12 +190,17 @@ class _Scanner:
             self.flush(start)
             self.rest, self.rest_kind = start, "truncated"
             return len(self.answer)
+        self.budget -= call.end - start
         if not known:
             return None
         self.flush(start)
         self.rest, self.rest_kind = start, "malformed"
-        self.budget -= call.end - start
         return gap.end() if self.budget > 0 else call.end
+
+    @property
+    def recovering(self) -> bool:
+        """Whether we are behind the beginning of a broken record, and in it for all we know."""
+        return self.rest is not None and self.rest_kind == "malformed"
 
     def flush(self, end: int) -> None:
         """Report the words that belong to no record, up to here."""
@@ -256,10 +262,11 @@ class _Scanner:
     def could_go_on(self, quote: int) -> bool:
         """Whether a string that the end of the answer cuts off may be words of the text so far."""
         begun = self.answer[quote + 1 :]
-        for cut in range(min(len(begun), 10) + 1):  # an escape may be cut off as well
-            value = _value(_literal(f'"{begun[: len(begun) - cut]}"'))
-            if value is not None:
-                return value in self.text
+        escape = begun.rfind("\\", max(len(begun) - 10, 0))  # it may be cut off as well
+        for words in (begun, begun[:escape]) if escape >= 0 else (begun,):
+            value = _value(_literal(f'"{words}"'))
+            if value is not None and value in self.text:
+                return True
         return False
 
 

@@ -37,8 +37,8 @@ class PromptFormat:
 
     Attributes:
         style: `"dataclass"` is the paper's: a class with docstring and commented slots for each label. `"compact"`
-            has one line for each label and positional spans in the answer; it costs about half the tokens, for
-            small models and short contexts.
+            has one line for each label and positional spans in the answer, for small models and short contexts: on
+            CoNLL04 its prompts have 42 % of the tokens, on PHEE, with 15 roles to an event, 78 % (SmolLM2's tokenizer).
         occurrences: Write `span_nth=2` (`head_nth`, `tail_nth`, `trigger_nth`, `<role>_nth`) in a completion where
             the default alignment would take another occurrence than the gold one. Off, completions have words
             only, which small models learn sooner, and such records come back at the default occurrence.
@@ -113,7 +113,7 @@ def build_example(
     _check_askable(document)
     shown, names = regularise(document, regularisers or Regularisers(), seed, mentions, negative_pool)
     schema_text = prompt_schema_text(shown.schema, names, format)
-    prompt = prompt_text(document.text, shown.schema, names, document.given, format)
+    prompt = schema_text + _question(document.text, shown.schema, names, document.given, format)
     completion = completion_text(shown.records, document.text, shown.schema, names, document.given, format)
     return Example(document.id, prompt, completion, schema_text, shown.schema, names, shown)
 
@@ -138,16 +138,7 @@ def prompt_text(
         The prompt; it begins with `prompt_schema_text(schema, names, format)` and ends with `result =`.
     """
     format, names = format or PromptFormat(), names or schema.names
-    long = format.style == "dataclass"
-    lines = ["# This is the text to analyze"] if long else []
-    lines.append(f"text = {string_literal(text)}")
-    if given:
-        lines += ["# These events are given; list each with its arguments"] if long else []
-        lines.append(f"given = {_given_text(given, text, schema, names, format)}")
-    if long:
-        lines.append("# The annotation instances that take place in the text above are listed here")
-    lines.append("result =")
-    return prompt_schema_text(schema, names, format) + "\n".join(lines)
+    return prompt_schema_text(schema, names, format) + _question(text, schema, names, given, format)
 
 
 def prompt_schema_text(schema: Schema, names: Names | None = None, format: PromptFormat | None = None) -> str:
@@ -274,6 +265,20 @@ def _one_line(words: str) -> str:
 def _docstring(words: str) -> str:
     words = words.replace("\\", "\\\\")
     return words.replace('"', '\\"') if '"""' in words or words.endswith('"') else words
+
+
+def _question(text: str, schema: Schema, names: Names, given: Sequence[Event], format: PromptFormat) -> str:
+    """The part of a prompt behind the schema."""
+    long = format.style == "dataclass"
+    lines = ["# This is the text to analyze"] if long else []
+    lines.append(f"text = {string_literal(text)}")
+    if given:
+        lines += ["# These events are given; list each with its arguments"] if long else []
+        lines.append(f"given = {_given_text(given, text, schema, names, format)}")
+    if long:
+        lines.append("# The annotation instances that take place in the text above are listed here")
+    lines.append("result =")
+    return "\n".join(lines)
 
 
 # --- answers -------------------------------------------------------------------------------------------------------

@@ -67,16 +67,19 @@ def split_windows(
     if overlap < 0:
         raise ValueError(f"`overlap` is {overlap}. Windows share 0 or more characters.")
     windows: list[Window] = []
-    start = 0
+    start = reached = 0
     while True:
-        end = _furthest(
-            text, start, max_length, length, guess=windows[-1].end - windows[-1].start if windows else None
-        )
+        guess = windows[-1].end - windows[-1].start if windows else None
+        end = _furthest(text, start, max_length, length, guess)
+        if windows and end <= reached:  # what is shared fills the window: share nothing here
+            start = reached
+            end = _furthest(text, start, max_length, length, guess)
         if end < len(text):
-            end = _cut(text, start, end)
+            end = _cut(text, start + (end - start) // 2, end, least=max(start, reached) + 1)
         windows.append(Window(text[start:end], start, end))
         if end == len(text):
             return tuple(windows)
+        reached = end
         start = _restart(text, start, end, min(overlap, (end - start) // 2))
 
 
@@ -246,36 +249,30 @@ def _furthest(text: str, start: int, max_length: int, length: Callable[[str], in
     return fits
 
 
-def _cut(text: str, start: int, end: int) -> int:
-    """The best end at or before `end`."""
-    half = start + (end - start) // 2
+def _cut(text: str, half: int, end: int, least: int) -> int:
+    """The best end from `end` back: at a break behind `half`, or else between two characters from `least` on."""
+    behind = max(half, least - 1)
     for marks in (("\n\n", "\r\n\r\n"), ("\n",), (". ", "! ", "? ", "。", "！", "？")):
-        best = max(
-            text.rfind(mark, half, end) + len(mark) if text.rfind(mark, half, end) >= 0 else 0
-            for mark in marks
-        )
-        if best > half:
-            return best
-    for at in range(end, half, -1):
-        if text[at - 1].isspace() and text[at - 1 : at + 1] != "\r\n":
+        found = [at + len(mark) for mark in marks if (at := text.rfind(mark, behind, end)) >= 0]
+        if found:
+            return max(found)
+    for at in range(end, behind, -1):
+        if text[at - 1].isspace() and not _glued(text, at):
             return at
-    for at in range(end, start + 1, -1):
-        if not _glued(text, at):
-            return at
-    return end
+    return next((at for at in range(end, least - 1, -1) if not _glued(text, at)), end)
 
 
 def _restart(text: str, start: int, end: int, overlap: int) -> int:
-    """Where the window behind the one at `start:end` begins."""
-    earliest = max(end - overlap, start + 1)
-    for at in range(
-        earliest, max(start, earliest - 64), -1
-    ):  # back to the beginning of a word, if one is near
+    """Where the window behind the one at `start:end` begins: no later than `overlap` before its end."""
+    latest = end - overlap
+    if not overlap:
+        return end
+    for at in range(latest, max(start, latest - 64), -1):  # back to the beginning of a word, if one is near
         if text[at - 1].isspace() and not text[at].isspace():
             return at
-    while earliest < end and _glued(text, earliest):
-        earliest += 1
-    return earliest
+    while latest > start + 1 and _glued(text, latest):
+        latest -= 1
+    return latest
 
 
 def _glued(text: str, at: int) -> bool:
