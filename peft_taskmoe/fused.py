@@ -198,90 +198,72 @@ class FusedUpdate(torch.autograd.Function):
 
 
 @dataclass(slots=True)
-class InferenceWeights:
+class DecodingWeights:
     """What stays the same from one decoding step to the next, for one layer and adapter.
 
+    A decoding step has few tokens, so that its cost is the number of operations. Each row of `W_x` stands here r times: the softmax
+    over e*r logits, times r, is then each gate r times, and meets the bottleneck without reshaping. r is folded into the scale.
+
     Attributes:
-        a_and_w_x: A and the token part of the router, `(in, e*r + e)`, or A alone, `(in, e*r)`.
+        a: `(in, e*r)`.
         b: `(e*r, out)`.
-        per_task: `W_e e` of each task, `(n, e)`, or None if the router does not read the task.
-        task_gates: If the router reads the task only: the gates of each task, each repeated r times, `(n, e*r)`.
-        by_rows: For a number of tokens that was met with one token a row: the task part of each row beside zeros, `(rows,
-            e*r + e)`, which starts the product's sum; or each row's `task_gates`.
+        w_x: Token part of the router, each expert r times, `(in, e*r)`; None if the router does not read the token.
+        per_task: Task part of the logits, each expert r times, `(n, e*r)`, or None if the router does not read the task; if it
+            reads nothing else, the gates themselves.
+        scale: What the update is multiplied by.
+        by_rows: `per_task` for each row of the batch, by the number of rows.
     """
 
-    a_and_w_x: torch.Tensor
+    a: torch.Tensor
     b: torch.Tensor
+    w_x: torch.Tensor | None
     per_task: torch.Tensor | None
-    task_gates: torch.Tensor | None
-    by_rows: dict[int, torch.Tensor]
+    scale: float
+    by_rows: dict[int, torch.Tensor | None]
 
 
-def inference_weights(
+def decoding_weights(
     weight_a: torch.Tensor,
     weight_b: torch.Tensor,
     router_weight: torch.Tensor,
     task: torch.Tensor | None,
     shape: ExpertShape,
-) -> InferenceWeights:
-    """Prepare `fused_inference` for a generation; arguments as in `FusedUpdate`."""
-    in_features = weight_a.shape[1]
-    a_and_w_x = torch.cat((weight_a, router_weight[:, :in_features])) if shape.reads_token else weight_a
+) -> DecodingWeights:
+    """Prepare `decoding_step` for a generation; arguments as in `FusedUpdate`, without `top_k`."""
+    w_x = router_weight[:, : weight_a.shape[1]].repeat_interleave(shape.r, dim=0).t() if shape.reads_token else None
     per_task = None if task is None else task_logits(task, router_weight)
-    task_gates = None
-    if not shape.reads_token:
+    scale = shape.scaling * shape.r
+    if w_x is None:
         assert per_task is not None
-        gates = torch.softmax(keep_top_k(per_task, shape.top_k), dim=-1)
-        task_gates = gates.repeat_interleave(shape.r, dim=-1).to(weight_a.dtype)
-    return InferenceWeights(a_and_w_x.t(), weight_b.t(), per_task, task_gates, {})
+        per_task, scale = torch.softmax(per_task, dim=-1), shape.scaling
+    if per_task is not None:
+        per_task = per_task.repeat_interleave(shape.r, dim=-1).to(weight_a.dtype)
+    return DecodingWeights(weight_a.t(), weight_b.t(), w_x, per_task, scale, {})
 
 
-def fused_inference(
-    x: torch.Tensor,
-    out: torch.Tensor,
-    prepared: InferenceWeights,
-    token_tasks: torch.Tensor | None,
-    shape: ExpertShape,
-) -> torch.Tensor:
-    """Add the update to `out` in place, without autograd and without dropout.
+def decoding_step(x: torch.Tensor, out: torch.Tensor, prepared: DecodingWeights) -> torch.Tensor:
+    """Add the update to `out` in place for one token a row, without autograd and without dropout.
 
     Args:
-        x: `(..., in)`.
-        out: Output of the base layer, `(..., out)`, contiguous and owned by the caller.
-        prepared: See `inference_weights`.
-        token_tasks: `(tokens,)` index of each token's task, or None.
-        shape: The plain numbers.
+        x: `(rows, in)`.
+        out: Output of the base layer, `(rows, out)`, owned by the caller.
+        prepared: See `decoding_weights`.
 
     Returns:
         `out`.
     """
-    x2 = x.reshape(-1, x.shape[-1])
-    tokens, rank = x2.shape[0], shape.num_experts * shape.r
-    one_token_a_row = token_tasks is None and x.dim() == 3 and x.shape[1] == 1
-    row_part = _row_part(prepared, tokens, rank) if one_token_a_row else None
-    if prepared.task_gates is not None:
-        spread = row_part if row_part is not None else spread_over_tokens(prepared.task_gates, tokens, token_tasks)
-        z = (x2 @ prepared.a_and_w_x) * spread
+    rows = x.shape[0]
+    row_part = prepared.by_rows.get(rows)
+    if row_part is None and prepared.per_task is not None:
+        row_part = prepared.by_rows[rows] = spread_over_tokens(prepared.per_task, rows, None)
+    h = torch.mm(x, prepared.a)
+    if prepared.w_x is None:
+        assert row_part is not None
+        gates = row_part
     else:
-        if row_part is not None:
-            h = torch.addmm(row_part, x2, prepared.a_and_w_x)
-            gates = torch.softmax(keep_top_k(h[:, rank:], shape.top_k), dim=-1, dtype=torch.promote_types(h.dtype, torch.float32))
+        logits = torch.mm(x, prepared.w_x) if row_part is None else torch.addmm(row_part, x, prepared.w_x)
+        if logits.dtype.itemsize < 4:
+            gates = torch.softmax(logits, -1, dtype=torch.float32).to(h.dtype)
         else:
-            h = x2 @ prepared.a_and_w_x
-            gates = _gates(h[:, rank:], prepared.per_task, tokens, token_tasks, shape.top_k)
-        z = (h[:, :rank].view(tokens, shape.num_experts, shape.r) * gates.to(h.dtype).unsqueeze(-1)).view(tokens, rank)
-    out.view(-1, out.shape[-1]).addmm_(z, prepared.b, alpha=shape.scaling)
-    return out
-
-
-def _row_part(prepared: InferenceWeights, rows: int, rank: int) -> torch.Tensor | None:
-    """`InferenceWeights.by_rows` for this number of rows, made the first time; None where no row has a task."""
-    found = prepared.by_rows.get(rows)
-    if found is None and prepared.per_task is not None:
-        if prepared.task_gates is not None:
-            found = spread_over_tokens(prepared.task_gates, rows, None)
-        else:
-            per_row = spread_over_tokens(prepared.per_task, rows, None).to(prepared.a_and_w_x.dtype)
-            found = torch.cat((per_row.new_zeros(rows, rank), per_row), dim=1)
-        prepared.by_rows[rows] = found
-    return found
+            gates = torch.softmax(logits, -1)
+    return out.addmm_(h.mul_(gates), prepared.b, alpha=prepared.scale)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +22,19 @@ from transformers.pytorch_utils import Conv1D
 from .conditioning import TaskState, collect_aux_loss, current_state
 from .config import TaskMoELoraConfig
 from .experts import expert_update
-from .fused import ExpertShape, FusedUpdate, InferenceWeights, fused_inference, inference_weights
+from .fused import DecodingWeights, ExpertShape, FusedUpdate, decoding_step, decoding_weights
 from .peft_type import PREFIX
 from .router import gates_from_logits, load_balancing_loss, router_logits
 
 _NOT_LINEAR = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.MultiheadAttention)
+
+
+class _Decoding(NamedTuple):
+    """What one layer keeps while a generation runs; without `weights`, steps take the general way."""
+
+    weights: DecodingWeights | None
+    base_weight: torch.Tensor | None
+    base_bias: torch.Tensor | None
 
 
 class TaskMoELoraLayer(BaseTunerLayer):
@@ -283,8 +291,13 @@ class Linear(nn.Module, TaskMoELoraLayer):
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         state = current_state()
-        if state is not None and state.adapter_names is not None:
-            return self._forward_by_row(x, state, *args, **kwargs)
+        if state is not None:
+            if state.memo is not None and x.dim() == 3 and x.shape[1] == 1 and not torch.compiler.is_compiling():
+                prepared = state.memo.get(self) or self._prepare_decoding(x, state)
+                if prepared.weights is not None and not args and not kwargs:
+                    return self._decode(x, prepared)
+            if state.adapter_names is not None:
+                return self._forward_by_row(x, state, *args, **kwargs)
         active = [name for name in self.active_adapters if name in self.taskmoe_lora_A]
         if len(active) == 1 and not args and not kwargs:
             return self._forward_one(x, active[0], state)
@@ -293,10 +306,41 @@ class Linear(nn.Module, TaskMoELoraLayer):
             out = self._add_update(x, out, adapter_name, state)
         return out
 
+    def _prepare_decoding(self, x: torch.Tensor, state: TaskState) -> _Decoding:
+        """Compute what the decoding steps of this generation share, or find that they must take the general way."""
+        assert state.memo is not None
+        active = [name for name in self.active_adapters if name in self.taskmoe_lora_A]
+        found = _Decoding(None, None, None)
+        if (
+            len(active) == 1
+            and state.adapter_names is None
+            and state.recorder is None
+            and state.token_tasks is None
+            and not self.training
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled(x.device.type)
+            and self.shapes[active[0]].top_k is None
+            and self.taskmoe_lora_A[active[0]].weight.dtype == x.dtype
+        ):
+            task, _ = self._task_of(x, active[0], state)
+            weights = decoding_weights(*self._weights(active[0]), task, self.shapes[active[0]])
+            base = self.base_layer if self._frozen_linear(x, active[0]) else None
+            found = _Decoding(weights, *((None, None) if base is None else (base.weight, base.bias)))
+        state.memo[self] = found
+        return found
+
+    def _decode(self, x: torch.Tensor, prepared: _Decoding) -> torch.Tensor:
+        """One token a row."""
+        assert prepared.weights is not None
+        x2 = x.view(-1, self.in_features)
+        if prepared.base_weight is not None:
+            out = F.linear(x2, prepared.base_weight, prepared.base_bias)
+        else:
+            out = self.base_layer(x).reshape(x2.shape[0], -1).to(x.dtype)
+        return decoding_step(x2, out, prepared.weights).unsqueeze(1)
+
     def _forward_one(self, x: torch.Tensor, adapter_name: str, state: TaskState | None) -> torch.Tensor:
         """One adapter, no other arguments: the fast cases."""
-        if state is not None and state.memo is not None and not self.training and _plain_float(x):
-            return self._forward_memoised(x, adapter_name, state)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling() and self._frozen_linear(x, adapter_name):
             task, token_tasks = self._task_of(x, adapter_name, state)
             if not self._needs_plain_form(adapter_name, state):
@@ -306,27 +350,6 @@ class Linear(nn.Module, TaskMoELoraLayer):
                     self.shapes[adapter_name], self._dropout(adapter_name),
                 )  # fmt: skip
         return self._add_update(x, self.base_layer(x), adapter_name, state)
-
-    def _forward_memoised(self, x: torch.Tensor, adapter_name: str, state: TaskState) -> torch.Tensor:
-        """Generation: what does not change between steps is computed once per `generate` call."""
-        assert state.memo is not None
-        out = self.base_layer(x)
-        prepared: InferenceWeights | None = state.memo.get((self, adapter_name))
-        dtype = self.taskmoe_lora_A[adapter_name].weight.dtype if prepared is None else prepared.b.dtype
-        if (
-            state.recorder is not None
-            or torch.is_grad_enabled()
-            or not (x.dtype == out.dtype == dtype)
-            or not out.is_contiguous()
-        ):
-            return self._add_update(x, out, adapter_name, state)
-        shape, token_tasks = self.shapes[adapter_name], state.token_tasks
-        if prepared is None or x.dim() != 3 or x.shape[1] != 1:
-            task, token_tasks = self._task_of(x, adapter_name, state)
-            if prepared is None:
-                prepared = inference_weights(*self._weights(adapter_name), task, shape)
-                state.memo[self, adapter_name] = prepared
-        return fused_inference(x, out, prepared, token_tasks, shape)
 
     def _add_update(
         self, x: torch.Tensor, out: torch.Tensor, adapter_name: str, state: TaskState | None
@@ -464,10 +487,6 @@ class Linear(nn.Module, TaskMoELoraLayer):
 
     def __repr__(self) -> str:
         return "taskmoe_lora." + super().__repr__()
-
-
-def _plain_float(x: torch.Tensor) -> bool:
-    return not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type)
 
 
 def repeat_names(names: Sequence[str], rows: int) -> list[str]:

@@ -1,7 +1,7 @@
 """One table of tiny models and one of adapter settings, which the compatibility tests run through every behaviour.
 
-It knows how to build a model from a config and what to feed it; it knows no behaviour. Everything is random, two layers
-deep and sixteen wide, so that a case takes milliseconds. No model has dropout of its own.
+It knows how to build a model from a config and what to feed it; it knows no behaviour. Everything is random, one or two
+layers deep and sixteen wide, so that a case takes milliseconds. No model has dropout of its own.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ _DECODER: dict[str, Any] = {
     "initializer_range": 0.3,  # so large that the models say something
     **NO_END,
 }
-_GROUPED = {**_DECODER, "num_key_value_heads": 1}
+_SHALLOW = {**_DECODER, "num_hidden_layers": 1}
+_GROUPED = {**_SHALLOW, "num_key_value_heads": 1}
 _SPARSE = {**_GROUPED, "experts_implementation": "eager"}  # its fused kernel knows no float64
 
 
@@ -119,7 +120,7 @@ _LLAMA_LINEARS = frozenset("q_proj k_proj v_proj o_proj gate_proj up_proj down_p
 _ATTENTION = frozenset("q_proj k_proj v_proj o_proj".split())
 
 MODELS: dict[str, ModelCase] = {
-    "llama": ModelCase(LlamaForCausalLM, LlamaConfig, _GROUPED, "CAUSAL_LM", _LLAMA_LINEARS),
+    "llama": ModelCase(LlamaForCausalLM, LlamaConfig, {**_GROUPED, "num_hidden_layers": 2}, "CAUSAL_LM", _LLAMA_LINEARS),
     "qwen2": ModelCase(Qwen2ForCausalLM, Qwen2Config, _GROUPED, "CAUSAL_LM", _LLAMA_LINEARS),
     "mistral": ModelCase(
         MistralForCausalLM, MistralConfig, {**_GROUPED, "sliding_window": 4}, "CAUSAL_LM", _LLAMA_LINEARS
@@ -144,7 +145,7 @@ MODELS: dict[str, ModelCase] = {
     "gpt_neox": ModelCase(
         GPTNeoXForCausalLM,
         GPTNeoXConfig,
-        _DECODER,
+        _SHALLOW,
         "CAUSAL_LM",
         frozenset({"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}),
     ),
@@ -172,7 +173,7 @@ MODELS: dict[str, ModelCase] = {
         T5ForConditionalGeneration,
         T5Config,
         {
-            "vocab_size": VOCAB, "d_model": WIDTH, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2,
+            "vocab_size": VOCAB, "d_model": WIDTH, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2,
             "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0, "tie_word_embeddings": False,
             "dropout_rate": 0.0, **NO_END,
         },
@@ -182,7 +183,7 @@ MODELS: dict[str, ModelCase] = {
     "bert_sequences": ModelCase(
         BertForSequenceClassification,
         BertConfig,
-        {**_DECODER, "num_labels": 3, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+        {**_SHALLOW, "num_labels": 3, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
         "SEQ_CLS",
         frozenset({"query", "key", "value", "dense"}),
         modules_to_save=("classifier",),
@@ -190,7 +191,7 @@ MODELS: dict[str, ModelCase] = {
     "bert_tokens": ModelCase(
         BertForTokenClassification,
         BertConfig,
-        {**_DECODER, "num_labels": 3, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+        {**_SHALLOW, "num_labels": 3, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
         "TOKEN_CLS",
         frozenset({"query", "key", "value", "dense"}),
         modules_to_save=("classifier",),

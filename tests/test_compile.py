@@ -67,7 +67,9 @@ def same_step(model: PeftModel, compiled: Any, inputs: dict[str, torch.Tensor], 
 @pytest.fixture
 def layer(adapted):
     """One adapted layer (16 -> 16), in float64."""
-    return lambda **settings: adapted(model_changes=SMALL, **settings).double().get_base_model().model.layers[0].self_attn.q_proj
+    return lambda **settings: (
+        adapted(model_changes=SMALL, **settings).double().get_base_model().model.layers[0].self_attn.q_proj
+    )
 
 
 @pytest.mark.parametrize("settings", [
@@ -79,12 +81,19 @@ def test_a_layer_is_one_graph(layer, settings) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(eager, backend=counter, fullgraph=True)
     for seed in range(3):
-        x, task = torch.randn(2, 5, 16, dtype=torch.float64, requires_grad=True), batch(seed=seed)["task_embeds"]
+        x, task = (
+            torch.randn(2, 5, 16, dtype=torch.float64, requires_grad=True),
+            batch(seed=seed)["task_embeds"],
+        )
         with task_context(task):
             expected, found = eager(x), compiled(x)
         torch.testing.assert_close(found, expected)
-        wanted = torch.autograd.grad(expected.square().sum(), [x, *filter(lambda p: p.requires_grad, eager.parameters())])
-        got = torch.autograd.grad(found.square().sum(), [x, *filter(lambda p: p.requires_grad, eager.parameters())])
+        wanted = torch.autograd.grad(
+            expected.square().sum(), [x, *filter(lambda p: p.requires_grad, eager.parameters())]
+        )
+        got = torch.autograd.grad(
+            found.square().sum(), [x, *filter(lambda p: p.requires_grad, eager.parameters())]
+        )
         torch.testing.assert_close(got, wanted)
     assert counter.frame_count == 1
 
@@ -133,7 +142,9 @@ def test_the_load_balancing_loss_leaves_the_graph(adapted, checkpointing) -> Non
 
 def test_packing_and_the_encoder_stay_outside(adapted, tiny_encoder, word_tokenizer) -> None:
     """Reading prompts is no matter of tensors, so the automatic way breaks the graph before the model, not in it."""
-    model = attach_task_encoder(adapted(model_changes=SMALL, target_modules=["q_proj"]).double(), tiny_encoder, word_tokenizer)
+    model = attach_task_encoder(
+        adapted(model_changes=SMALL, target_modules=["q_proj"]).double(), tiny_encoder, word_tokenizer
+    )
     inputs = batch(1, 8)
     packed = {
         "input_ids": inputs["input_ids"], "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]]),

@@ -20,7 +20,10 @@ from peft_taskmoe.automatic import packed_documents, prompt_ids
 
 # Prompts and completions, all of different lengths.
 DOCUMENTS = [
-    {"prompt": " ".join(f"w{4 + 7 * i + j}" for j in range(2 + i)), "completion": " " + " ".join(f"w{50 + i}" for _ in range(1 + i % 2))}
+    {
+        "prompt": " ".join(f"w{4 + 7 * i + j}" for j in range(2 + i)),
+        "completion": " " + " ".join(f"w{50 + i}" for _ in range(1 + i % 2)),
+    }
     for i in range(6)
 ]
 PACKINGS: dict[str, dict[str, Any]] = {
@@ -65,7 +68,9 @@ def documents_in(batch: dict[str, Any]) -> list[slice]:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("packing", PACKINGS)
-def test_packed_logits_equal_those_of_each_document_alone(sft, tiny_encoder, word_tokenizer, packing, attention) -> None:
+def test_packed_logits_equal_those_of_each_document_alone(
+    sft, tiny_encoder, word_tokenizer, packing, attention
+) -> None:
     trainer = sft(attention=attention, **PACKINGS[packing])
     model = trainer.model.eval().double()
     batch = batch_of(trainer)
@@ -83,7 +88,9 @@ def test_packed_logits_equal_those_of_each_document_alone(sft, tiny_encoder, wor
             alone = model(input_ids=ids, task_embeds=tiny_encoder([prompt])).logits[0]
             other = model(input_ids=ids, task_embeds=tiny_encoder(["w63 w62"])).logits[0]
             torch.testing.assert_close(packed[place], alone, atol=1e-6, rtol=0)
-            torch.testing.assert_close(model(input_ids=ids, labels=labels).logits[0], alone, atol=1e-6, rtol=0)
+            torch.testing.assert_close(
+                model(input_ids=ids, labels=labels).logits[0], alone, atol=1e-6, rtol=0
+            )
             assert (alone - other).abs().max() > 1e-3  # the task does matter
     assert set(seen) <= prompts and len(set(seen)) >= 2
 
@@ -113,14 +120,19 @@ def test_one_task_per_document_may_be_given(sft, tiny_encoder, word_tokenizer) -
     model = trainer.model.eval()
     batch = batch_of(trainer)
     places = documents_in(batch)
-    embeds = tiny_encoder([
-        word_tokenizer.decode(batch["input_ids"][:, place][batch["labels"][:, place] == -100]) for place in places
-    ])
+    embeds = tiny_encoder(
+        [
+            word_tokenizer.decode(batch["input_ids"][:, place][batch["labels"][:, place] == -100])
+            for place in places
+        ]
+    )
     with torch.no_grad():
         expected = model(**batch).logits
         assert torch.equal(model(**batch, task_embeds=embeds).logits, expected)
         assert not torch.allclose(model(**batch, task_embeds=embeds.flip(0)).logits, expected, atol=1e-3)
-    with pytest.raises(ValueError, match=rf"There are {len(places) + 1} task embeddings for a batch of 1 rows"):
+    with pytest.raises(
+        ValueError, match=rf"There are {len(places) + 1} task embeddings for a batch of 1 rows"
+    ):
         model(**batch, task_embeds=torch.cat((embeds, embeds[:1])))
 
 
@@ -128,10 +140,14 @@ def test_a_cut_document_keeps_its_prompt(sft, word_tokenizer) -> None:
     """`"bfd"` drops what does not fit. The prompt stands first, so the task stays whole unless the prompt itself is cut."""
     trainer = sft(packing=True, max_length=4)
     batch = batch_of(trainer)
-    tasks = prompt_ids(batch["input_ids"], batch["labels"], None, packed_documents(batch["position_ids"], None))
+    tasks = prompt_ids(
+        batch["input_ids"], batch["labels"], None, packed_documents(batch["position_ids"], None)
+    )
     prompts = [document["prompt"] for document in DOCUMENTS]
     for found in map(word_tokenizer.decode, tasks):
-        assert any(prompt == found or (len(found.split()) == 4 and prompt.startswith(found)) for prompt in prompts)
+        assert any(
+            prompt == found or (len(found.split()) == 4 and prompt.startswith(found)) for prompt in prompts
+        )
 
 
 def test_wrapped_packing_warns_that_documents_are_cut(sft) -> None:
@@ -144,7 +160,9 @@ def test_wrapped_packing_warns_that_documents_are_cut(sft) -> None:
         batch for batch in trainer.get_train_dataloader() if (batch["labels"][:, :2] != -100).all(1).any()
     )
     assert "position_ids" not in batch
-    with pytest.warns(UserWarning, match=r"examples have no prompt.*cuts documents \(`packing_strategy=\"wrapped\"`"):
+    with pytest.warns(
+        UserWarning, match=r"examples have no prompt.*cuts documents \(`packing_strategy=\"wrapped\"`"
+    ):
         trainer.model(**batch)
     with warnings.catch_warnings():  # once
         warnings.simplefilter("error")

@@ -61,7 +61,9 @@ def by_hand(model: PeftModel, batch: dict[str, Any], coefs: dict[str, float], ma
         hook.remove()
     masks = masks or {batch["input_ids"].shape[1]: batch["attention_mask"]}
     aux = sum(
-        coef * reference_loss(layer, inputs[layer], batch["task_embeds"], masks[inputs[layer].shape[1]], name) / len(layers)
+        coef
+        * reference_loss(layer, inputs[layer], batch["task_embeds"], masks[inputs[layer].shape[1]], name)
+        / len(layers)
         for layer in layers
         for name, coef in coefs.items()
     )
@@ -92,7 +94,11 @@ def test_the_loss_and_its_gradients_equal_the_reference(pair, top_k, router_inpu
     with_loss = gradients(model)
     torch.testing.assert_close(with_loss, gradients(plain))
     plain(**BATCH).loss.backward()
-    assert any(not torch.allclose(grad, with_loss[name]) for name, grad in gradients(plain).items() if "router" in name)
+    assert any(
+        not torch.allclose(grad, with_loss[name])
+        for name, grad in gradients(plain).items()
+        if "router" in name
+    )
 
 
 def test_padding_does_not_count(pair) -> None:
@@ -155,7 +161,9 @@ def test_each_adapter_has_its_own(tiny_model) -> None:
         model = get_peft_model(
             tiny_model(), TaskMoELoraConfig(num_experts=3, top_k=1, router_aux_loss_coef=coefs[0], **sizes)
         )
-        model.add_adapter("two", TaskMoELoraConfig(num_experts=4, top_k=2, router_aux_loss_coef=coefs[1], **sizes))
+        model.add_adapter(
+            "two", TaskMoELoraConfig(num_experts=4, top_k=2, router_aux_loss_coef=coefs[1], **sizes)
+        )
         model.base_model.set_adapter(["default", "two"])
         return randomise(model).double().train()
 
@@ -201,16 +209,33 @@ def test_an_encoder_decoder_leaves_the_padding_of_both_out(pair) -> None:
 # --- in trainers
 
 DOCUMENTS = Dataset.from_list(
-    [{"prompt": " ".join(f"w{4 + 5 * i + j}" for j in range(2 + i)), "completion": f" w{40 + i}" + " w50" * i} for i in range(4)]
+    [
+        {
+            "prompt": " ".join(f"w{4 + 5 * i + j}" for j in range(2 + i)),
+            "completion": f" w{40 + i}" + " w50" * i,
+        }
+        for i in range(4)
+    ]
 )
-COMMON: dict[str, Any] = {"report_to": [], "use_cpu": True, "bf16": False, "disable_tqdm": True, "logging_steps": 1}
+COMMON: dict[str, Any] = {
+    "report_to": [],
+    "use_cpu": True,
+    "bf16": False,
+    "disable_tqdm": True,
+    "logging_steps": 1,
+}
 
 
 @pytest.fixture
 def sft(tiny_model, tiny_encoder, word_tokenizer, tmp_path):
     def make(**settings: Any) -> SFTTrainer:
         peft_config = TaskMoELoraConfig(
-            task_dim=TASK_DIM, num_experts=3, r=2, top_k=2, lora_dropout=0.0, router_aux_loss_coef=settings.pop("coef", COEF)
+            task_dim=TASK_DIM,
+            num_experts=3,
+            r=2,
+            top_k=2,
+            lora_dropout=0.0,
+            router_aux_loss_coef=settings.pop("coef", COEF),
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
@@ -237,14 +262,21 @@ def test_it_reaches_the_gradients_of_sft(sft, checkpointing) -> None:
     encoder = conditioner_of(model.get_base_model()).prompt_encoder
     for batch in batches:  # as two accumulated ones
         trainer.compute_loss(model, dict(batch), num_items_in_batch=items).backward()
-        given = {**batch, "task_embeds": encoder.tasks_of(batch["input_ids"], batch["labels"], batch["attention_mask"]).task_embeds}
+        given = {
+            **batch,
+            "task_embeds": encoder.tasks_of(
+                batch["input_ids"], batch["labels"], batch["attention_mask"]
+            ).task_embeds,
+        }
         own, aux = by_hand(plain, given, {"default": COEF}, num_items_in_batch=items)
         (own + aux * (batch["labels"][:, 1:] != -100).sum() / items).backward()
     torch.testing.assert_close(gradients(model), gradients(plain), atol=1e-6, rtol=1e-6)
 
 
 def test_trainers_log_it(sft, adapted, tiny_encoder, word_tokenizer, tmp_path) -> None:
-    trainer = log_routing(log_routing(sft(max_steps=3, eval_strategy="steps", eval_steps=1, gradient_accumulation_steps=2)))
+    trainer = log_routing(
+        log_routing(sft(max_steps=3, eval_strategy="steps", eval_steps=1, gradient_accumulation_steps=2))
+    )
     trainer.train()
     history = [row for row in trainer.state.log_history if "loss" in row]
     assert len(history) == 3 and all(COEF < row["router_aux_loss"] < 3 * COEF for row in history)
@@ -262,7 +294,8 @@ def test_trainers_log_it(sft, adapted, tiny_encoder, word_tokenizer, tmp_path) -
 
 def trainer_of(model, tokenizer, folder, collator=None, data=None, **settings: Any) -> Trainer:
     rows = [
-        {"input_ids": tokenizer(row["prompt"] + row["completion"])["input_ids"], "prompt": row["prompt"]} for row in DOCUMENTS
+        {"input_ids": tokenizer(row["prompt"] + row["completion"])["input_ids"], "prompt": row["prompt"]}
+        for row in DOCUMENTS
     ]
     for row in rows:
         length = len(tokenizer(row["prompt"])["input_ids"])
@@ -279,7 +312,9 @@ def test_the_loss_that_trainer_sees_contains_it(adapted, tiny_encoder, word_toke
     shown = {}
     for coef in (0.0, COEF):
         model = attach_task_encoder(adapted(router_aux_loss_coef=coef), tiny_encoder, word_tokenizer)
-        trainer = log_routing(trainer_of(model, word_tokenizer, tmp_path, max_steps=1, gradient_accumulation_steps=2))
+        trainer = log_routing(
+            trainer_of(model, word_tokenizer, tmp_path, max_steps=1, gradient_accumulation_steps=2)
+        )
         trainer.train()
         shown[coef] = next(row for row in trainer.state.log_history if "loss" in row)
     # Two accumulated batches, each with its share of the labels: between the least and the largest of the two
@@ -304,7 +339,9 @@ def test_label_smoothing_says_that_it_has_no_effect(adapted, tiny_encoder, word_
 
 
 def test_dpo_says_that_it_has_no_effect(tiny_model, tiny_encoder, word_tokenizer, tmp_path) -> None:
-    data = Dataset.from_list([{"prompt": row["prompt"], "chosen": row["completion"], "rejected": " w60"} for row in DOCUMENTS])
+    data = Dataset.from_list(
+        [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": " w60"} for row in DOCUMENTS]
+    )
     found = {}
     for coef in (0.0, COEF):
         trainer = DPOTrainer(
