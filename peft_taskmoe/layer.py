@@ -332,7 +332,7 @@ class Linear(nn.Module, TaskMoELoraLayer):
     def _decode(self, x: torch.Tensor, prepared: _Decoding) -> torch.Tensor:
         """One token a row."""
         assert prepared.weights is not None
-        x2 = x.view(-1, self.in_features)
+        x2 = x.reshape(-1, self.in_features)
         if prepared.base_weight is not None:
             out = F.linear(x2, prepared.base_weight, prepared.base_bias)
         else:

@@ -426,8 +426,10 @@ class TaskMoELoraModel(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: TaskMoELoraConfig, key: str) -> Any:
-        """As every tuner matches, with two gaps of `"all-linear"` closed: it keeps off the heads that PEFT trains in full for every
-        task type, not for `SEQ_CLS` alone, and it goes together with `layers_to_transform`.
+        """As every tuner matches, with two gaps of `"all-linear"` closed.
+
+        It keeps off the heads that PEFT trains in full for every task type, not for `SEQ_CLS` alone, and it goes together
+        with `layers_to_transform`.
         """
         name = key.rpartition(".")[2]
         if name in _TRAINED_HEADS.get(peft_config.task_type or "", ()):

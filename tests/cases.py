@@ -98,7 +98,11 @@ class ModelCase:
         """The model: the same weights each time, in eval mode."""
         state = torch.get_rng_state()
         torch.manual_seed(0)
-        model = self.model_class() if self.config_class is None else self.model_class(self.config_class(**self.config))
+        model = (
+            self.model_class()
+            if self.config_class is None
+            else self.model_class(self.config_class(**self.config))
+        )
         torch.set_rng_state(state)
         return model.eval()
 
@@ -116,8 +120,8 @@ class ModelCase:
         return batch
 
 
-_LLAMA_LINEARS = frozenset("q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split())
-_ATTENTION = frozenset("q_proj k_proj v_proj o_proj".split())
+_ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
+_LLAMA_LINEARS = _ATTENTION | {"gate_proj", "up_proj", "down_proj"}
 
 MODELS: dict[str, ModelCase] = {
     "llama": ModelCase(LlamaForCausalLM, LlamaConfig, {**_GROUPED, "num_hidden_layers": 2}, "CAUSAL_LM", _LLAMA_LINEARS),
@@ -201,7 +205,14 @@ MODELS: dict[str, ModelCase] = {
     ),
 }  # fmt: skip
 
-SMALL: dict[str, Any] = {"num_experts": 3, "r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "task_dim": TASK_DIM, "init_weights": False}
+SMALL: dict[str, Any] = {
+    "num_experts": 3,
+    "r": 2,
+    "lora_alpha": 4,
+    "lora_dropout": 0.0,
+    "task_dim": TASK_DIM,
+    "init_weights": False,
+}
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "token+task": {},

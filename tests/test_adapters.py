@@ -24,7 +24,10 @@ from peft_taskmoe.layer import TaskMoELoraLayer
 
 torch.set_num_threads(1)
 
-MERGING = [(name, adapter) for name, adapter in [*CASES, ("llama", "task top_k")] if adapter.startswith("task")]
+MERGING = [
+    (name, adapter) for name, adapter in [*CASES, ("llama", "task top_k")] if adapter.startswith("task")
+]
+EVERY_MODEL = [(name, "token+task") for name in MODELS] + [("llama", "token"), ("llama", "task")]
 BATCH = MODELS["llama"].inputs()
 
 
@@ -130,15 +133,19 @@ def test_several_active_adapters_train_together_or_apart(name):
 
     assert trained("default") == {"default"}
     assert trained("other") == {"other"}
-    if any(isinstance(module, ModulesToSaveWrapper) for module in model.modules()):  # a classifier's head is one or the other
-        with pytest.raises(ValueError, match="Only one adapter can be set at a time for ModulesToSaveWrapper"):
+    if any(
+        isinstance(module, ModulesToSaveWrapper) for module in model.modules()
+    ):  # a classifier's head is one or the other
+        with pytest.raises(
+            ValueError, match="Only one adapter can be set at a time for ModulesToSaveWrapper"
+        ):
             trained(["default", "other"])
     else:
         assert trained(["default", "other"]) == {"default", "other"}
 
 
 @pytest.mark.parametrize("active", [True, False])
-@pytest.mark.parametrize(("name", "adapter"), CASES)
+@pytest.mark.parametrize(("name", "adapter"), EVERY_MODEL)
 def test_delete(name, adapter, active):
     model = with_two(name, adapter, modules_to_save=list(MODELS[name].modules_to_save))
     if active:
@@ -175,7 +182,7 @@ def test_deleted_adapter_is_gone_for_good():
 def test_an_adapter_that_cannot_be_added_leaves_nothing_behind():
     model = adapted("llama")
     expected = run(model)
-    with pytest.raises(ValueError, match="Target modules .* not found"):
+    with pytest.raises(ValueError, match=r"Target modules .* not found"):
         model.add_adapter("bad", config_for("llama", target_modules=["nowhere"]))
     assert "bad" not in model.peft_config
     assert torch.equal(run(model), expected)
@@ -242,7 +249,9 @@ def test_adapter_names(name, heads):
     if "attention_mask" in batch:
         batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
     if heads and name in ("gemma", "gpt2"):
-        with pytest.raises(TypeError, match="Mixed batching is only supported for the following modules: Linear"):
+        with pytest.raises(
+            TypeError, match="Mixed batching is only supported for the following modules: Linear"
+        ):
             run(model, name, **batch, adapter_names=NAMES)
         return
     mixed = run(model, name, **batch, adapter_names=NAMES)
@@ -250,7 +259,11 @@ def test_adapter_names(name, heads):
         torch.testing.assert_close(mixed[i : i + 1], expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}, {"use_cache": False}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}, {"use_cache": False}],
+    ids=str,
+)
 @pytest.mark.parametrize("name", ["llama", "t5"])
 @pytest.mark.parametrize("heads", [False, True])
 def test_adapter_names_in_generation(name, settings, heads):
@@ -304,7 +317,9 @@ def test_adapter_names_that_cannot_be_followed():
     model = with_two("llama", "task")
     with pytest.raises(ValueError, match=r"non-existing adapter\(s\): nobody.*\"__base__\" for none"):
         run(model, adapter_names=["nobody", "default", "other"])
-    with pytest.raises(ValueError, match=r"`adapter_names` should be the same as the number of inputs.*2 and 3"):
+    with pytest.raises(
+        ValueError, match=r"`adapter_names` should be the same as the number of inputs.*2 and 3"
+    ):
         run(model, adapter_names=["default", "other"])
     model.train()
     with pytest.raises(ValueError, match="when the model is in training mode"):
@@ -319,7 +334,7 @@ def test_adapter_names_that_cannot_be_followed():
 # Disabling and unloading
 
 
-@pytest.mark.parametrize(("name", "adapter"), CASES)
+@pytest.mark.parametrize(("name", "adapter"), EVERY_MODEL)
 def test_disabled_the_model_is_its_base(name, adapter):
     model = adapted(name, adapter)
     expected = run(model, name)
@@ -344,7 +359,7 @@ def test_disabling_survives_errors_and_nesting():
     assert torch.equal(run(model), expected)
 
 
-@pytest.mark.parametrize(("name", "adapter"), CASES)
+@pytest.mark.parametrize(("name", "adapter"), EVERY_MODEL)
 def test_unloaded_the_model_is_its_base(name, adapter):
     keys = MODELS[name].build().state_dict().keys()
     base = with_two(name, adapter).unload()
@@ -433,10 +448,17 @@ def test_merging_needs_one_task():
 def test_broken_weights_are_not_merged():
     model = adapted("llama", "task")
     with torch.no_grad():
-        model.get_parameter("base_model.model.model.layers.0.self_attn.q_proj.taskmoe_lora_A.default.weight")[0] = torch.nan
+        model.get_parameter("base_model.model.model.layers.0.self_attn.q_proj.taskmoe_lora_A.default.weight")[
+            0
+        ] = torch.nan
     layer = layers(model)[0]
     before = layer.base_layer.weight.clone()
-    with task_context(tasks(1)), pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter default seems to be broken"):
+    with (
+        task_context(tasks(1)),
+        pytest.raises(
+            ValueError, match=r"NaNs detected in the merged weights. The adapter default seems to be broken"
+        ),
+    ):
         model.merge_and_unload(safe_merge=True)
     assert torch.equal(layer.base_layer.weight, before) and not layer.merged
 
@@ -460,7 +482,10 @@ def test_status(name):
     assert status.trainable_params == counted == model.get_nb_trainable_parameters()[0]
     layer = next(layer for layer in model.get_layer_status() if layer.module_type.startswith("taskmoe_lora"))
     assert (layer.module_type, layer.enabled) == ("taskmoe_lora.Linear", True)
-    assert layer.available_adapters == ["default", "other"] and layer.devices == {"default": ["cpu"], "other": ["cpu"]}
+    assert layer.available_adapters == ["default", "other"] and layer.devices == {
+        "default": ["cpu"],
+        "other": ["cpu"],
+    }
     model.base_model.disable_adapter_layers()
     assert model.get_model_status().enabled is False
 
@@ -506,7 +531,9 @@ def test_other_methods_are_not_mixed_in():
 
 def test_what_only_lora_can_do_is_refused(tmp_path):
     model = with_two("llama")
-    with pytest.raises(NotImplementedError, match=r"cannot be combined by weights.*`model.base_model.set_adapter\(\[...\]\)`"):
+    with pytest.raises(
+        NotImplementedError, match=r"cannot be combined by weights.*`model.base_model.set_adapter\(\[...\]\)`"
+    ):
         model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "mean")
     with pytest.raises(TypeError, match="do not support LoRA conversion"):
         convert_to_lora(model, rank=2)

@@ -255,7 +255,9 @@ class OwnCheckpointing(nn.Module):
         return self.function(self.second, hidden.tanh(), use_reentrant=self.use_reentrant)
 
 
-def own(function: Callable[..., Any], use_reentrant: bool, router_inputs: str = "token+task") -> tuple[Any, torch.Tensor]:
+def own(
+    function: Callable[..., Any], use_reentrant: bool, router_inputs: str = "token+task"
+) -> tuple[Any, torch.Tensor]:
     module = OwnCheckpointing(function, use_reentrant)
     torch.manual_seed(0)
     settings = {**SMALL, "router_inputs": router_inputs, "target_modules": ["first", "second"]}

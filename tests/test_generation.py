@@ -92,7 +92,9 @@ def test_every_architecture_generates_the_same_alone_and_without_cache(name):
         assert torch.equal(together[row : row + 1], one)
 
 
-@pytest.mark.parametrize("settings", [{"num_return_sequences": 3}, {"num_return_sequences": 2, "top_p": 0.9, "temperature": 1.7}])
+@pytest.mark.parametrize(
+    "settings", [{"num_return_sequences": 3}, {"num_return_sequences": 2, "top_p": 0.9, "temperature": 1.7}]
+)
 def test_sampling_draws_each_row_from_its_own_distribution(settings):
     """The logits of every sampled step are those of one forward over the row's sequence with the row's task."""
     model, batch, embeds = adapted("llama"), prompts(), tasks()
@@ -124,7 +126,9 @@ def test_several_active_adapters_generate_what_their_forward_says():
     for _ in range(NEW):
         with torch.no_grad():
             positions = (mask.cumsum(-1) - 1).clamp(min=0)
-            following = model(input_ids=ids, attention_mask=mask, position_ids=positions, task_embeds=embeds).logits[:, -1]
+            following = model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, task_embeds=embeds
+            ).logits[:, -1]
         ids = torch.cat((ids, following.argmax(-1, keepdim=True)), 1)
         mask = torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
     assert torch.equal(found, ids[:, -NEW:])
@@ -221,7 +225,9 @@ def test_back_to_back_calls_share_nothing():
     assert torch.equal(generated(model, "llama", batch, -embeds), flipped)
     with model.disable_adapter():
         plain = generated(model, "llama", batch, embeds)
-    assert torch.equal(plain, MODELS["llama"].build().generate(**batch, max_new_tokens=NEW, do_sample=False)[:, -NEW:])
+    assert torch.equal(
+        plain, MODELS["llama"].build().generate(**batch, max_new_tokens=NEW, do_sample=False)[:, -NEW:]
+    )
     assert torch.equal(generated(model, "llama", batch, embeds), first)
     other = adapted("llama", seed=3)
     model.load_state_dict(other.state_dict())
@@ -241,7 +247,10 @@ def test_the_ways_to_pass_inputs_and_task_agree():
         other = model.generate(ids, task_embeds=-embeds, **settings)  # an argument wins over the context
     assert torch.equal(other, model.generate(ids, task_embeds=-embeds, **settings))
     from_vectors = model.generate(
-        inputs_embeds=model.get_input_embeddings()(ids), attention_mask=torch.ones_like(ids), task_embeds=embeds, **settings
+        inputs_embeds=model.get_input_embeddings()(ids),
+        attention_mask=torch.ones_like(ids),
+        task_embeds=embeds,
+        **settings,
     )
     assert torch.equal(from_vectors, expected[:, ids.shape[1] :])
 
@@ -249,12 +258,16 @@ def test_the_ways_to_pass_inputs_and_task_agree():
 def test_a_token_reading_router_needs_no_task_and_takes_one_silently():
     model, batch = adapted("llama", "token"), prompts()
     expected = model.generate(**batch, max_new_tokens=NEW, do_sample=False)
-    assert torch.equal(model.generate(**batch, task_embeds=tasks(), max_new_tokens=NEW, do_sample=False), expected)
+    assert torch.equal(
+        model.generate(**batch, task_embeds=tasks(), max_new_tokens=NEW, do_sample=False), expected
+    )
 
 
 def test_what_is_wrong_with_the_task_is_said_before_decoding():
     model, batch = adapted("llama"), prompts()
-    with pytest.raises(ValueError, match=r"This forward has no task embedding.*adapter \"default\".*Pass task_embeds=..."):
+    with pytest.raises(
+        ValueError, match=r"This forward has no task embedding.*adapter \"default\".*Pass task_embeds=..."
+    ):
         model.generate(**batch, max_new_tokens=2)
     with pytest.raises(ValueError, match=r"2 task embeddings for a batch of 3 rows.*one row per example"):
         model.generate(**batch, task_embeds=tasks(2), max_new_tokens=2)

@@ -62,6 +62,7 @@ def layers_of(model: Any) -> dict[str, TaskMoELoraLayer]:
 
 QV = [f"model.layers.{i}.self_attn.{name}_proj" for i in (0, 1) for name in "qv"]
 
+
 @pytest.fixture(scope="module")
 def base_folder(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("base")
@@ -107,7 +108,9 @@ def test_from_pretrained_with(options, saved):
 def test_is_trainable(saved):
     folder, expected = saved
     frozen = PeftModel.from_pretrained(MODELS["llama"].build(), folder)
-    assert frozen.peft_config["default"].inference_mode and not any(p.requires_grad for p in frozen.parameters())
+    assert frozen.peft_config["default"].inference_mode and not any(
+        p.requires_grad for p in frozen.parameters()
+    )
     model = PeftModel.from_pretrained(MODELS["llama"].build(), folder, is_trainable=True)
     assert_same(model, expected)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
@@ -167,10 +170,12 @@ def test_key_mapping(saved):
 def test_sizes_that_do_not_match(tmp_path):
     adapted("llama", modules_to_save=["lm_head"]).save_pretrained(tmp_path)
     larger = {**MODELS["llama"].config, "vocab_size": VOCAB + 4}
-    with pytest.raises(RuntimeError, match="size mismatch for .*lm_head"):
+    with pytest.raises(RuntimeError, match=r"size mismatch for .*lm_head"):
         PeftModel.from_pretrained(LlamaForCausalLM(LlamaConfig(**larger)), tmp_path)
     with pytest.warns(UserWarning, match="lm_head"):
-        model = PeftModel.from_pretrained(LlamaForCausalLM(LlamaConfig(**larger)), tmp_path, ignore_mismatched_sizes=True)
+        model = PeftModel.from_pretrained(
+            LlamaForCausalLM(LlamaConfig(**larger)), tmp_path, ignore_mismatched_sizes=True
+        )
     state = load_file(tmp_path / "adapter_model.safetensors")
     key = "base_model.model.model.layers.0.self_attn.q_proj.taskmoe_lora_router"
     assert torch.equal(model.get_parameter(f"{key}.default.weight"), state[f"{key}.weight"])
@@ -180,7 +185,21 @@ def test_sizes_that_do_not_match(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["model", "layers", "0", "self_attn", "q_proj", "base_layer", "weight", "lora", "A", "router", "taskmoe", "taskmoe_lora_A"]
+    "name",
+    [
+        "model",
+        "layers",
+        "0",
+        "self_attn",
+        "q_proj",
+        "base_layer",
+        "weight",
+        "lora",
+        "A",
+        "router",
+        "taskmoe",
+        "taskmoe_lora_A",
+    ],
 )
 def test_adapter_names_that_are_parts_of_module_names(name, saved, tmp_path):
     torch.manual_seed(0)
@@ -191,7 +210,9 @@ def test_adapter_names_that_are_parts_of_module_names(name, saved, tmp_path):
     model.save_pretrained(tmp_path)
     assert len(load_file(tmp_path / name / "adapter_model.safetensors")) == 3 * 14
     for adapter_name in (name, "default"):
-        loaded = PeftModel.from_pretrained(MODELS["llama"].build(), tmp_path / name, adapter_name=adapter_name)
+        loaded = PeftModel.from_pretrained(
+            MODELS["llama"].build(), tmp_path / name, adapter_name=adapter_name
+        )
         assert_same(loaded, expected)
     model.delete_adapter("other")
     assert_same(model, expected)
@@ -277,13 +298,19 @@ def test_layers_offloaded_to_disk_with_their_adapters(saved, tmp_path):
     model = dispatch_model(model, devices, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
     assert layers_of(model)[QV[2]].taskmoe_lora_router["default"].weight.is_meta
     assert_same(model, saved[1])
-    torch.testing.assert_close(model(**BATCH, task_embeds=tasks()).logits, saved[1])  # with grad on: another path
+    torch.testing.assert_close(
+        model(**BATCH, task_embeds=tasks()).logits, saved[1]
+    )  # with grad on: another path
     expected = adapted("llama").generate(**BATCH, task_embeds=tasks(), max_new_tokens=3, do_sample=False)
-    assert torch.equal(model.generate(**BATCH, task_embeds=tasks(), max_new_tokens=3, do_sample=False), expected)
+    assert torch.equal(
+        model.generate(**BATCH, task_embeds=tasks(), max_new_tokens=3, do_sample=False), expected
+    )
 
 
 def _on_an_offloaded_base(folder: str) -> Any:
-    base = dispatch_model(MODELS["llama"].build(), DISK, main_device="cpu", offload_dir=folder, force_hooks=True)
+    base = dispatch_model(
+        MODELS["llama"].build(), DISK, main_device="cpu", offload_dir=folder, force_hooks=True
+    )
     return get_peft_model(base, config_for("llama"))
 
 
@@ -296,7 +323,10 @@ def _created_empty(folder: str) -> Any:
 def test_weights_that_were_never_filled_are_refused(build, grad, tmp_path):
     """PyTorch would compute with whatever is in memory."""
     model = build(str(tmp_path)).eval()
-    with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=r'adapter "default" are on the meta device.*Load them'):
+    with (
+        torch.set_grad_enabled(grad),
+        pytest.raises(ValueError, match=r'adapter "default" are on the meta device.*Load them'),
+    ):
         model(**BATCH, task_embeds=tasks())
 
 
@@ -344,7 +374,9 @@ class TestTransformersOwnIntegration:
         model = MODELS["llama"].build()
         model.load_adapter(folder, **options)
         assert_same(model, expected)
-        trained = {name for name, p in model.named_parameters() if p.requires_grad and "taskmoe_lora_" in name}
+        trained = {
+            name for name, p in model.named_parameters() if p.requires_grad and "taskmoe_lora_" in name
+        }
         assert bool(trained) == bool(options.get("is_trainable"))
 
     def test_auto_model_on_an_adapter_folder(self, saved):
@@ -406,7 +438,9 @@ def trainer(model: Any, folder: Path, steps: int) -> Trainer:
         output_dir=str(folder), max_steps=steps, save_steps=2, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[],
         use_cpu=True, disable_tqdm=True, lr_scheduler_type="constant", save_strategy="steps", logging_strategy="no",
     )  # fmt: skip
-    return Trainer(model, arguments, train_dataset=Dataset.from_dict(rows), data_collator=default_data_collator)
+    return Trainer(
+        model, arguments, train_dataset=Dataset.from_dict(rows), data_collator=default_data_collator
+    )
 
 
 def test_a_resumed_trainer_arrives_where_the_uninterrupted_one_does(tmp_path):
@@ -418,7 +452,10 @@ def test_a_resumed_trainer_arrives_where_the_uninterrupted_one_does(tmp_path):
     resumed = adapted("llama", lora_dropout=0.2, seed=8)
     trainer(resumed, tmp_path / "parts", 4).train(resume_from_checkpoint=str(checkpoint))
     torch.testing.assert_close(logits(resumed), logits(whole), rtol=0, atol=1e-6)
-    assert_same(PeftModel.from_pretrained(MODELS["llama"].build(), tmp_path / "parts" / "checkpoint-4"), logits(resumed))
+    assert_same(
+        PeftModel.from_pretrained(MODELS["llama"].build(), tmp_path / "parts" / "checkpoint-4"),
+        logits(resumed),
+    )
 
 
 # What a config selects
@@ -461,7 +498,9 @@ def test_layers_to_transform_goes_with_all_linear(tmp_path):
     assert len(layers_of(model)) == 7 and all(".layers.1." in name for name in layers_of(model))
     model.save_pretrained(tmp_path)
     assert_same(PeftModel.from_pretrained(MODELS["llama"].build(), tmp_path), logits(model))
-    assert {name.split(".")[2] for name in layers_of(adapted("gpt2", layers_to_transform=0, layers_pattern="h"))} == {"0"}
+    assert {
+        name.split(".")[2] for name in layers_of(adapted("gpt2", layers_to_transform=0, layers_pattern="h"))
+    } == {"0"}
 
 
 def test_selections_that_find_nothing_say_so():
@@ -473,12 +512,17 @@ def test_selections_that_find_nothing_say_so():
         adapted("llama", target_modules=["q_proj"], exclude_modules=["nowhere"])
     with pytest.warns(RuntimeWarning, match="rank_pattern keys did not match"):
         adapted("llama", target_modules=["q_proj"], rank_pattern={"nowhere": 3})
-    with pytest.raises(ValueError, match=r"`layers_to_transform` does not go together with `target_modules='.\*q_proj'`"):
+    with pytest.raises(
+        ValueError, match=r"`layers_to_transform` does not go together with `target_modules='.\*q_proj'`"
+    ):
         config_for("llama", target_modules=".*q_proj", layers_to_transform=[0])
 
 
 def test_rank_and_alpha_patterns(tmp_path):
-    patterns = {"rank_pattern": {"q_proj": 3, r"layers\.1\.mlp\..*": 1}, "alpha_pattern": {"q_proj": 9, "v_proj": 1.0}}
+    patterns = {
+        "rank_pattern": {"q_proj": 3, r"layers\.1\.mlp\..*": 1},
+        "alpha_pattern": {"q_proj": 9, "v_proj": 1.0},
+    }
     model = adapted("llama", **patterns)
     layers = layers_of(model)
     assert layers[QV[0]].r["default"] == 3 and layers[QV[0]].scaling["default"] == 3.0
@@ -502,7 +546,10 @@ def test_fan_in_fan_out_is_read_off_the_layer(given):
 
 
 def test_init_weights():
-    fresh, random = layers_of(adapted("llama", init_weights=True)), layers_of(adapted("llama", init_weights=False))
+    fresh, random = (
+        layers_of(adapted("llama", init_weights=True)),
+        layers_of(adapted("llama", init_weights=False)),
+    )
     for name in fresh:
         assert fresh[name].taskmoe_lora_B["default"].weight.count_nonzero() == 0
         assert fresh[name].taskmoe_lora_A["default"].weight.count_nonzero() > 0
@@ -542,7 +589,9 @@ def test_trainable_token_indices(name, tokens, tmp_path):
     model = adapted(name, trainable_token_indices=tokens)
     before = model(**batch, task_embeds=tasks()).logits
     model.train()(**batch, labels=batch["input_ids"], task_embeds=tasks()).loss.backward()
-    deltas = {key: p for key, p in model.named_parameters() if "trainable_tokens_delta" in key and p.requires_grad}
+    deltas = {
+        key: p for key, p in model.named_parameters() if "trainable_tokens_delta" in key and p.requires_grad
+    }
     assert deltas and all(delta.grad.abs().max() > 0 for delta in deltas.values())
     with torch.no_grad():
         for delta in deltas.values():
