@@ -41,8 +41,8 @@ class AuxLoss:
     Attributes:
         token_mask: `(tokens,)` bool, False for padding; None if every token counts.
         num_layers: Number of adapted layers per adapter, which the mean runs over.
-        value: Sum of coefficient x loss / layers over the layers that ran.
-        open: Whether the forward still runs; a recomputation adds no second share.
+        value: Sum of coefficient x loss / layers over the layers that ran; read when the forward ends, so that what a recomputation
+            adds counts nowhere.
         weight: Gradient of the final loss with respect to `value`; None until backward reached it.
         decoder_mask: Of an encoder-decoder, `(tokens,)` of the decoder; None if every token counts.
         share: Which part of the labels that the loss is divided by (`num_items_in_batch`, over all accumulated batches) is this
@@ -52,7 +52,6 @@ class AuxLoss:
     token_mask: torch.Tensor | None
     num_layers: dict[str, int]
     value: torch.Tensor | float = 0.0
-    open: bool = True
     weight: torch.Tensor | None = None
     decoder_mask: torch.Tensor | None = None
     share: torch.Tensor | float = 1.0
@@ -226,14 +225,14 @@ class InjectAuxLoss(torch.autograd.Function):
     def forward(ctx: Any, out: torch.Tensor, loss: torch.Tensor, aux: AuxLoss) -> torch.Tensor:
         """Return `out`; remember where the weight will stand."""
         ctx.aux = aux
-        ctx.loss_dtype = loss.dtype
+        ctx.loss_dtype, ctx.loss_device = loss.dtype, loss.device
         return out.view_as(out)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
         """Pass `grad` on, and the loss's own weight to the load-balancing loss."""
         weight = ctx.aux.weight
-        return grad, None if weight is None else weight.to(ctx.loss_dtype), None
+        return grad, None if weight is None else weight.to(ctx.loss_device, ctx.loss_dtype), None
 
 
 @torch.compiler.disable
@@ -242,8 +241,7 @@ def collect_aux_loss(update: torch.Tensor, loss: torch.Tensor, aux: AuxLoss) -> 
 
     A compiled layer leaves its graph for this: tracing would freeze `aux.weight`, which backward is to read.
     """
-    if aux.open:
-        aux.value = aux.value + loss.detach()
+    aux.value = loss.detach() + torch.as_tensor(aux.value, device=loss.device)
     return InjectAuxLoss.apply(update, loss, aux)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -177,14 +177,12 @@ class TaskMoELoraLayer(BaseTunerLayer):
             weight.data = weight.data - delta.to(weight)
 
     def _weights(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        modules = (
-            self.taskmoe_lora_A[adapter_name],
-            self.taskmoe_lora_B[adapter_name],
-            self.taskmoe_lora_router[adapter_name],
-        )
-        weight_a, weight_b, router_weight = (module.weight for module in modules)
-        if weight_a.is_meta:
-            weight_a, weight_b, router_weight = (_onloaded(module, adapter_name) for module in modules)
+        parts = (self.taskmoe_lora_A, self.taskmoe_lora_B, self.taskmoe_lora_router)
+        linears = [cast(nn.Linear, part[adapter_name]) for part in parts]
+        if linears[0].weight.is_meta:
+            weight_a, weight_b, router_weight = (_onloaded(linear, adapter_name) for linear in linears)
+        else:
+            weight_a, weight_b, router_weight = (linear.weight for linear in linears)
         return weight_a, weight_b, router_weight
 
     def _task(
@@ -194,7 +192,7 @@ class TaskMoELoraLayer(BaseTunerLayer):
         if not self.shapes[adapter_name].reads_task:
             return None
         config = self.configs[adapter_name]
-        device = device or self.taskmoe_lora_router[adapter_name].weight.device
+        device = device or cast(nn.Linear, self.taskmoe_lora_router[adapter_name]).weight.device
         task = None if state is None else state.normalized_embeds(config.task_norm, self.in_features, device)
         if task is None:
             raise ValueError(missing_task_message(adapter_name))
@@ -207,7 +205,7 @@ class TaskMoELoraLayer(BaseTunerLayer):
         return task
 
 
-def _onloaded(module: nn.Module, adapter_name: str) -> torch.Tensor:
+def _onloaded(module: nn.Linear, adapter_name: str) -> torch.Tensor:
     """The weight of a part of an adapter that accelerate has offloaded to the CPU or to disk.
 
     Raises:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -36,7 +37,6 @@ from .encoder import TaskEncoder, TaskEncoderConfig
 from .layer import Linear, TaskMoELoraLayer, missing_task_message, repeat_names
 from .peft_type import PREFIX
 
-_KEPT_AUX_LOSSES = 10_000
 _CHECKPOINT_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
 _TRAINED_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
@@ -52,7 +52,7 @@ class Conditioner:
 
     def __init__(self, model: nn.Module) -> None:
         self.prompt_encoder: PromptEncoder | None = None
-        self._aux_losses: list[torch.Tensor] = []
+        self._aux_losses: deque[torch.Tensor] = deque(maxlen=10_000)  # since `take_aux_loss`
         self._warned_of_aux_loss = False
         self.find_layers(model)
 
@@ -86,7 +86,6 @@ class Conditioner:
     @torch.compiler.disable
     def add_aux_loss(self, aux: AuxLoss, outputs: Any) -> Any:
         """Add the collected load-balancing loss to the loss of the outputs; see to its gradient where a trainer computes that loss."""
-        aux.open = False
         by_name = isinstance(outputs, dict)
         loss = outputs.get("loss") if by_name else outputs[0] if isinstance(outputs, tuple) and outputs else None
         log_probs, counted = (outputs.get("log_probs"), outputs.get("label_mask")) if by_name else (None, None)
@@ -100,7 +99,7 @@ class Conditioner:
         elif not added:
             self.warn_of_aux_loss()
             return outputs
-        self._aux_losses = [*self._aux_losses[-_KEPT_AUX_LOSSES:], torch.as_tensor(aux.value).detach()]
+        self._aux_losses.append(torch.as_tensor(aux.value))
         return outputs
 
     def warn_of_aux_loss(self) -> None:
@@ -118,15 +117,16 @@ class Conditioner:
 
     @property
     def aux_loss(self) -> float | None:
-        """The load-balancing loss (coefficient included) of the last forward that had one."""
+        """The load-balancing loss (coefficient included) of the last forward that had one since `take_aux_loss`."""
         return float(self._aux_losses[-1]) if self._aux_losses else None
 
     def take_aux_loss(self) -> float | None:
         """Its mean since this was last called; None where there was none."""
         if not self._aux_losses:
             return None
-        taken, self._aux_losses = self._aux_losses, []
-        return float(torch.stack(taken).mean())
+        mean = float(torch.stack(list(self._aux_losses)).mean())
+        self._aux_losses.clear()
+        return mean
 
 
 def install_conditioning(model: nn.Module) -> Conditioner:

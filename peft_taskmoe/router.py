@@ -134,7 +134,7 @@ def load_balancing_loss(
     if token_mask is None:
         weights = torch.full_like(probs[:, :1], 1.0 / probs.shape[0])
     else:
-        counted = token_mask.to(probs.dtype).unsqueeze(-1)
+        counted = token_mask.to(probs).unsqueeze(-1)
         weights = counted / counted.sum().clamp(min=1.0)
     share = (chosen * weights).sum(0) / slots
     mean_prob = (probs * weights).sum(0)

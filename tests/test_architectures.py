@@ -12,6 +12,7 @@ import torch
 from cases import CASES, MODELS, ROWS, SMALL, adapted, config_for, logits_of, real_positions, rows_of, tasks
 from peft import PeftModel, get_peft_model
 from torch import nn
+from transformers import BertConfig, BertForQuestionAnswering
 
 from peft_taskmoe import TaskMoELoraConfig, task_context
 from peft_taskmoe.layer import TaskMoELoraLayer
@@ -189,6 +190,18 @@ def test_multihead_attention_refuses_its_uncalled_projection():
     model = nn.Sequential(nn.MultiheadAttention(8, 2))
     with pytest.raises(TypeError, match=r"read by its parent without being called.*`exclude_modules`"):
         get_peft_model(model, TaskMoELoraConfig(**SMALL, target_modules=["out_proj"]))
+
+
+def test_all_linear_keeps_off_the_head_of_a_question_answerer():
+    model = BertForQuestionAnswering(BertConfig(**MODELS["bert_tokens"].config))
+    model = get_peft_model(model, TaskMoELoraConfig(**SMALL, task_type="QUESTION_ANS"))
+    assert not isinstance(model.get_base_model().qa_outputs, TaskMoELoraLayer)
+    trained = {
+        name.split(".")[2]
+        for name, p in model.named_parameters()
+        if p.requires_grad and "modules_to_save" in name
+    }
+    assert trained == {"qa_outputs"}
 
 
 def test_no_architecture_is_named_in_the_package():

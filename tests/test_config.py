@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -232,3 +233,12 @@ def test_an_unknown_encoder_setting_in_a_file_is_refused(tmp_path) -> None:
     path.write_text(json.dumps(found))
     with pytest.raises(ValueError, match=r"no setting \['remote_code'\]"):
         PeftConfig.from_pretrained(str(tmp_path))
+
+
+def test_one_gate_alone_warns_that_its_router_does_not_learn():
+    with pytest.warns(UserWarning, match=r"`top_k` is 1: the one gate that is kept always equals 1.*`top_k=2` or more"):
+        TaskMoELoraConfig(top_k=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        TaskMoELoraConfig(top_k=1, router_aux_loss_coef=0.01)
+        TaskMoELoraConfig(top_k=2)

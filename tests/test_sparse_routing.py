@@ -359,3 +359,11 @@ def test_dpo_says_that_it_has_no_effect(tiny_model, tiny_encoder, word_tokenizer
         assert any("router_aux_loss_coef" in str(w.message) for w in caught) == bool(coef)
         found[coef] = gradients(model)
     torch.testing.assert_close(found[0.0], found[COEF], atol=1e-5, rtol=1e-4)
+
+
+def test_weighted_losses_say_that_it_has_no_effect(sft) -> None:
+    """Of `"dft"`, which weighs each label by its probability, no common weight can be read off."""
+    trainer = sft(loss_type="dft")
+    loss = trainer.compute_loss(trainer.model.train(), dict(next(iter(trainer.get_train_dataloader()))))
+    with pytest.warns(UserWarning, match=NO_EFFECT):
+        loss.backward()

@@ -7,8 +7,10 @@ a Task-Aware MoELoRA adapter gets its task encoder attached once, and plain LoRA
 from __future__ import annotations
 
 import json
+import re
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -23,26 +25,37 @@ from ..encoder import TaskEncoder
 from ..model import attach_task_encoder, base_model_of, conditioner_of
 from .parse import ParsedAnswer, parse_answer
 from .prompt import PromptFormat
-from .records import Document, Event, Problem, Record
-from .schema import Schema
+from .records import Document, Event, Problem, Record, record_key, shift_record
+from .schema import Label, Schema
 from .windows import PromptWindow, Window, merge_windows, prompt_windows
 
 if TYPE_CHECKING:
     from pandas import DataFrame
+    from rich.console import Console
+
+    from .constrained import Constraint
 
 FORMAT_FILE = "uie_config.json"
 """Written beside an adapter: the prompt format it was trained with."""
 
 _LOOKAHEAD_BATCHES = 32
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*+"?')
+_SHOWN_IN_NOTEBOOK = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One thing to ask: a text, what to look for, and the events whose arguments are wanted, if they are given."""
+    """One thing to ask: a text and what to look for.
+
+    Attributes:
+        text: The text; a blank one is not asked about, for nothing can be in it.
+        schema: What to look for.
+        given: The events whose arguments alone are wanted; with `()` there is nothing to ask. None: no events are given.
+    """
 
     text: str
     schema: Schema
-    given: tuple[Event, ...] = ()
+    given: tuple[Event, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +103,25 @@ class Extraction:
             "seconds": round(self.seconds, 4),
         }
 
+    def show(self, console: Console | None = None) -> None:
+        """Print the text with its records and problems: with colours in a terminal, as HTML in a notebook.
+
+        Args:
+            console: The rich console to print to.
+        """
+        from .show import show
+
+        show([self], console)
+
+    def save_html(self, path: str | Path) -> None:
+        """Write the text with its records and problems as one HTML file that needs nothing else."""
+        Extractions([self], self.seconds).save_html(path)
+
+    def _repr_html_(self) -> str:
+        from .show import to_html
+
+        return to_html([self])
+
 
 class Extractions(Sequence[Extraction]):
     """The extractions of several texts, in their order."""
@@ -107,7 +139,30 @@ class Extractions(Sequence[Extraction]):
 
     def to_json(self, **options: Any) -> str:
         """All extractions as a JSON list; `options` go to `json.dumps`."""
-        return json.dumps([item.to_dict() for item in self.items], ensure_ascii=False, **options)
+        return json.dumps([item.to_dict() for item in self.items], **{"ensure_ascii": False, **options})
+
+    def show(self, console: Console | None = None) -> None:
+        """Print all texts with their records and problems; see `Extraction.show`."""
+        from .show import show
+
+        show(self.items, console)
+
+    def save_html(self, path: str | Path) -> None:
+        """Write all texts with their records and problems as one HTML file that needs nothing else."""
+        from .show import to_page
+
+        Path(path).write_text(to_page(self.items), encoding="utf-8")
+
+    def _repr_html_(self) -> str:
+        from .show import to_html
+
+        left = len(self.items) - _SHOWN_IN_NOTEBOOK
+        more = (
+            f"<p>{left} more texts are not shown here; <code>save_html</code> writes them all.</p>"
+            if left > 0
+            else ""
+        )
+        return to_html(self.items[:_SHOWN_IN_NOTEBOOK]) + more
 
     def to_dataframe(self) -> DataFrame:
         """One row a record: number of the text, kind, label, mention, start, end, alignment, confidence, arguments.
@@ -120,7 +175,11 @@ class Extractions(Sequence[Extraction]):
         for number, item in enumerate(self.items):
             for record in item.records:
                 data = record.to_dict()
-                mention = getattr(record, "span", None) or getattr(record, "trigger", None) or getattr(record, "head", None)
+                mention = (
+                    getattr(record, "span", None)
+                    or getattr(record, "trigger", None)
+                    or getattr(record, "head", None)
+                )
                 arguments = data.get("arguments")
                 if "head" in data:
                     arguments = [{"role": side, **data[side]} for side in ("head", "tail")]
@@ -144,8 +203,7 @@ class Extractions(Sequence[Extraction]):
 class _ChosenTokens(LogitsProcessor):
     """Remembers the log-probability of every token that was chosen, keeping the logits of one step at a time."""
 
-    def __init__(self, prompt_length: int) -> None:
-        self.prompt_length = prompt_length
+    def __init__(self) -> None:
         self.last: torch.Tensor | None = None
         self.log_probs: list[torch.Tensor] = []
 
@@ -161,14 +219,19 @@ class _ChosenTokens(LogitsProcessor):
             self.last = None
 
 
-class _EndOfLine(StoppingCriteria):
-    """An answer is one line, so a row is done once its last token holds a line feed."""
+class _EndOfAnswer(StoppingCriteria):
+    """An answer is one list, so a row is done with the first line feed behind the list's end."""
 
-    def __init__(self, line_feeds: torch.Tensor) -> None:
-        self.line_feeds = line_feeds
+    def __init__(self, extractor: Extractor, prompt_length: int) -> None:
+        self.extractor = extractor
+        self.prompt_length = prompt_length
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
-        return self.line_feeds.to(input_ids.device)[input_ids[:, -1]]
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        done = [
+            last in self.extractor._line_feeds and self.extractor._closes(row[self.prompt_length :].tolist())
+            for last, row in zip(input_ids[:, -1].tolist(), input_ids, strict=True)
+        ]
+        return torch.tensor(done, device=input_ids.device)
 
 
 class Extractor:
@@ -183,6 +246,8 @@ class Extractor:
         max_new_tokens: The longest answer; one that is longer is cut, reported as `truncated`, and its whole records kept.
         max_prompt_tokens: Longer prompts are cut into overlapping windows. None: the model's context less the answer.
         overlap: Characters that neighbouring windows share.
+        constrained: Let the model write only what can be read: labels and slots of the schema, and mentions that are
+            substrings of the text. Needs `pip install 'peft_taskmoe[constrained]'` and a fast tokenizer.
 
     Example:
         ```python
@@ -203,9 +268,15 @@ class Extractor:
         max_new_tokens: int = 256,
         max_prompt_tokens: int | None = None,
         overlap: int = 100,
+        constrained: bool = False,
     ) -> None:
-        for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
-            if value < 1:
+        counts = {
+            "batch_size": batch_size,
+            "max_new_tokens": max_new_tokens,
+            "max_prompt_tokens": max_prompt_tokens,
+        }
+        for name, value in counts.items():
+            if value is not None and value < 1:
                 raise ValueError(f"`{name}` is {value}, but it counts something. Pass at least 1.")
         self.model = model
         self.tokenizer = tokenizer
@@ -213,14 +284,20 @@ class Extractor:
         self.batch_size = batch_size
         self.max_new_tokens = max_new_tokens
         self.overlap = overlap
-        config = getattr(model, "config", None)
-        context = getattr(config, "max_position_embeddings", None) or 2**20
-        self.max_prompt_tokens = max_prompt_tokens or context - max_new_tokens
-        if not 0 < self.max_prompt_tokens + max_new_tokens <= context:
+        context = _context(model)
+        self.max_prompt_tokens = (
+            max(context - max_new_tokens, 0) if max_prompt_tokens is None else max_prompt_tokens
+        )
+        if self.max_prompt_tokens < 1 or self.max_prompt_tokens + max_new_tokens > context:
             raise ValueError(
                 f"Prompts of up to {self.max_prompt_tokens} tokens and answers of up to {max_new_tokens} do not fit the model's "
                 f"context of {context} tokens. Lower `max_prompt_tokens` or `max_new_tokens`."
             )
+        self._constraint: Constraint | None = None
+        if constrained:
+            from .constrained import Constraint
+
+            self._constraint = Constraint(tokenizer, sorted(self._ends))
         self._attach(encoder)
 
     @classmethod
@@ -237,27 +314,53 @@ class Extractor:
     ) -> Extractor:
         """Load an adapter with its base model, tokenizer, task encoder and prompt format.
 
+        The base model, and without a tokenizer beside the adapter also the tokenizer, are those that the adapter's config
+        names. Code in a repository is never run.
+
         Args:
-            adapter: Hub id or folder of the adapter.
+            adapter: Hub id or folder of the adapter: Task-Aware MoELoRA, plain LoRA or any other of PEFT's.
             encoder: The task encoder; None loads the one that the adapter's config names.
             revision: Branch, tag or commit of the adapter.
             subfolder: Folder inside the repository.
             token: Access token for the Hub.
-            model_kwargs: Passed to `AutoPeftModelForCausalLM.from_pretrained`, such as `{"dtype": "bfloat16"}`.
-            **options: The other arguments of `Extractor`.
+            model_kwargs: Passed to `AutoModelForCausalLM.from_pretrained`, such as `{"dtype": "bfloat16"}`.
+            **options: `tokenizer`, to use another one, and the other arguments of `Extractor`.
 
         Returns:
             The extractor.
         """
-        from peft import AutoPeftModelForCausalLM
-        from transformers import AutoTokenizer
+        from peft import PeftConfig, PeftModel
+        from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        where = {k: v for k, v in (("revision", revision), ("subfolder", subfolder), ("token", token)) if v is not None}
-        model = AutoPeftModelForCausalLM.from_pretrained(str(adapter), **where, **(model_kwargs or {})).eval()
-        options.setdefault("format", load_format(adapter, **where))
-        tokenizer = options.pop("tokenizer", None)
-        if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(model.peft_config[model.active_adapter].base_model_name_or_path)
+        where = {
+            k: v
+            for k, v in (("revision", revision), ("subfolder", subfolder), ("token", token))
+            if v is not None
+        }
+        config = PeftConfig.from_pretrained(str(adapter), **where)
+        name = config.base_model_name_or_path
+        if not name:
+            raise ValueError(
+                f"The config of {str(adapter)!r} names no base model (`base_model_name_or_path`). Load the model and the adapter "
+                "yourself and pass them: `Extractor(PeftModel.from_pretrained(model, adapter), tokenizer)`."
+            )
+        access = {} if token is None else {"token": token}
+        base = AutoModelForCausalLM.from_pretrained(
+            name, revision=config.revision, **access, **(model_kwargs or {})
+        )
+        if "tokenizer" not in options:
+            beside = _find(adapter, "tokenizer_config.json", **where) is not None
+            options["tokenizer"] = (
+                AutoTokenizer.from_pretrained(str(adapter), **where)
+                if beside
+                else AutoTokenizer.from_pretrained(name, revision=config.revision, **access)
+            )
+        tokenizer = options.pop("tokenizer")
+        if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:  # tokens were added in training
+            base.resize_token_embeddings(len(tokenizer))
+        model = PeftModel.from_pretrained(base, str(adapter), config=config, **where).eval()
+        if "format" not in options:
+            options["format"] = load_format(adapter, **where)
         return cls(model, tokenizer, encoder, **options)
 
     def _attach(self, encoder: TaskEncoder | None) -> None:
@@ -285,9 +388,11 @@ class Extractor:
 
         Args:
             texts: One text or several.
-            schema: What to look for: a `Schema`, anything `Schema.of` takes (label classes, Pydantic models, a dict
-                `{label: description}`, a JSON file), or a list of these, which are asked about one after the other.
-            given: For each text, the events whose arguments alone are wanted.
+            schema: What to look for: a `Schema` or anything `Schema.of` takes (label classes, Pydantic models, label names,
+                a dict `{label: description}`, the `Path` of a JSON file). A list of label names or classes is one schema; a
+                list of schemas, dicts, `Path`s or lists are several, asked about in prompts of their own and merged.
+            given: For each text, the events whose arguments alone are wanted. Of several schemas, those with events are
+                asked about them, the others as ever.
             thresholds: Leave out records whose confidence is below this, or below their label's entry. They become problems
                 of kind `low_confidence`.
             progress: Show a progress bar; None: from more than one batch on.
@@ -311,15 +416,25 @@ class Extractor:
     ) -> Iterator[Extraction]:
         """The generator form of a call: takes any iterable of texts, also an endless one, and yields in its order.
 
-        Some batches are read ahead so that texts of like length share a generation.
+        Up to 32 batches are read ahead, so that texts of like length share a generation.
+
+        Args:
+            texts: The texts.
+            schema: As in a call.
+            given: As in a call; any iterable.
+            thresholds: As in a call.
+            progress: As in a call.
+
+        Returns:
+            An iterator with one extraction per text, in their order.
         """
-        schemas = [_schema(one) for one in schema] if isinstance(schema, (list, tuple)) else [_schema(schema)]
-        events = iter(given) if given is not None else None
-        asked = (
-            [Question(text, one, tuple(next(events)) if events is not None else ()) for one in schemas]
-            for text in texts
-        )
-        yield from self.answer(asked, thresholds=thresholds, progress=progress, total=_length(texts))
+        if isinstance(texts, str):
+            texts = [texts]
+        schemas = _schemas(schema)
+        _check_thresholds(thresholds, schemas)
+        total = len(texts) if isinstance(texts, Sequence) else None
+        asked = _questions(texts, schemas, given)
+        return self.answer(asked, thresholds=thresholds, progress=progress, total=total)
 
     def documents(self, documents: Sequence[Document], progress: bool | None = None) -> dict[str, Extraction]:
         """Answer the questions that documents with gold records pose; for scoring.
@@ -330,8 +445,18 @@ class Extractor:
 
         Returns:
             For each document's id, its extraction: what `score` takes as answers.
+
+        Raises:
+            ValueError: Two documents share an id.
         """
-        asked = ([Question(document.text, document.schema, document.given)] for document in documents)
+        if twice := [
+            name for name, count in Counter(document.id for document in documents).items() if count > 1
+        ]:
+            raise ValueError(
+                f"{len(twice)} ids belong to several documents, the first is `{twice[0]}`, so their answers could not be told "
+                "apart. Ask about each data set by itself, or give every document its own id."
+            )
+        asked = ([question_of(document)] for document in documents)
         found = self.answer(asked, progress=progress, total=len(documents))
         return {document.id: extraction for document, extraction in zip(documents, found, strict=True)}
 
@@ -362,12 +487,12 @@ class Extractor:
                 groups.append(group)
                 if len(groups) == ahead:
                     for extraction in self._answer_groups(groups, thresholds):
-                        yield extraction
                         bar.update()
+                        yield extraction
                     groups = []
             for extraction in self._answer_groups(groups, thresholds):
-                yield extraction
                 bar.update()
+                yield extraction
 
     def _answer_groups(
         self, groups: Sequence[Sequence[Question]], thresholds: float | Mapping[str, float] | None
@@ -376,12 +501,14 @@ class Extractor:
         jobs: list[tuple[int, Question, PromptWindow]] = []
         for number, group in enumerate(groups):
             for question in group:
+                if not question.text.strip() or question.given == ():
+                    continue  # nothing to ask
                 windows = prompt_windows(
                     question.text,
                     question.schema,
                     self.max_prompt_tokens,
-                    length=self._prompt_length,
-                    given=question.given,
+                    length=lambda prompt: len(self._ids(prompt)),
+                    given=question.given or (),
                     format=self.format,
                     overlap=self.overlap,
                 )
@@ -403,9 +530,11 @@ class Extractor:
             for i in batch:
                 seconds[jobs[i][0]] += share
             while next_group < len(groups) and waiting[next_group] == 0:
-                yield self._extraction(groups[next_group], answers[next_group], seconds[next_group], thresholds)
+                yield self._extraction(
+                    groups[next_group], answers[next_group], seconds[next_group], thresholds
+                )
                 next_group += 1
-        for number in range(next_group, len(groups)):  # groups without questions
+        for number in range(next_group, len(groups)):  # there was nothing to ask
             yield self._extraction(groups[number], answers[number], seconds[number], thresholds)
 
     def _extraction(
@@ -418,74 +547,128 @@ class Extractor:
         ordered = [answers[i] for i in sorted(answers)]
         text = group[0].text if group else ""
         found = [(_window(answer, text), answer.parsed.records) for answer in ordered]
+        merged = merge_windows(found)
         records: list[Record] = []
         problems = [problem for answer in ordered for problem in answer.parsed.problems]
-        for record in merge_windows(found):
-            threshold = thresholds.get(record.label, 0.0) if isinstance(thresholds, Mapping) else thresholds or 0.0
+        problems += _cut_by_windows(found, merged)
+        for record in merged:
+            threshold = (
+                thresholds.get(record.label, 0.0) if isinstance(thresholds, Mapping) else thresholds or 0.0
+            )
             if record.confidence is not None and record.confidence < threshold:
                 message = f"The confidence of {record.confidence:.3f} is below the threshold of {threshold}."
-                problems.append(Problem("low_confidence", message, json.dumps(record.to_dict(), ensure_ascii=False)))
+                problems.append(Problem("low_confidence", message, _source(record)))
             else:
                 records.append(record)
         return Extraction(text, tuple(records), tuple(problems), tuple(ordered), seconds)
 
-    def _prompt_length(self, prompt: str) -> int:
-        return len(self.tokenizer(prompt, verbose=False).input_ids)
+    def _ids(self, prompt: str) -> list[int]:
+        """A prompt's tokens. What looks like a special token in a text is a part of the text."""
+        ids: list[int] = self.tokenizer(prompt, split_special_tokens=True, verbose=False).input_ids
+        return ids
+
+    def _decode(self, tokens: list[int]) -> str:
+        text: str = self.tokenizer.decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
 
     @cached_property
-    def _line_feeds(self) -> torch.Tensor:
-        """For every token, whether its text holds a line feed."""
-        size = max(len(self.tokenizer), getattr(getattr(self.model, "config", None), "vocab_size", 0) or 0)
+    def _ends(self) -> set[int]:
+        """The tokens that end an answer: the tokenizer's, and those that the model's generation config adds."""
+        found = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        ends = {*found} if isinstance(found, (list, tuple)) else {found}
+        return {int(end) for end in {*ends, self.tokenizer.eos_token_id} if end is not None}
+
+    @cached_property
+    def _line_feeds(self) -> set[int]:
+        """The tokens whose text holds a line feed."""
         texts = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
-        holds = torch.zeros(size, dtype=torch.bool)
-        holds[: len(texts)] = torch.tensor(["\n" in text for text in texts])
-        return holds
+        return {i for i, text in enumerate(texts) if "\n" in text}
+
+    def _closes(self, tokens: list[int]) -> bool:
+        """Whether the answer's list is closed."""
+        bare = _STRING.sub("", self._decode(tokens))
+        return "]" in bare and bare.count("[") <= bare.count("]")
 
     @torch.no_grad()
-    def _generate(self, jobs: Sequence[tuple[int, Question, PromptWindow]]) -> Iterator[Answer]:
+    def _generate(self, jobs: Sequence[tuple[int, Question, PromptWindow]]) -> list[Answer]:
         """Greedy answers to a batch of prompts."""
-        tokenizer = self.tokenizer
-        if self.model.training:
-            self.model.eval()
-        side, pad = tokenizer.padding_side, tokenizer.pad_token
-        tokenizer.padding_side = "left"
-        if pad is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        try:
-            batch = tokenizer([window.prompt for _, _, window in jobs], return_tensors="pt", padding=True)
-        finally:
-            tokenizer.padding_side = side
+        prompts = [self._ids(window.prompt) for _, _, window in jobs]
+        length = max(map(len, prompts))
+        pad = self.tokenizer.pad_token_id
+        pad = next(iter(sorted(self._ends)), 0) if pad is None else pad
         device = next(self.model.parameters()).device
-        batch = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-        length = batch["input_ids"].shape[1]
-        chosen = _ChosenTokens(length)
-        output = self.model.generate(
-            **batch,
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            logits_processor=LogitsProcessorList([chosen]),
-            stopping_criteria=StoppingCriteriaList([_EndOfLine(self._line_feeds)]),
-        )
+        input_ids = torch.tensor([[pad] * (length - len(ids)) + ids for ids in prompts], device=device)
+        mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+        chosen = _ChosenTokens()
+        processors: list[LogitsProcessor] = [chosen]  # before the constraint: probabilities are the model's own
+        if self._constraint is not None:
+            asked = [(question.schema, window.window.text, window.given) for _, question, window in jobs]
+            processors.append(self._constraint.processor(asked))
+        training = self.model.training
+        self.model.eval()
+        try:
+            output = self.model.generate(
+                input_ids=input_ids,
+                attention_mask=mask,
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=pad,
+                eos_token_id=sorted(self._ends) or None,
+                logits_processor=LogitsProcessorList(processors),
+                stopping_criteria=StoppingCriteriaList([_EndOfAnswer(self, length)]),
+            )
+        finally:
+            self.model.train(training)
         chosen.see(output[:, -1])
-        written = output[:, length:].cpu()
-        log_probs = torch.stack(chosen.log_probs, 1) if chosen.log_probs else torch.zeros(len(jobs), 0)
-        for (_, question, window), tokens, row in zip(jobs, written, log_probs, strict=True):
-            yield self._read(question, window, tokens.tolist(), row.tolist())
+        written = output[:, length:].tolist()
+        log_probs = torch.stack(chosen.log_probs, 1).tolist()
+        return [
+            self._read(question, window, tokens, row)
+            for (_, question, window), tokens, row in zip(jobs, written, log_probs, strict=True)
+        ]
 
-    def _read(self, question: Question, window: PromptWindow, tokens: list[int], log_probs: list[float]) -> Answer:
-        ends = {self.tokenizer.eos_token_id, self.tokenizer.pad_token_id}
-        count = next((i for i, token in enumerate(tokens) if token in ends), None)
-        complete = count is not None or len(tokens) < self.max_new_tokens
-        kept = tokens[:count] if count is not None else tokens
-        raw = self.tokenizer.decode(kept, skip_special_tokens=True)
-        parsed = parse_answer(raw, question.schema, window.window.text, given=window.given)
+    def _read(
+        self, question: Question, window: PromptWindow, tokens: list[int], log_probs: list[float]
+    ) -> Answer:
+        kept = tokens
+        complete = False
+        for i, token in enumerate(tokens):
+            if token in self._ends:
+                kept, complete = tokens[:i], True
+                break
+            if token in self._line_feeds and self._closes(tokens[: i + 1]):
+                kept, complete = tokens[: i + 1], True
+                break
+        parsed = parse_answer(self._decode(kept), question.schema, window.window.text, given=window.given)
+        if not complete:
+            parsed = replace(parsed, problems=self._cut_short(parsed.problems))
         parsed = self._with_confidence(parsed, kept, log_probs)
         return Answer((window.window.start, window.window.end), parsed, len(kept), complete)
 
-    def _with_confidence(self, parsed: ParsedAnswer, tokens: list[int], log_probs: list[float]) -> ParsedAnswer:
+    def _cut_short(self, problems: tuple[Problem, ...]) -> tuple[Problem, ...]:
+        """Say of an answer that is not whole why it is not; one whose list is closed lost nothing."""
+        why = f"It was cut off at `max_new_tokens={self.max_new_tokens}`; allow more."
+        kinds = {problem.kind for problem in problems}
+        if "truncated" in kinds:
+            return tuple(
+                replace(problem, message=f"{problem.message} {why}")
+                if problem.kind == "truncated"
+                else problem
+                for problem in problems
+            )
+        if "malformed" in kinds:
+            return (*problems, Problem("truncated", f"The answer ends inside a broken record. {why}", ""))
+        return problems
+
+    def _with_confidence(
+        self, parsed: ParsedAnswer, tokens: list[int], log_probs: list[float]
+    ) -> ParsedAnswer:
         """Give each record the geometric mean of the probabilities of the tokens that write it.
 
         A token counts for a record if any of its characters lies inside the record's part of the answer. The mean over
@@ -493,7 +676,7 @@ class Extractor:
         """
         if not parsed.records:
             return parsed
-        ends = [len(self.tokenizer.decode(tokens[: i + 1], skip_special_tokens=True)) for i in range(len(tokens))]
+        ends = [len(self._decode(tokens[: i + 1])) for i in range(len(tokens))]
         records = []
         for record, (start, end) in zip(parsed.records, parsed.sources, strict=True):
             inside = [
@@ -513,34 +696,38 @@ def save_format(format: PromptFormat, folder: str | Path) -> None:
 
 
 def load_format(
-    adapter: str | Path, *, revision: str | None = None, subfolder: str | None = None, token: str | None = None
+    adapter: str | Path,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | None = None,
 ) -> PromptFormat:
     """The prompt format that an adapter was trained with; the default, with a warning, where none is beside it.
 
     Raises:
-        ValueError: If the file has settings that this version does not know.
+        ValueError: If the file is not what `save_format` writes, or has settings that this version does not know.
     """
-    folder = Path(adapter) / (subfolder or "")
-    if folder.is_dir():
-        path: str | Path | None = folder / FORMAT_FILE if (folder / FORMAT_FILE).is_file() else None
-    else:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
-
-        try:
-            path = hf_hub_download(str(adapter), FORMAT_FILE, revision=revision, subfolder=subfolder, token=token)
-        except EntryNotFoundError:
-            path = None
+    path = _find(adapter, FORMAT_FILE, revision=revision, subfolder=subfolder, token=token)
     if path is None:
         warnings.warn(
-            f"No `{FORMAT_FILE}` stands beside the adapter {str(adapter)!r}, so prompts are written in the default format. If it "
+            f"No `{FORMAT_FILE}` is found beside the adapter {str(adapter)!r}, so prompts are written in the default format. If it "
             "was trained with another, pass `format=PromptFormat(...)`.",
             stacklevel=2,
         )
         return PromptFormat()
-    settings = json.loads(Path(path).read_text(encoding="utf-8")).get("prompt_format", {})
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"`{FORMAT_FILE}` of {str(adapter)!r} is no JSON ({error}). Write it with `save_format`."
+        ) from error
+    settings = content.get("prompt_format") if isinstance(content, dict) else None
+    if not isinstance(settings, dict):
+        raise ValueError(
+            f'`{FORMAT_FILE}` of {str(adapter)!r} has no `{{"prompt_format": {{...}}}}`. Write it with `save_format`.'
+        )
     known = set(PromptFormat.__dataclass_fields__)
-    if unknown := sorted(set(settings) - known):
+    if unknown := sorted({*settings} - known | {*content} - {"prompt_format"}):
         raise ValueError(
             f"`{FORMAT_FILE}` of {str(adapter)!r} has settings this version does not know: {', '.join(unknown)}. It knows "
             f"{', '.join(sorted(known))}. Update `peft_taskmoe`, or pass `format=PromptFormat(...)`."
@@ -548,8 +735,107 @@ def load_format(
     return PromptFormat(**settings)
 
 
-def _schema(source: Any) -> Schema:
-    return source if isinstance(source, Schema) else Schema.of(source)
+def question_of(document: Document) -> Question:
+    """The question that a document with gold records poses."""
+    return Question(document.text, document.schema, document.given if document.task == "EAE" else None)
+
+
+def _find(
+    adapter: str | Path,
+    name: str,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | None = None,
+) -> Path | None:
+    """A file beside an adapter, in its folder or on the Hub; None where there is none."""
+    if Path(adapter).is_dir():
+        path = Path(adapter) / (subfolder or "") / name
+        return path if path.is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(str(adapter), name, revision=revision, subfolder=subfolder, token=token))
+    except EntryNotFoundError:  # not there, or (offline) not in the cache
+        return None
+
+
+def _context(model: Any) -> int:
+    """Tokens that the model can hold; a great many where its config does not say."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(config, "max_position_embeddings", None) or 2**20
+
+
+def _schemas(schema: Any) -> list[Schema]:
+    """One schema or several: a list of label names, classes or `Label`s is one, a list of whole schemas is several."""
+    if not isinstance(schema, (list, tuple)):
+        return [schema if isinstance(schema, Schema) else Schema.of(schema)]
+    labels = [isinstance(part, (str, type, Label)) for part in schema]
+    if any(labels) and not all(labels):
+        raise ValueError(
+            "The list mixes labels with whole schemas, so it is neither one schema nor several. Pass `Schema.of(*parts)` to ask "
+            "about all at once, or a list of schemas to ask about one after the other."
+        )
+    if not schema or all(labels):
+        return [Schema.of(*schema)]
+    return [
+        one
+        for part in schema
+        for one in ([Schema.of(*part)] if isinstance(part, (list, tuple)) else _schemas(part))
+    ]
+
+
+def _check_thresholds(thresholds: float | Mapping[str, float] | None, schemas: Sequence[Schema]) -> None:
+    by_label = (
+        thresholds if isinstance(thresholds, Mapping) else {} if thresholds is None else {"": thresholds}
+    )
+    for label, value in by_label.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"The threshold {value} is no probability. Write a number between 0 and 1.")
+        if isinstance(thresholds, Mapping) and not any(
+            label == known.name for one in schemas for known in one.labels
+        ):
+            names = ", ".join(f"`{known.name}`" for one in schemas for known in one.labels)
+            raise ValueError(
+                f"There is a threshold for `{label}`, which is no label that is asked for. The labels are {names}."
+            )
+
+
+def _questions(
+    texts: Iterable[str], schemas: Sequence[Schema], given: Iterable[Sequence[Event]] | None
+) -> Iterator[Sequence[Question]]:
+    """For each text its questions: one for each schema, with those of the given events that the schema has."""
+    events = None if given is None else iter(given)
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(
+                f"Text {number} is {text!r} ({type(text).__name__}), but records are extracted from `str`. Pass texts."
+            )
+        if events is None:
+            yield [Question(text, schema) for schema in schemas]
+            continue
+        of_text = next(events, None)
+        if of_text is None:
+            raise ValueError(
+                f"There are given events for {number} texts, but more texts. Pass one list of events for each text."
+            )
+        for event in of_text:
+            if not any(schema.get("event", event.label) for schema in schemas):
+                raise ValueError(
+                    f"The given event `{event.label}` of text {number} is in no schema. Add it to the schema."
+                )
+        yield [
+            Question(
+                text,
+                schema,
+                tuple(event for event in of_text if schema.get("event", event.label))
+                if "EE" in schema.tasks
+                else None,
+            )
+            for schema in schemas
+        ]
 
 
 def _window(answer: Answer, text: str) -> Window:
@@ -557,5 +843,20 @@ def _window(answer: Answer, text: str) -> Window:
     return Window(text[start:end], start, end)
 
 
-def _length(texts: Iterable[str]) -> int | None:
-    return len(texts) if isinstance(texts, Sequence) else None
+def _cut_by_windows(
+    found: Sequence[tuple[Window, Sequence[Record]]], merged: Sequence[Record]
+) -> list[Problem]:
+    """A problem for each entity that was left out because a window's edge cut it short."""
+    kept = {record_key(record) for record in merged}
+    left_out: dict[object, Problem] = {}
+    for window, records in found:
+        for record in (shift_record(record, window.start) for record in records):
+            if not isinstance(record, Event) and record_key(record) not in kept:
+                message = "A window's edge cuts this mention short; another window has the longer one. It is left out."
+                left_out.setdefault(record_key(record), Problem("repeated", message, _source(record)))
+    return list(left_out.values())
+
+
+def _source(record: Record) -> str:
+    """A record as JSON, for a problem about it."""
+    return json.dumps(record.to_dict(), ensure_ascii=False)
