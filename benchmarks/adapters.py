@@ -48,7 +48,9 @@ class Method:
 class LoopedExperts(nn.Module):
     """The method as most codes write it: a loop over experts, each with its own pair of products."""
 
-    def __init__(self, base: nn.Linear, num_experts: int, r: int, alpha: float, dropout: float, holder: dict) -> None:
+    def __init__(
+        self, base: nn.Linear, num_experts: int, r: int, alpha: float, dropout: float, holder: dict
+    ) -> None:
         super().__init__()
         self.base, self.scaling, self.dropout, self.holder = base, alpha / r, dropout, holder
         options = {"bias": False, "device": base.weight.device, "dtype": base.weight.dtype}
@@ -57,6 +59,7 @@ class LoopedExperts(nn.Module):
         self.router = nn.Linear(base.in_features + TASK_DIM, num_experts, **options)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """One product pair per expert."""
         out = self.base(x)
         task = self.holder["task"].to(x.dtype)
         task = task.repeat_interleave(x.shape[0] // task.shape[0], 0)[:, None].expand(-1, x.shape[1], -1)
@@ -198,11 +201,18 @@ def ratios(seconds: dict[str, list[float]], reference: str) -> dict[str, tuple[f
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--vocab", type=int, default=1024, help="small: the head is no adapted layer, and its cost is the same for all")
+    parser.add_argument(
+        "--vocab",
+        type=int,
+        default=1024,
+        help="small: the head is no adapted layer, and its cost is the same for all",
+    )
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=32)
@@ -225,7 +235,10 @@ def main() -> None:
     embeds = torch.randn(args.batch, args.length, 576, device=args.device, dtype=dtype)
     labels = torch.randint(0, args.vocab, (args.batch, args.length), device=args.device)
     prompt = torch.randint(0, args.vocab, (args.batch, 64), device=args.device)
-    results: dict[str, object] = {"settings": {k: str(v) for k, v in vars(args).items()}, "torch": torch.__version__}
+    results: dict[str, object] = {
+        "settings": {k: str(v) for k, v in vars(args).items()},
+        "torch": torch.__version__,
+    }
 
     for dropout in args.dropouts:
         methods = [build(name, args, task, dropout) for name in args.methods]
@@ -233,7 +246,9 @@ def main() -> None:
             method.model.train()
         seconds = interleaved(methods, lambda m: train_step(m, embeds, labels), args.rounds, args.device)
         byte_counts = {m.name: kept_bytes(m, embeds, labels) for m in methods}
-        table = Table(title=f"train step, {args.dtype}, dropout {dropout}, {args.batch} x {args.length} tokens, {args.layers} layers")
+        table = Table(
+            title=f"train step, {args.dtype}, dropout {dropout}, {args.batch} x {args.length} tokens, {args.layers} layers"
+        )
         for column in ("method", "time / LoRA-36", "min .. max", "ms", "bytes / LoRA-36", "MiB", "trainable"):
             table.add_column(column, justify="left" if column == "method" else "right")
         found = ratios(seconds, reference)
@@ -255,8 +270,12 @@ def main() -> None:
             decoding = [m for m in methods if m.name not in ("X-LoRA", "Poly")]
             for method in decoding:
                 method.model.eval()
-            seconds = interleaved(decoding, lambda m: decode(m, prompt, args.new_tokens), args.rounds, args.device)
-            table = Table(title=f"greedy decoding, {args.dtype}, batch {args.batch}, 64 + {args.new_tokens} tokens, KV cache")
+            seconds = interleaved(
+                decoding, lambda m: decode(m, prompt, args.new_tokens), args.rounds, args.device
+            )
+            table = Table(
+                title=f"greedy decoding, {args.dtype}, batch {args.batch}, 64 + {args.new_tokens} tokens, KV cache"
+            )
             for column in ("method", "time / LoRA-36", "min .. max", "tokens/s"):
                 table.add_column(column, justify="left" if column == "method" else "right")
             rows = {}
@@ -269,7 +288,9 @@ def main() -> None:
         del methods
         gc.collect()
     if args.output is not None:
-        args.output.write_text(json.dumps(results, indent=2, default=lambda v: None if math.isnan(v) else v) + "\n")
+        args.output.write_text(
+            json.dumps(results, indent=2, default=lambda v: None if math.isnan(v) else v) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -1,19 +1,20 @@
 """Load a saved adapter in a new process and extract from one sentence.
 
-    python examples/extract.py --adapter outputs/demo --text "Ariane 5 lifted off from Kourou."
-    python examples/extract.py --adapter user/my-adapter --text "..." --schema schema.json
+python examples/extract.py --adapter outputs/demo --text "Ariane 5 lifted off from Kourou."
+python examples/extract.py --adapter user/my-adapter --text "..." --schema schema.json
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import peft_taskmoe  # noqa: F401  # registers the method with PEFT
 from peft import PeftConfig, PeftModel
-from peft_taskmoe import attach_task_encoder
-from peft_taskmoe.uie import Extractor, Schema, load_format
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+
+import peft_taskmoe  # noqa: F401  # registers the method with PEFT
+from peft_taskmoe import attach_task_encoder
+from peft_taskmoe.uie import Extractor, Schema, load_format
 
 SCHEMA = {
     "person": "names of people",
@@ -29,7 +30,9 @@ class Arguments:
 
     adapter: str = field(metadata={"help": "Folder or Hub id of the adapter."})
     text: str = field(metadata={"help": "The sentence to extract from."})
-    schema: str | None = field(default=None, metadata={"help": "JSON file {label: description}; None: people and spaceflight."})
+    schema: str | None = field(
+        default=None, metadata={"help": "JSON file {label: description}; None: people and spaceflight."}
+    )
     max_new_tokens: int = field(default=128, metadata={"help": "The longest answer."})
 
 
@@ -40,7 +43,9 @@ def main() -> None:
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), args.adapter).eval()
     tokenizer = AutoTokenizer.from_pretrained(base)
     attach_task_encoder(model, tokenizer=tokenizer)  # the encoder that the adapter's config names
-    extractor = Extractor(model, tokenizer, format=load_format(args.adapter), max_new_tokens=args.max_new_tokens)
+    extractor = Extractor(
+        model, tokenizer, format=load_format(args.adapter), max_new_tokens=args.max_new_tokens
+    )
     schema = Schema.from_json(args.schema) if args.schema else Schema.from_dict("NER", SCHEMA)
     (found,) = extractor([args.text], schema, progress=False)
     console = Console()

@@ -25,9 +25,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import peft_taskmoe
 import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+from rich.console import Console
+from rich.table import Table
+from transformers import set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_quantization_config
+
+import peft_taskmoe
 from peft_taskmoe import TaskEncoder, TaskMoELoraConfig, attach_task_encoder
 from peft_taskmoe.uie import (
     Document,
@@ -43,32 +49,45 @@ from peft_taskmoe.uie import (
     score,
     to_prompt_completion,
 )
-from rich.console import Console
-from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
-from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_quantization_config
 
-ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", "uie_config.json", "results.json", "README.md"]
+ADAPTER_FILES = [
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "uie_config.json",
+    "results.json",
+    "README.md",
+]
 
 
 @dataclass
 class DataArguments:
     """What is learned and what is asked afterwards."""
 
-    train_data: list[str] = field(default_factory=list, metadata={"help": "JSONL files or Hub data sets to train on."})
-    eval_data: list[str] = field(
-        default_factory=list, metadata={"help": "JSONL files or Hub data sets to score by generation afterwards."}
+    train_data: list[str] = field(
+        default_factory=list, metadata={"help": "JSONL files or Hub data sets to train on."}
     )
-    max_train_documents: int | None = field(default=None, metadata={"help": "At most this many per data set."})
+    eval_data: list[str] = field(
+        default_factory=list,
+        metadata={"help": "JSONL files or Hub data sets to score by generation afterwards."},
+    )
+    max_train_documents: int | None = field(
+        default=None, metadata={"help": "At most this many per data set."}
+    )
     max_eval_documents: int | None = field(default=None, metadata={"help": "At most this many per data set."})
     prompt_style: Literal["dataclass", "compact"] = field(
-        default="dataclass", metadata={"help": "'dataclass' is the paper's; 'compact' takes about half the tokens."}
+        default="dataclass",
+        metadata={"help": "'dataclass' is the paper's; 'compact' takes about half the tokens."},
     )
     occurrences: bool = field(
-        default=True, metadata={"help": "Number repeated mentions in answers, so that every offset can be told."}
+        default=True,
+        metadata={"help": "Number repeated mentions in answers, so that every offset can be told."},
     )
-    shuffle_labels: bool = field(default=True, metadata={"help": "Show the labels of a schema in random order."})
-    label_dropout: float = field(default=0.0, metadata={"help": "Leave each label out with this probability."})
+    shuffle_labels: bool = field(
+        default=True, metadata={"help": "Show the labels of a schema in random order."}
+    )
+    label_dropout: float = field(
+        default=0.0, metadata={"help": "Leave each label out with this probability."}
+    )
     mask_labels: float = field(default=0.0, metadata={"help": "Hide label names with this probability."})
     max_new_tokens: int = field(default=256, metadata={"help": "The longest answer when scoring."})
     eval_batch_size: int = field(default=8, metadata={"help": "Prompts per generation when scoring."})
@@ -79,18 +98,24 @@ class DataArguments:
 class TaskMoEArguments:
     """The adapter and its task encoder; the fields of `TaskMoELoraConfig` and `TaskEncoder`."""
 
-    task_encoder: str = field(default="Salesforce/codet5-base", metadata={"help": "Hub id or folder of the encoder."})
+    task_encoder: str = field(
+        default="Salesforce/codet5-base", metadata={"help": "Hub id or folder of the encoder."}
+    )
     task_text: Literal["prompt", "schema"] = field(
         default="prompt", metadata={"help": "The encoder reads the whole prompt, or only its schema."}
     )
     num_experts: int = field(default=8, metadata={"help": "Experts per adapted layer."})
     expert_r: int = field(default=4, metadata={"help": "Rank of each expert."})
-    expert_alpha: float = field(default=32.0, metadata={"help": "Experts are scaled by expert_alpha / expert_r."})
+    expert_alpha: float = field(
+        default=32.0, metadata={"help": "Experts are scaled by expert_alpha / expert_r."}
+    )
     expert_dropout: float = field(default=0.05, metadata={"help": "Dropout on the experts' input."})
     router_inputs: Literal["token+task", "token", "task"] = field(
         default="token+task", metadata={"help": "What the router reads."}
     )
-    task_norm: Literal["matched", "rms", "none"] = field(default="matched", metadata={"help": "Scale of the task vector."})
+    task_norm: Literal["matched", "rms", "none"] = field(
+        default="matched", metadata={"help": "Scale of the task vector."}
+    )
     top_k: int | None = field(default=None, metadata={"help": "Keep only this many gates of a token."})
     router_balance_coef: float = field(default=0.0, metadata={"help": "Weight of the load-balancing loss."})
 
@@ -127,11 +152,15 @@ def score_by_generation(
     answers = {}
     for name, documents in data.items():
         found = extractor.documents(documents)
-        answers[name] = {i: one.answers[0].parsed if len(one.answers) == 1 else one for i, one in found.items()}
+        answers[name] = {
+            i: one.answers[0].parsed if len(one.answers) == 1 else one for i, one in found.items()
+        }
     return score(data, answers)
 
 
-def write_card(folder: Path, model_name: str, encoder: TaskEncoder, results: dict[str, Any], table: str) -> None:
+def write_card(
+    folder: Path, model_name: str, encoder: TaskEncoder, results: dict[str, Any], table: str
+) -> None:
     """The model card: base, encoder, how to load (with the import), data, scores."""
     config = results["adapter"]
     content = f"""---
@@ -178,11 +207,15 @@ Made with peft_taskmoe {peft_taskmoe.__version__}, seed {results["seed"]}.
     ModelCard(content).save(folder / "README.md")
 
 
-def main(data_args: DataArguments, moe_args: TaskMoEArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
+def main(
+    data_args: DataArguments, moe_args: TaskMoEArguments, training_args: SFTConfig, model_args: ModelConfig
+) -> None:
     """Train, score, save, and push if asked."""
     console = Console()
     if not data_args.train_data:
-        raise SystemExit("There is nothing to train on. Pass `--train_data file.jsonl ...`, or `--config examples/demo.yaml`.")
+        raise SystemExit(
+            "There is nothing to train on. Pass `--train_data file.jsonl ...`, or `--config examples/demo.yaml`."
+        )
     set_seed(training_args.seed)
     start = time.perf_counter()
     output = Path(training_args.output_dir)
@@ -258,37 +291,57 @@ def main(data_args: DataArguments, moe_args: TaskMoEArguments, training_args: SF
         after = score_by_generation(trainer, evaluation, format, data_args)
         results["scores"] = after.to_dict()
         results["scores_before"] = None if before is None else before.to_dict()
-        if before is not None:
-            console.print("Before training:", before.table())
-            console.print("After training:")
-        console.print(after.table())
+        console.print(after.table() if before is None else before_and_after(evaluation, before, after))
         table = after.to_markdown()
         for line in in_plain_words(evaluation, before, after):
             console.print(line)
     results["seconds"] = round(time.perf_counter() - start, 1)
-    (output / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False, default=str) + "\n")
+    (output / "results.json").write_text(
+        json.dumps(results, indent=2, ensure_ascii=False, default=str) + "\n"
+    )
     write_card(output, model_args.model_name_or_path, encoder, results, table)
-    console.print(f"The adapter, its card and results.json are in {output} ({results['seconds']:.0f} s in all).")
+    console.print(
+        f"The adapter, its card and results.json are in {output} ({results['seconds']:.0f} s in all)."
+    )
     if push:
         repository = training_args.hub_model_id or output.name
         api = HfApi(token=training_args.hub_token)
-        repository = api.create_repo(repository, private=training_args.hub_private_repo, exist_ok=True).repo_id
+        repository = api.create_repo(
+            repository, private=training_args.hub_private_repo, exist_ok=True
+        ).repo_id
         results["repository"] = repository
         write_card(output, model_args.model_name_or_path, encoder, results, table)
         commit = api.upload_folder(repo_id=repository, folder_path=output, allow_patterns=ADAPTER_FILES)
         console.print(f"Pushed to {commit.commit_url}.")
 
 
-def in_plain_words(evaluation: dict[str, list[Document]], before: ScoreReport | None, after: ScoreReport) -> list[str]:
+def before_and_after(evaluation: dict[str, list[Document]], before: ScoreReport, after: ScoreReport) -> Table:
+    """F1 by data set and task, before and after."""
+    table = Table(title="Strict micro F1")
+    for column in ("data set", "task", "before", "after"):
+        table.add_column(column, justify="left" if column in ("data set", "task") else "right")
+    for name in evaluation:
+        reports = before.select([name]), after.select([name])
+        for group in reports[1].groups():
+            if group == "all" or "+" not in group:
+                figures = [f"{100 * report.average_f1(group):.1f}" for report in reports]
+                table.add_row(name, "mean" if group == "all" else group, *figures)
+    return table
+
+
+def in_plain_words(
+    evaluation: dict[str, list[Document]], before: ScoreReport | None, after: ScoreReport
+) -> list[str]:
     """What the figures say, data set by data set."""
     lines = []
     for name, documents in evaluation.items():
         f1 = 100 * after.select([name]).average_f1()
-        line = f"{name}: F1 {f1:.1f} on {len(documents)} documents"
+        line = f"{name}: mean F1 {f1:.1f} on {len(documents)} documents"
         if before is not None:
             earlier = 100 * before.select([name]).average_f1()
-            line += f", {earlier:.1f} before training: " + ("it learned this." if f1 > earlier + 5 else "little or nothing was gained.")
-        lines.append(line)
+            verdict = "it learned this" if f1 > earlier + 5 else "little or nothing was gained"
+            line += f", {earlier:.1f} before training: {verdict}"
+        lines.append(line + ".")
     return lines
 
 

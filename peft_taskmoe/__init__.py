@@ -8,6 +8,7 @@ from .export import experts_from_loras, from_reference_checkpoint, to_lora
 from .inspection import heat_map, record_gates
 from .model import TaskMoELoraModel, attach_task_encoder
 from .registration import register
+from .training_log import log_routing
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,7 @@ __all__ = [
     "experts_from_loras",
     "from_reference_checkpoint",
     "heat_map",
+    "log_routing",
     "record_gates",
     "task_context",
     "to_lora",

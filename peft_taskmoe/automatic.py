@@ -37,7 +37,9 @@ class FoundTasks:
     token_tasks: torch.Tensor | None
 
 
-def packed_documents(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+def packed_documents(
+    position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
+) -> torch.Tensor | None:
     """Which document each token of a packed batch belongs to.
 
     A batch is packed (or padding-free) if it has no attention mask and its positions start over within a row.
@@ -49,7 +51,12 @@ def packed_documents(position_ids: torch.Tensor | None, attention_mask: torch.Te
     Returns:
         `(rows * length,)` indices counting up from 0, or None if no row holds more than one document.
     """
-    if position_ids is None or attention_mask is not None or position_ids.dim() != 2 or position_ids.shape[1] < 2:
+    if (
+        position_ids is None
+        or attention_mask is not None
+        or position_ids.dim() != 2
+        or position_ids.shape[1] < 2
+    ):
         return None
     starts = position_ids[:, 1:] <= position_ids[:, :-1]
     if not bool(starts.any()):
@@ -166,7 +173,9 @@ class PromptEncoder:
         texts = [self._text(ids) for ids in prompts]
         if documents is not None:
             for i, size in enumerate(documents.bincount().tolist()):
-                if size == 1 and not texts[i]:  # one token of padding (`pad_to_multiple_of`), which says nothing to encode
+                if (
+                    size == 1 and not texts[i]
+                ):  # one token of padding (`pad_to_multiple_of`), which says nothing to encode
                     texts[i], prompts[i] = texts[i - 1], prompts[i - 1]
         if labels is not None:
             self._warn_of_missing_prompts(prompts)
@@ -190,7 +199,7 @@ class PromptEncoder:
                 f"{missing} of {len(prompts)} examples have no prompt: their labels begin at the first token, so their first token alone "
                 "chooses their experts. That is so in data without prompts, where `completion_only_loss` is off, and where "
                 'packing cuts documents (`packing_strategy="wrapped"` or `"bfd_split"`). Train on prompts and completions '
-                "and pack with `\"bfd\"`, or pass `task_embeds`.",
+                'and pack with `"bfd"`, or pass `task_embeds`.',
                 UserWarning,
                 stacklevel=6,
             )
@@ -214,7 +223,7 @@ class PromptEncoder:
         end = SCHEMA_END.search(prompt)
         if end is None:
             raise ValueError(
-                "The task encoder reads only the schema (`text=\"schema\"`), the part of a prompt before the line `text = ...`, "
+                'The task encoder reads only the schema (`text="schema"`), the part of a prompt before the line `text = ...`, '
                 f"but this prompt has no such line: {prompt[:80]!r}... Write prompts in the format of `peft_taskmoe.uie`, or encode "
                 "the schemas yourself and pass `task_embeds`."
             )

@@ -19,10 +19,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from rich.console import Console
-from rich.markup import escape
-
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from .uie.extractor import Extractor, Question
 
 DONE, SOME_LINES_BAD, NOTHING_DONE, INTERRUPTED = 0, 1, 2, 130
@@ -38,14 +37,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code; see the top of this file.
     """
     args = _parser().parse_args(arguments)
+    try:
+        from rich.console import Console
+    except ImportError:
+        print("The command line needs more packages: pip install 'peft_taskmoe[uie]'", file=sys.stderr)
+        return NOTHING_DONE
     console = Console(stderr=True)
     try:
         code: int = args.run(args, console)
     except (ValueError, OSError, ImportError) as error:
-        console.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
+        _say(console, f"Error: {error}", "bold red")
         return NOTHING_DONE
     except KeyboardInterrupt:
-        console.print("Interrupted.")
+        _say(console, "Interrupted. The same command goes on from here.")
         return INTERRUPTED
     return code
 
@@ -144,11 +148,11 @@ def _extract(args: argparse.Namespace, console: Console) -> int:
     done = _lines_done(args.output, args.input, run)
     total = sum(1 for _ in _lines(args.input))
     if done:
-        console.print(f"{done} of {total} lines are done already.")
+        _say(console, f"{done} of {total} lines are done already.")
     if done == total:
         return _finish(args, console)
-    extractor = _load(args)
     with args.output.open("ab") as file:
+        extractor = _load(args)
         rows = islice(enumerate(_lines(args.input), 1), done, None)
         for line in _answers(extractor, rows, schema, args.threshold, total - done):
             file.write(
@@ -166,17 +170,15 @@ def _finish(args: argparse.Namespace, console: Console) -> int:
         row = json.loads(line)
         if "error" in row:
             bad += 1
-            console.print(
-                f"[red]{escape(str(args.input))}:{number}:[/] {escape(row['error'])}", soft_wrap=True
-            )
-    console.print(f"Wrote {escape(str(args.output))}." + (f" {bad} lines could not be used." if bad else ""))
+            _say(console, f"{args.input}:{number}: {row['error']}", "red")
+    _say(console, f"Wrote {args.output}." + (f" {bad} lines could not be used." if bad else ""))
     return SOME_LINES_BAD if bad else DONE
 
 
 def _load(args: argparse.Namespace) -> Extractor:
     from .uie.extractor import Extractor
 
-    extractor = Extractor.from_pretrained(
+    return Extractor.from_pretrained(
         args.adapter,
         model_kwargs={
             key: value for key, value in (("dtype", args.dtype), ("device_map", args.device)) if value
@@ -186,7 +188,6 @@ def _load(args: argparse.Namespace) -> Extractor:
         max_prompt_tokens=args.max_prompt_tokens,
         constrained=args.constrained,
     )
-    return extractor
 
 
 def _run_name(args: argparse.Namespace, schema: Any) -> str:
@@ -283,13 +284,20 @@ def _question(line: bytes, schema: Any, number: int) -> tuple[str, Question]:
         return name, Question(row["text"], schema)
     if "schema" not in row:
         raise ValueError('The line has no "schema", and no --schema was given. Pass --schema FILE.')
-    return name, question_of(Document.from_dict({"id": name, "task": "UIE", **row}))
+    document = Document.from_dict({"task": "UIE", **row, "id": name})
+    if document.task == "EAE" and not document.given:
+        raise ValueError(
+            "An EAE line needs the events whose arguments are asked for, with type and trigger, in `annotations`."
+        )
+    return name, question_of(document)
 
 
 # --- score and convert ---------------------------------------------------------------------------------------------
 
 
 def _score(args: argparse.Namespace, console: Console) -> int:
+    from rich.console import Console
+
     from .uie.data import read_jsonl
     from .uie.score import SeenLabels, score
 
@@ -311,15 +319,14 @@ def _score(args: argparse.Namespace, console: Console) -> int:
         answers[name], errors = _read_predicted(predicted)
         bad += len(errors)
         for number, message in errors:
-            console.print(f"[red]{escape(str(predicted))}:{number}:[/] {escape(message)}", soft_wrap=True)
+            _say(console, f"{predicted}:{number}: {message}", "red")
     report = score(gold, answers, match=args.match, seen=SeenLabels.load(args.seen) if args.seen else None)
     if args.intervals:
         report = report.with_intervals()
-    out = Console()
-    out.print(
-        report.table(labels=args.labels) if out.is_terminal else report.to_markdown(labels=args.labels),
-        markup=False,
-    )
+    if sys.stdout.isatty():
+        Console().print(report.table(labels=args.labels))
+    else:
+        print(report.to_markdown(labels=args.labels))
     if args.json:
         args.json.write_text(report.to_json(documents=True) + "\n", encoding="utf-8")
     return SOME_LINES_BAD if bad else DONE
@@ -371,14 +378,16 @@ def _convert(args: argparse.Namespace, console: Console) -> int:
         raise ValueError("BRAT files hold several tasks. Pass --task NER, RE or EE.")
     report = convert(args.source, args.target, args.source_format, **options)
     for problem in report.problems:
-        console.print(
-            f"{'[red]' if problem.severity == 'error' else '[dim]'}{escape(str(problem))}[/]", soft_wrap=True
-        )
-    console.print(f"Wrote {escape(str(args.target))}: {escape(str(report))}.")
+        _say(console, str(problem), "red" if problem.severity == "error" else "dim")
+    _say(console, f"Wrote {args.target}: {report}.")
     return SOME_LINES_BAD if report.errors else DONE
 
 
-# --- files ---------------------------------------------------------------------------------------------------------
+# --- messages and files ---------------------------------------------------------------------------------------------------------
+
+
+def _say(console: Console, words: str, style: str = "") -> None:
+    console.print(words, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _lines(path: Path) -> Iterator[bytes]:

@@ -61,7 +61,11 @@ class AuxLoss:
 
         Encoder and decoder are told apart by their number of tokens; where these are equal, every token counts.
         """
-        masks = [mask for mask in (self.token_mask, self.decoder_mask) if mask is not None and mask.shape[0] == tokens]
+        masks = [
+            mask
+            for mask in (self.token_mask, self.decoder_mask)
+            if mask is not None and mask.shape[0] == tokens
+        ]
         return masks[0] if len(masks) == 1 else None
 
 
@@ -96,11 +100,15 @@ class TaskState:
     owner: Any = None
     normalized: dict[Hashable, torch.Tensor] = field(default_factory=dict)
 
-    def normalized_embeds(self, task_norm: str, in_features: int, device: torch.device) -> torch.Tensor | None:
+    def normalized_embeds(
+        self, task_norm: str, in_features: int, device: torch.device
+    ) -> torch.Tensor | None:
         """The task embeddings at the router's scale, on the layer's device; computed once per forward and input width."""
         if self.task_embeds is None:
             return None
-        if torch.compiler.is_compiling() or self.task_embeds.requires_grad:  # a trained one: each layer its own graph
+        if (
+            torch.compiler.is_compiling() or self.task_embeds.requires_grad
+        ):  # a trained one: each layer its own graph
             return normalize_task(self.task_embeds.to(device), task_norm, in_features)
         key = (task_norm, in_features, device)
         found = self.normalized.get(key)
@@ -122,7 +130,7 @@ def current_state() -> TaskState | None:
     return _SCOPE.state
 
 
-class entered:  # noqa: N801  # a context manager, written as a class so that torch.compile traces it without a break
+class entered:  # written as a class so that torch.compile traces it without a break
     """Run a block under a state, and restore what was there before.
 
     Args:

@@ -73,7 +73,8 @@ class TaskMoELoraConfig(PeftConfig):
     router_aux_loss_coef: float = field(default=0.0, metadata={"help": "Weight of the load-balancing loss."})
     task_dim: int = field(default=768, metadata={"help": "Dimension of the task embedding."})
     task_norm: Literal["matched", "rms", "none"] = field(
-        default="matched", metadata={"help": "Scale of the task embedding at the router: 'matched', 'rms' or 'none'."}
+        default="matched",
+        metadata={"help": "Scale of the task embedding at the router: 'matched', 'rms' or 'none'."},
     )
     task_encoder: TaskEncoderConfig | dict[str, Any] | None = field(
         default=None, metadata={"help": "The frozen encoder of the task texts."}
@@ -168,7 +169,11 @@ class TaskMoELoraConfig(PeftConfig):
                 "Pass `layers_to_transform=[...]` as well, or leave `layers_pattern` out."
             )
         targets = self.target_modules
-        if self.layers_to_transform is not None and isinstance(targets, str) and targets.lower() != "all-linear":
+        if (
+            self.layers_to_transform is not None
+            and isinstance(targets, str)
+            and targets.lower() != "all-linear"
+        ):
             raise ValueError(
                 f"`layers_to_transform` does not go together with `target_modules={targets!r}`, a regex that is matched as a "
                 'whole. Let the regex name the layers, or pass `target_modules="all-linear"` or a list such as '
@@ -178,7 +183,9 @@ class TaskMoELoraConfig(PeftConfig):
 
 def _check_count(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"`{name}` is {value!r}, but it counts something. Pass a whole number of at least 1.")
+        raise ValueError(
+            f"`{name}` is {value!r}, but it counts something. Pass a whole number of at least 1."
+        )
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -135,7 +135,9 @@ class FusedUpdate(torch.autograd.Function):
             out.view(-1, out.shape[-1]).addmm_(z, weight_b.t(), alpha=scaling)
         else:
             assert base is not None
-            out = torch.addmm(base.reshape(-1, base.shape[-1]), z, weight_b.t(), alpha=scaling).view(base.shape)
+            out = torch.addmm(base.reshape(-1, base.shape[-1]), z, weight_b.t(), alpha=scaling).view(
+                base.shape
+            )
         ctx.save_for_backward(x, h, gates, keep, weight, weight_a, weight_b, router_weight, task, token_tasks)
         ctx.scaling, ctx.reads_token = scaling, shape.reads_token
         return out
@@ -162,9 +164,9 @@ class FusedUpdate(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             if keep is None:
                 grad_x = (dy @ weight).view_as(x2) if weight is not None else None
-                left, right = (dh, weight_a) if w_x is None else (
-                    torch.cat((dh, d_token), 1), torch.cat((weight_a, w_x))
-                )
+                left, right = dh, weight_a
+                if w_x is not None and d_token is not None:
+                    left, right = torch.cat((dh, d_token), 1), torch.cat((weight_a, w_x))
                 grad_x = left @ right if grad_x is None else grad_x.addmm_(left, right)
             else:
                 grad_x = (dh @ weight_a).mul_(keep)
@@ -230,7 +232,11 @@ def decoding_weights(
     shape: ExpertShape,
 ) -> DecodingWeights:
     """Prepare `decoding_step` for a generation; arguments as in `FusedUpdate`, without `top_k`."""
-    w_x = router_weight[:, : weight_a.shape[1]].repeat_interleave(shape.r, dim=0).t() if shape.reads_token else None
+    w_x = (
+        router_weight[:, : weight_a.shape[1]].repeat_interleave(shape.r, dim=0).t()
+        if shape.reads_token
+        else None
+    )
     per_task = None if task is None else task_logits(task, router_weight)
     scale = shape.scaling * shape.r
     if w_x is None:

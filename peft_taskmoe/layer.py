@@ -97,10 +97,11 @@ class TaskMoELoraLayer(BaseTunerLayer):
             adapter_name: Which adapter.
             init_weights: If False, B is drawn too.
         """
-        for layer in (self.taskmoe_lora_A, self.taskmoe_lora_router, self.taskmoe_lora_B):
-            nn.init.kaiming_uniform_(layer[adapter_name].weight, a=math.sqrt(5))
+        weights = [getattr(self, name)[adapter_name].weight for name in self.adapter_layer_names]
+        for weight in weights:
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
         if init_weights:
-            nn.init.zeros_(self.taskmoe_lora_B[adapter_name].weight)
+            nn.init.zeros_(weights[1])
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """`s * sum_i g_i B_i A_i` for the task of the current `task_context`, shaped like the base weight.
@@ -225,7 +226,7 @@ def _onloaded(module: nn.Linear, adapter_name: str) -> torch.Tensor:
 def missing_task_message(adapter_name: str) -> str:
     """What to say to a forward without a task."""
     return (
-        f"This forward has no task embedding. The router of adapter \"{adapter_name}\" reads the task, so every example needs one. "
+        f'This forward has no task embedding. The router of adapter "{adapter_name}" reads the task, so every example needs one. '
         "Pass task_embeds=..., or call attach_task_encoder(model). Where the call is not yours, run it inside "
         "`with task_context(task_embeds):`."
     )
@@ -242,11 +243,11 @@ def _linear_features(base_layer: nn.Module) -> tuple[int, int]:
             "The output projection of `nn.MultiheadAttention` is read by its parent without being called, so an adapter on it "
             "would do nothing. Leave it out with `exclude_modules`."
         )
-    if not isinstance(base_layer, _NOT_LINEAR):
-        if isinstance(base_layer, nn.Linear | Conv1D) or hasattr(base_layer, "weight"):
-            features = _get_in_out_features(base_layer)
-            if all(isinstance(size, int) for size in features):
-                return features  # type: ignore[return-value]
+    like_linear = isinstance(base_layer, nn.Linear | Conv1D) or hasattr(base_layer, "weight")
+    if like_linear and not isinstance(base_layer, _NOT_LINEAR):
+        features = _get_in_out_features(base_layer)
+        if all(isinstance(size, int) for size in features):
+            return features
     raise TypeError(
         f"`{type(base_layer).__name__}` is no linear layer, and Task-Aware MoELoRA adapts linear layers only (`nn.Linear`, "
         "transformers' `Conv1D`, and layers with `in_features` and `out_features` that behave like them). "
@@ -290,13 +291,18 @@ class Linear(nn.Module, TaskMoELoraLayer):
             return self.base_layer(x, *args, **kwargs)
         state = current_state()
         if state is not None:
-            if state.memo is not None and x.dim() == 3 and x.shape[1] == 1 and not torch.compiler.is_compiling():
+            if (
+                state.memo is not None
+                and x.dim() == 3
+                and x.shape[1] == 1
+                and not torch.compiler.is_compiling()
+            ):
                 prepared = state.memo.get(self) or self._prepare_decoding(x, state)
                 if prepared.weights is not None and not args and not kwargs:
                     return self._decode(x, prepared)
             if state.adapter_names is not None:
                 return self._forward_by_row(x, state, *args, **kwargs)
-        active = [name for name in self.active_adapters if name in self.taskmoe_lora_A]
+        active = self._active_here()
         if len(active) == 1 and not args and not kwargs:
             return self._forward_one(x, active[0], state)
         out = self.base_layer(x, *args, **kwargs)
@@ -304,10 +310,15 @@ class Linear(nn.Module, TaskMoELoraLayer):
             out = self._add_update(x, out, adapter_name, state)
         return out
 
+    def _active_here(self) -> list[str]:
+        """The active adapters that this layer has."""
+        names: Any = self.active_adapters  # a list; nn.Module's attributes hide it from the type checker
+        return [name for name in names if name in self.taskmoe_lora_A]
+
     def _prepare_decoding(self, x: torch.Tensor, state: TaskState) -> _Decoding:
         """Compute what the decoding steps of this generation share, or find that they must take the general way."""
         assert state.memo is not None
-        active = [name for name in self.active_adapters if name in self.taskmoe_lora_A]
+        active = self._active_here()
         found = _Decoding(None, None, None)
         if (
             len(active) == 1
@@ -339,7 +350,11 @@ class Linear(nn.Module, TaskMoELoraLayer):
 
     def _forward_one(self, x: torch.Tensor, adapter_name: str, state: TaskState | None) -> torch.Tensor:
         """One adapter, no other arguments: the fast cases."""
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and self._frozen_linear(x, adapter_name):
+        if (
+            torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and self._frozen_linear(x, adapter_name)
+        ):
             task, token_tasks = self._task_of(x, adapter_name, state)
             if not self._needs_plain_form(adapter_name, state):
                 base = self.base_layer
@@ -397,9 +412,7 @@ class Linear(nn.Module, TaskMoELoraLayer):
             update = collect_aux_loss(update, loss, state.aux)
         return update
 
-    def _forward_by_row(
-        self, x: torch.Tensor, state: TaskState, *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
+    def _forward_by_row(self, x: torch.Tensor, state: TaskState, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Each row of the batch with the adapter named for it; `"__base__"` for none."""
         out = self.base_layer(x, *args, **kwargs)
         names = repeat_names(state.adapter_names or (), x.shape[0])
@@ -431,7 +444,12 @@ class Linear(nn.Module, TaskMoELoraLayer):
                 )
             return task, state.token_tasks.to(x.device)
         rows, length = state.rows, state.length
-        if x.dim() <= 2 and rows is not None and length is not None and x.shape[0] not in (rows, rows * length):
+        if (
+            x.dim() <= 2
+            and rows is not None
+            and length is not None
+            and x.shape[0] not in (rows, rows * length)
+        ):
             raise ValueError(
                 f"This layer gets {x.shape[0]} rows in a batch of {rows} x {length} tokens: a part of the tokens, as in a sparse "
                 "mixture-of-experts block, so which example each belongs to is unknown here. Leave the layer out with "
@@ -468,7 +486,12 @@ class Linear(nn.Module, TaskMoELoraLayer):
             and x.dtype == weight.dtype == self.taskmoe_lora_A[adapter_name].weight.dtype
             and not torch.is_autocast_enabled(x.device.type)
             and not is_in_torch_dispatch_mode()
-            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+            and not (
+                base._forward_hooks
+                or base._forward_pre_hooks
+                or base._backward_hooks
+                or base._backward_pre_hooks
+            )
         )
 
     def _dropout(self, adapter_name: str) -> float:
@@ -499,4 +522,3 @@ def repeat_names(names: Sequence[str], rows: int) -> list[str]:
             f"{len(names)} and {rows} respectively."
         )
     return [name for name in names for _ in range(rows // len(names))]
-

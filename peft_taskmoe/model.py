@@ -87,8 +87,12 @@ class Conditioner:
     def add_aux_loss(self, aux: AuxLoss, outputs: Any) -> Any:
         """Add the collected load-balancing loss to the loss of the outputs; see to its gradient where a trainer computes that loss."""
         by_name = isinstance(outputs, dict)
-        loss = outputs.get("loss") if by_name else outputs[0] if isinstance(outputs, tuple) and outputs else None
-        log_probs, counted = (outputs.get("log_probs"), outputs.get("label_mask")) if by_name else (None, None)
+        loss = (
+            outputs.get("loss") if by_name else outputs[0] if isinstance(outputs, tuple) and outputs else None
+        )
+        log_probs, counted = (
+            (outputs.get("log_probs"), outputs.get("label_mask")) if by_name else (None, None)
+        )
         added = isinstance(loss, torch.Tensor) and loss.dim() == 0
         if added and by_name:
             outputs["loss"] = AddAuxLoss.apply(loss, aux)
@@ -157,7 +161,9 @@ def wrap_outermost(model: nn.Module) -> None:
     for name, conditioned in (("forward", _forward), ("generate", _generate)):
         own = model.__dict__.get(name)
         if hasattr(model, name) and getattr(own, "func", None) is not conditioned:
-            model.__dict__[name] = _bound(conditioned, model, own, name, _with_task_embeds(getattr(model, name)))
+            model.__dict__[name] = _bound(
+                conditioned, model, own, name, _with_task_embeds(getattr(model, name))
+            )
 
 
 def remove_conditioning(model: nn.Module) -> None:
@@ -419,7 +425,9 @@ class TaskMoELoraModel(BaseTuner):
     tuner_layer_cls = TaskMoELoraLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  # PEFT's name; "all-linear" is the default
 
-    def _prepare_adapter_config(self, peft_config: TaskMoELoraConfig, model_config: dict[str, Any]) -> TaskMoELoraConfig:
+    def _prepare_adapter_config(
+        self, peft_config: TaskMoELoraConfig, model_config: dict[str, Any]
+    ) -> TaskMoELoraConfig:
         if peft_config.target_modules is None:
             peft_config.target_modules = "all-linear"
         return peft_config
@@ -435,7 +443,9 @@ class TaskMoELoraModel(BaseTuner):
         if name in _TRAINED_HEADS.get(peft_config.task_type or "", ()):
             return False
         if peft_config.layers_to_transform is not None and key in (peft_config.target_modules or ()):
-            peft_config = copy(peft_config)  # PEFT counts layers for names that end a path, not for whole paths
+            peft_config = copy(
+                peft_config
+            )  # PEFT counts layers for names that end a path, not for whole paths
             peft_config.target_modules = {name}  # type: ignore[assignment]
         return BaseTuner._check_target_module_exists(peft_config, key)
 
@@ -497,11 +507,11 @@ class TaskMoELoraModel(BaseTuner):
             return
         self._check_adapter_names(names)
         outer = current_state() or TaskState()
-        state = TaskState(
-            task_embeds=outer.task_embeds, adapter_names=list(names), recorder=outer.recorder
-        )
+        state = TaskState(task_embeds=outer.task_embeds, adapter_names=list(names), recorder=outer.recorder)
         handles = [
-            module.register_forward_pre_hook(partial(_pass_adapter_names, names=list(names)), with_kwargs=True)
+            module.register_forward_pre_hook(
+                partial(_pass_adapter_names, names=list(names)), with_kwargs=True
+            )
             for module in self.model.modules()
             if isinstance(module, AuxiliaryTrainingWrapper)
         ]
@@ -514,7 +524,9 @@ class TaskMoELoraModel(BaseTuner):
 
     def _check_adapter_names(self, names: Sequence[str]) -> None:
         if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Call `model.eval()` first.")
+            raise ValueError(
+                "Cannot pass `adapter_names` when the model is in training mode. Call `model.eval()` first."
+            )
         known = set(self.peft_config)
         unknown = sorted(set(names) - known - {"__base__"})
         if unknown:
@@ -523,10 +535,14 @@ class TaskMoELoraModel(BaseTuner):
                 f'This model has {", ".join(sorted(known))}, and "__base__" for none.'
             )
         if any(layer.merged for layer in self.model.modules() if isinstance(layer, TaskMoELoraLayer)):
-            raise ValueError("Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first.")
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
 
 
-def _pass_adapter_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str]) -> Any:
+def _pass_adapter_names(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str]
+) -> Any:
     """Hand each row's adapter to a module that is saved with the adapters."""
     rows = next(value.shape[0] for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
     kwargs["adapter_names"] = repeat_names(names, rows)
@@ -541,7 +557,7 @@ def base_model_of(model: nn.Module) -> nn.Module:
     """
     model = getattr(model, "_orig_mod", model)
     model = getattr(model, "module", model) if not hasattr(model, "get_base_model") else model
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     if conditioner_of(base) is None:
         raise ValueError(
             f"`{type(model).__name__}` has no Task-Aware MoELoRA adapter, so there is no router to give a task to. "
@@ -583,7 +599,9 @@ def attach_task_encoder(
     if tokenizer is None:
         from transformers import AutoTokenizer
 
-        name = getattr(getattr(base, "config", None), "_name_or_path", None) or getattr(base, "name_or_path", None)
+        name = getattr(getattr(base, "config", None), "_name_or_path", None) or getattr(
+            base, "name_or_path", None
+        )
         if not name:
             raise ValueError(
                 "The base model has no name to load its tokenizer from, and without the tokenizer `input_ids` cannot be read. "
@@ -595,7 +613,7 @@ def attach_task_encoder(
             continue
         if config.task_dim != encoder.task_dim:
             raise ValueError(
-                f"The encoder gives vectors of {encoder.task_dim} dimensions, but the router of adapter \"{name}\" was built "
+                f'The encoder gives vectors of {encoder.task_dim} dimensions, but the router of adapter "{name}" was built '
                 f"for `task_dim={config.task_dim}`. Build the adapter with `TaskMoELoraConfig(task_dim={encoder.task_dim})`, or "
                 "attach the encoder it was trained with."
             )

@@ -15,6 +15,6 @@ from .peft_type import PREFIX, TASKMOE_LORA
 
 def register() -> None:
     """Tell PEFT about the method; doing it again changes nothing."""
-    PEFT_TYPE_TO_CONFIG_MAPPING[TASKMOE_LORA] = TaskMoELoraConfig  # type: ignore[index]
-    PEFT_TYPE_TO_TUNER_MAPPING[TASKMOE_LORA] = TaskMoELoraModel  # type: ignore[index]
-    PEFT_TYPE_TO_PREFIX_MAPPING[TASKMOE_LORA] = PREFIX  # type: ignore[index]
+    PEFT_TYPE_TO_CONFIG_MAPPING[TASKMOE_LORA] = TaskMoELoraConfig
+    PEFT_TYPE_TO_TUNER_MAPPING[TASKMOE_LORA] = TaskMoELoraModel
+    PEFT_TYPE_TO_PREFIX_MAPPING[TASKMOE_LORA] = PREFIX

@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-
 TYPICAL_INPUT_RMS = 0.25
 """Root mean square of a linear layer's input entries in a pretrained transformer: medians of 0.14 to 0.32 over the seven kinds
 of linears of SmolLM2-135M (`benchmarks/router_scale.py`)."""

@@ -236,7 +236,9 @@ def test_an_unknown_encoder_setting_in_a_file_is_refused(tmp_path) -> None:
 
 
 def test_one_gate_alone_warns_that_its_router_does_not_learn():
-    with pytest.warns(UserWarning, match=r"`top_k` is 1: the one gate that is kept always equals 1.*`top_k=2` or more"):
+    with pytest.warns(
+        UserWarning, match=r"`top_k` is 1: the one gate that is kept always equals 1.*`top_k=2` or more"
+    ):
         TaskMoELoraConfig(top_k=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

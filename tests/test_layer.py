@@ -181,7 +181,8 @@ SAME_BUT_FOR_THE_BASE = {"subclass", "hooked", "memo_conv1d"}
 CASES = [
     pytest.param(path, variation, id=f"{path}-{variation}")
     for path, variation in itertools.product(PATHS, VARIATIONS)
-    if path not in SAME_BUT_FOR_THE_BASE or variation.name in {"usual", "no bias", "4-D", "packed", "one token a row"}
+    if path not in SAME_BUT_FOR_THE_BASE
+    or variation.name in {"usual", "no bias", "4-D", "packed", "one token a row"}
 ]
 
 

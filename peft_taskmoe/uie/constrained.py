@@ -65,15 +65,18 @@ def answer_grammar(schema: Schema, text: str, given: Sequence[Event] = ()) -> st
 
 def _call(schema: Schema, label: Label, number: int, rules: list[str], trigger: str | None) -> str:
     """The rule of one class; the rule of an event's roles is added to `rules`."""
-    slots = dict(zip((slot.name for slot in label.slots), schema.names.slots_of(label), strict=True))
-    fixed = [slots[slot.name] for slot in label.slots if slot not in label.roles]
+    identifiers = schema.names.slots_of(label)
+    fixed, roles = (
+        identifiers[: -len(label.roles) or None],
+        identifiers[len(identifiers) - len(label.roles) :],
+    )
     mention = "MENTION" if trigger is None else _quoted(trigger)
-    parts = [_quoted(f"{schema.names.class_of(label)}(")]
-    parts.append(' ", " '.join(f"{_quoted(f'{slot}=')}? {mention}" for slot in fixed))
+    by_name = ' ", " '.join(f"{_quoted(f'{slot}=')} {mention}" for slot in fixed)
+    by_position = ' ", " '.join([mention] * len(fixed))
+    parts = [_quoted(f"{schema.names.class_of(label)}("), f"({by_name} | {by_position})"]
     if trigger is None:
         parts += [f"({_quoted(f', {slot}_nth=')} NUMBER)?" for slot in fixed]
-    if label.roles:
-        roles = [slots[role.name] for role in label.roles]
+    if roles:
         filled = [f"{_quoted(f'{role}=')} mentions" for role in roles]
         filled += [f"{_quoted(f'{role}_nth=')} numbers" for role in roles]
         rules.append(f"roles{number}: {' | '.join(filled)}")

@@ -200,6 +200,23 @@ class Extractions(Sequence[Extraction]):
         return DataFrame(rows, columns=columns)
 
 
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One prompt to be answered.
+
+    Attributes:
+        group: The number of its text among those that are answered together.
+        question: The question.
+        window: The part of the text that it is about, with the prompt.
+        ids: The prompt's tokens.
+    """
+
+    group: int
+    question: Question
+    window: PromptWindow
+    ids: list[int]
+
+
 class _ChosenTokens(LogitsProcessor):
     """Remembers the log-probability of every token that was chosen, keeping the logits of one step at a time."""
 
@@ -498,7 +515,7 @@ class Extractor:
         self, groups: Sequence[Sequence[Question]], thresholds: float | Mapping[str, float] | None
     ) -> Iterator[Extraction]:
         """Answer some groups in batches of like length; a group is yielded as soon as it and those before it are done."""
-        jobs: list[tuple[int, Question, PromptWindow]] = []
+        jobs: list[_Job] = []
         for number, group in enumerate(groups):
             for question in group:
                 if not question.text.strip() or question.given == ():
@@ -512,23 +529,23 @@ class Extractor:
                     format=self.format,
                     overlap=self.overlap,
                 )
-                jobs += [(number, question, window) for window in windows]
+                jobs += [_Job(number, question, window, self._ids(window.prompt)) for window in windows]
         waiting = [0] * len(groups)
-        for number, _, _ in jobs:
-            waiting[number] += 1
+        for job in jobs:
+            waiting[job.group] += 1
         answers: list[dict[int, Answer]] = [{} for _ in groups]
         seconds = [0.0] * len(groups)
-        order = sorted(range(len(jobs)), key=lambda i: -len(jobs[i][2].prompt))
+        order = sorted(range(len(jobs)), key=lambda i: -len(jobs[i].ids))
         next_group = 0
         for first in range(0, len(order), self.batch_size):
             batch = order[first : first + self.batch_size]
             start = time.perf_counter()
             for i, answer in zip(batch, self._generate([jobs[i] for i in batch]), strict=True):
-                answers[jobs[i][0]][i] = answer
-                waiting[jobs[i][0]] -= 1
+                answers[jobs[i].group][i] = answer
+                waiting[jobs[i].group] -= 1
             share = (time.perf_counter() - start) / len(batch)
             for i in batch:
-                seconds[jobs[i][0]] += share
+                seconds[jobs[i].group] += share
             while next_group < len(groups) and waiting[next_group] == 0:
                 yield self._extraction(
                     groups[next_group], answers[next_group], seconds[next_group], thresholds
@@ -592,9 +609,9 @@ class Extractor:
         return "]" in bare and bare.count("[") <= bare.count("]")
 
     @torch.no_grad()
-    def _generate(self, jobs: Sequence[tuple[int, Question, PromptWindow]]) -> list[Answer]:
+    def _generate(self, jobs: Sequence[_Job]) -> list[Answer]:
         """Greedy answers to a batch of prompts."""
-        prompts = [self._ids(window.prompt) for _, _, window in jobs]
+        prompts = [job.ids for job in jobs]
         length = max(map(len, prompts))
         pad = self.tokenizer.pad_token_id
         pad = next(iter(sorted(self._ends)), 0) if pad is None else pad
@@ -602,9 +619,11 @@ class Extractor:
         input_ids = torch.tensor([[pad] * (length - len(ids)) + ids for ids in prompts], device=device)
         mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
         chosen = _ChosenTokens()
-        processors: list[LogitsProcessor] = [chosen]  # before the constraint: probabilities are the model's own
+        processors: list[LogitsProcessor] = [
+            chosen
+        ]  # before the constraint: probabilities are the model's own
         if self._constraint is not None:
-            asked = [(question.schema, window.window.text, window.given) for _, question, window in jobs]
+            asked = [(job.question.schema, job.window.window.text, job.window.given) for job in jobs]
             processors.append(self._constraint.processor(asked))
         training = self.model.training
         self.model.eval()
@@ -629,13 +648,11 @@ class Extractor:
         written = output[:, length:].tolist()
         log_probs = torch.stack(chosen.log_probs, 1).tolist()
         return [
-            self._read(question, window, tokens, row)
-            for (_, question, window), tokens, row in zip(jobs, written, log_probs, strict=True)
+            self._read(job, tokens, row) for job, tokens, row in zip(jobs, written, log_probs, strict=True)
         ]
 
-    def _read(
-        self, question: Question, window: PromptWindow, tokens: list[int], log_probs: list[float]
-    ) -> Answer:
+    def _read(self, job: _Job, tokens: list[int], log_probs: list[float]) -> Answer:
+        window = job.window.window
         kept = tokens
         complete = False
         for i, token in enumerate(tokens):
@@ -645,11 +662,11 @@ class Extractor:
             if token in self._line_feeds and self._closes(tokens[: i + 1]):
                 kept, complete = tokens[: i + 1], True
                 break
-        parsed = parse_answer(self._decode(kept), question.schema, window.window.text, given=window.given)
+        parsed = parse_answer(self._decode(kept), job.question.schema, window.text, given=job.window.given)
         if not complete:
             parsed = replace(parsed, problems=self._cut_short(parsed.problems))
         parsed = self._with_confidence(parsed, kept, log_probs)
-        return Answer((window.window.start, window.window.end), parsed, len(kept), complete)
+        return Answer((window.start, window.end), parsed, len(kept), complete)
 
     def _cut_short(self, problems: tuple[Problem, ...]) -> tuple[Problem, ...]:
         """Say of an answer that is not whole why it is not; one whose list is closed lost nothing."""
