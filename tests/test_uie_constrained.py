@@ -226,3 +226,10 @@ def test_long_texts_and_large_schemas_compile_in_a_moment(wrapped):
         wrapped, answer_grammar(schema, text), ' [Event59(trigger="word1999 Name1", r9=["Name1", "é"])]'
     )
     assert time.perf_counter() - start < 10
+
+
+def test_a_grammar_that_the_library_refuses_leaves_the_answer_free_and_says_so(monkeypatch):
+    monkeypatch.setattr(constrained_module, "answer_grammar", lambda *question: "start: unknown_rule\n")
+    with pytest.warns(UserWarning, match="goes on without constraint"):
+        (found,) = extract(lambda prompt: ' [class_("He")]', [TEXT], SCHEMA, constrained=True)
+    assert [record.label for record in found.records] == ["class"]

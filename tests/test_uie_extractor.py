@@ -5,13 +5,18 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import re
+import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from loopback_hub import LoopbackHub
 from peft import LoraConfig, get_peft_model
 from scripted import EOS, PAD, VOCAB, Scripted, byte_tokenizer, probability, text_in, tiny_llama
 
@@ -299,8 +304,10 @@ def test_several_schemas_are_merged_and_given_events_go_to_the_one_that_has_them
 def test_given_events_that_do_not_fit_the_question_are_errors():
     extractor = scripted(arguments)
     given = [[Event("Attack", Span("hit", 4, 7))]]
-    with pytest.raises(ValueError, match="given events for 1 texts, but more texts"):
+    with pytest.raises(ValueError, match="There are 2 texts and given events for 1"):
         extractor(["Bob hit", "Bob hit"], EVENTS, given=given)
+    with pytest.raises(ValueError, match="given events for 1 texts, but more texts"):
+        list(extractor.iterate(iter(["Bob hit", "Bob hit"]), EVENTS, given=given))
     with pytest.raises(ValueError, match="given event `Attack` of text 0 is in no schema"):
         extractor(["Bob hit"], WORDS, given=given)
 
@@ -632,3 +639,45 @@ def test_the_extractor_asks_for_nothing_from_the_hub_when_all_is_local(saved, mo
     save_format(PromptFormat(), saved)
     assert Extractor.from_pretrained(saved).format == PromptFormat()
     assert extractor_module.FORMAT_FILE == "uie_config.json"
+
+
+FROM_HUB = """
+import sys, warnings
+from huggingface_hub import HfApi
+from peft_taskmoe.uie import Extractor
+api = HfApi()
+api.create_repo("user/kit")
+api.upload_folder(repo_id="user/kit", folder_path=sys.argv[1])
+api.create_branch("user/kit", branch="first")
+api.upload_folder(repo_id="user/kit", folder_path=sys.argv[2], path_in_repo="inner")
+found = [Extractor.from_pretrained("user/kit", revision="first", max_new_tokens=2)]
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always", UserWarning)
+    found.append(Extractor.from_pretrained("user/kit", subfolder="inner", max_new_tokens=2))
+print([one.format.style for one in found], found[0]("Ada", "Capital")[0].answers[0].tokens,
+      sum("uie_config.json" in str(one.message) for one in caught))
+"""
+
+
+def test_from_the_hub_with_revision_and_subfolder(saved, tmp_path):
+    """In a process of its own, since the client reads its settings when it is imported."""
+    shutil.copytree(saved, tmp_path / "plain")
+    save_format(PromptFormat(style="compact"), saved)
+    with LoopbackHub() as hub:
+        settings = {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_TOKEN": hub.token,
+            "HF_HUB_DISABLE_XET": "1",
+        }
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
+        done = subprocess.run(
+            [sys.executable, "-c", FROM_HUB, str(saved), str(tmp_path / "plain")],
+            env={**inherited, **settings, "NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1"},
+            cwd=Path(__file__).parents[1],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "['compact', 'dataclass'] 2 1"

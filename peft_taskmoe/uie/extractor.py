@@ -365,18 +365,15 @@ class Extractor:
         base = AutoModelForCausalLM.from_pretrained(
             name, revision=config.revision, **access, **(model_kwargs or {})
         )
-        if "tokenizer" not in options:
-            beside = _find(adapter, "tokenizer_config.json", **where) is not None
-            options["tokenizer"] = (
-                AutoTokenizer.from_pretrained(str(adapter), **where)
-                if beside
-                else AutoTokenizer.from_pretrained(name, revision=config.revision, **access)
-            )
-        tokenizer = options.pop("tokenizer")
+        tokenizer = options.pop("tokenizer", None)
+        if tokenizer is None and _find(adapter, "tokenizer_config.json", **where) is not None:
+            tokenizer = AutoTokenizer.from_pretrained(str(adapter), **where)
+        elif tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=config.revision, **access)
         if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:  # tokens were added in training
             base.resize_token_embeddings(len(tokenizer))
         model = PeftModel.from_pretrained(base, str(adapter), config=config, **where).eval()
-        if "format" not in options:
+        if options.get("format") is None:
             options["format"] = load_format(adapter, **where)
         return cls(model, tokenizer, encoder, **options)
 
@@ -450,6 +447,10 @@ class Extractor:
         schemas = _schemas(schema)
         _check_thresholds(thresholds, schemas)
         total = len(texts) if isinstance(texts, Sequence) else None
+        if total is not None and isinstance(given, Sequence) and len(given) != total:
+            raise ValueError(
+                f"There are {total} texts and given events for {len(given)}. Pass one list of events for each text."
+            )
         asked = _questions(texts, schemas, given)
         return self.answer(asked, thresholds=thresholds, progress=progress, total=total)
 
@@ -619,9 +620,8 @@ class Extractor:
         input_ids = torch.tensor([[pad] * (length - len(ids)) + ids for ids in prompts], device=device)
         mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
         chosen = _ChosenTokens()
-        processors: list[LogitsProcessor] = [
-            chosen
-        ]  # before the constraint: probabilities are the model's own
+        # The constraint comes behind: probabilities are the model's own.
+        processors: list[LogitsProcessor] = [chosen]
         if self._constraint is not None:
             asked = [(job.question.schema, job.window.window.text, job.window.given) for job in jobs]
             processors.append(self._constraint.processor(asked))
