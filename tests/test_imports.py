@@ -48,7 +48,9 @@ def imported(path: Path) -> set[str]:
 
 
 def core_files() -> list[Path]:
-    return sorted(path for path in ROOT.glob("*.py") if path.stem != "cli")  # which stands on the core and on `uie`
+    return sorted(
+        path for path in ROOT.glob("*.py") if path.stem != "cli"
+    )  # which stands on the core and on `uie`
 
 
 def imports_of_package(path: Path) -> set[str]:

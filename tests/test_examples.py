@@ -1,0 +1,142 @@
+"""The scripts a user copies, run as a user runs them: as processes, with tiny models, against the loopback Hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import scripted
+import transformers
+from loopback_hub import LoopbackHub
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def models(tmp_path) -> tuple[Path, Path]:
+    """Folders of a tiny language model and a tiny encoder, each with its tokenizer."""
+    language_model, encoder = tmp_path / "lm", tmp_path / "encoder"
+    scripted.tiny_llama().save_pretrained(language_model)
+    config = transformers.BertConfig(
+        vocab_size=scripted.VOCAB,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=8,
+    )
+    transformers.BertModel(config).save_pretrained(encoder)
+    for folder in (language_model, encoder):
+        scripted.byte_tokenizer().save_pretrained(folder)
+    return language_model, encoder
+
+
+def run(script: str, *arguments: object, **environment: str) -> str:
+    """Run a script of `examples/` and return what it printed."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / script, *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONPATH": str(ROOT), **environment},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_trained_interrupted_resumed_scored_pushed_and_reloaded(tmp_path, models) -> None:
+    language_model, encoder = models
+    output = tmp_path / "out"
+    arguments = [
+        *(
+            "--config",
+            "examples/demo.yaml",
+            "--model_name_or_path",
+            language_model,
+            "--task_encoder",
+            encoder,
+        ),
+        *(
+            "--output_dir",
+            output,
+            "--max_train_documents",
+            8,
+            "--max_eval_documents",
+            2,
+            "--max_new_tokens",
+            4,
+        ),
+        *(
+            "--per_device_train_batch_size",
+            2,
+            "--save_steps",
+            1,
+            "--logging_steps",
+            1,
+            "--score_before",
+            "false",
+        ),
+    ]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    run(
+        "sft_uie.py",
+        *arguments,
+        "--max_steps",
+        1,
+        "--eval_data",
+        "examples/data/demo/test_seen.jsonl",
+        **offline,
+    )
+    assert (output / "checkpoint-1").is_dir()
+
+    with LoopbackHub() as hub:
+        online = {
+            "HF_ENDPOINT": hub.url,
+            "HF_TOKEN": "hf_test",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HOME": str(tmp_path / "home"),
+        }
+        printed = run(
+            "sft_uie.py",
+            *arguments,
+            "--max_steps",
+            2,
+            "--push_to_hub",
+            "--hub_model_id",
+            "user/tiny",
+            **online,
+        )
+        assert "Going on from the checkpoint" in printed
+        files = hub.files("user/tiny")
+    assert {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "uie_config.json",
+        "results.json",
+        "README.md",
+    } <= set(files)
+    assert not [name for name in files if "optimizer" in name or name.startswith("checkpoint")]
+    card = files["README.md"].decode()
+    for needed in (
+        "import peft_taskmoe",
+        'Extractor.from_pretrained("user/tiny")',
+        str(language_model),
+        str(encoder),
+        "demo (8 documents)",
+    ):
+        assert needed in card
+    results = json.loads((output / "results.json").read_text())
+    assert [entry["step"] for entry in results["loss"] if "loss" in entry] == [
+        1,
+        2,
+    ]  # the first from before the interruption
+    assert set(results["scores"]["datasets"]) == {"test_seen", "test_unseen"}
+
+    printed = run(
+        "extract.py", "--adapter", output, "--text", "Ada met Bo.", "--max_new_tokens", 4, **offline
+    )
+    assert "Ada met Bo." in printed and "The model wrote:" in printed
