@@ -134,7 +134,7 @@ def test_trained_interrupted_resumed_scored_pushed_and_reloaded(tmp_path, models
         1,
         2,
     ]  # the first from before the interruption
-    assert set(results["scores"]["datasets"]) == {"test_seen", "test_unseen"}
+    assert {row["dataset"] for row in results["scores"]["datasets"]} == {"test_seen", "test_unseen"}
 
     printed = run(
         "extract.py", "--adapter", output, "--text", "Ada met Bo.", "--max_new_tokens", 4, **offline
