@@ -29,7 +29,7 @@ demo: $(VENV)/models
 		--model_name_or_path "$$(echo "$$MODELS" | head -n 1)" --task_encoder "$$(echo "$$MODELS" | tail -n 1)"
 	$(BIN)/python examples/extract.py --adapter outputs/demo --text "$(TEXT)"
 
-test: $(VENV)/installed
+test: $(VENV)/models
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: lint types test
