@@ -243,7 +243,7 @@ def main(
         task_dim=encoder.task_dim,
         task_encoder=encoder.config,
     )
-    training_args.hub_strategy = "end"  # pushed once, below, with the card and the scores
+    # Pushed once, below, with the card and the scores.
     push, training_args.push_to_hub = training_args.push_to_hub, False
     training_args.model_init_kwargs = {
         **(training_args.model_init_kwargs or {}),

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from .experts import keep_mask, mix_bottleneck
-from .router import keep_top_k, spread_over_tokens
+from .router import keep_top_k, spread_over_tokens, task_logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +37,6 @@ class ExpertShape:
     top_k: int | None
     reads_token: bool
     reads_task: bool
-
-
-def task_logits(task: torch.Tensor, router_weight: torch.Tensor) -> torch.Tensor:
-    """The task part of the router, `W_e e`: `(n, task_dim)` -> `(n, e)` in float32 at least."""
-    weight = router_weight[:, router_weight.shape[1] - task.shape[1] :]
-    precise = torch.promote_types(weight.dtype, torch.float32)
-    return F.linear(task.to(weight.dtype), weight).to(precise)
 
 
 def _gates(

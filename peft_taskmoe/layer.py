@@ -198,11 +198,7 @@ class TaskMoELoraLayer(BaseTunerLayer):
         if task is None:
             raise ValueError(missing_task_message(adapter_name))
         if task.shape[-1] != config.task_dim:
-            raise ValueError(
-                f'The task embeddings have {task.shape[-1]} dimensions, but the router of adapter "{adapter_name}" was built for '
-                f"`task_dim={config.task_dim}`. Use the encoder it was trained with, or build the adapter with "
-                f"`TaskMoELoraConfig(task_dim={task.shape[-1]})`."
-            )
+            raise ValueError(wrong_dimension_message(adapter_name, task.shape[-1], config.task_dim))
         return task
 
 
@@ -221,6 +217,15 @@ def _onloaded(module: nn.Linear, adapter_name: str) -> torch.Tensor:
             "`set_peft_model_state_dict(..., low_cpu_mem_usage=True)`), and offload the model only with its adapter on."
         )
     return weight
+
+
+def wrong_dimension_message(adapter_name: str, found: int, task_dim: int) -> str:
+    """What to say to task embeddings of another encoder."""
+    return (
+        f'The task embeddings have {found} dimensions, but the router of adapter "{adapter_name}" was built for '
+        f"`task_dim={task_dim}`. Use the encoder it was trained with, or build the adapter with "
+        f"`TaskMoELoraConfig(task_dim={found})`."
+    )
 
 
 def missing_task_message(adapter_name: str) -> str:

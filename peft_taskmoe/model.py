@@ -34,7 +34,7 @@ from .conditioning import (
 )
 from .config import TaskMoELoraConfig
 from .encoder import TaskEncoder, TaskEncoderConfig
-from .layer import Linear, TaskMoELoraLayer, missing_task_message, repeat_names
+from .layer import Linear, TaskMoELoraLayer, missing_task_message, repeat_names, wrong_dimension_message
 from .peft_type import PREFIX
 
 _CHECKPOINT_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
@@ -392,11 +392,7 @@ def _check_fit(
         raise ValueError(missing_task_message(readers[0][0]))
     for name, task_dim in readers:
         if embeds.shape[1] != task_dim:
-            raise ValueError(
-                f'The task embeddings have {embeds.shape[1]} dimensions, but the router of adapter "{name}" was built for '
-                f"`task_dim={task_dim}`. Use the encoder it was trained with, or build the adapter with "
-                f"`TaskMoELoraConfig(task_dim={embeds.shape[1]})`."
-            )
+            raise ValueError(wrong_dimension_message(name, embeds.shape[1], task_dim))
     if rows is None or state.token_tasks is not None or embeds.shape[0] == rows:
         return
     documents = packed_documents(call.get("position_ids"), call.get("attention_mask"))

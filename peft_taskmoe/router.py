@@ -55,6 +55,13 @@ def spread_over_tokens(
     return per_task.repeat_interleave(num_tokens // per_task.shape[0], dim=0)
 
 
+def task_logits(task: torch.Tensor, router_weight: torch.Tensor) -> torch.Tensor:
+    """The task part of the router, `W_e e`: `(n, task_dim)` -> `(n, e)` in float32 at least."""
+    weight = router_weight[:, router_weight.shape[1] - task.shape[1] :]
+    precise = torch.promote_types(weight.dtype, torch.float32)
+    return F.linear(task.to(weight.dtype), weight).to(precise)
+
+
 def router_logits(
     x: torch.Tensor,
     router_weight: torch.Tensor,
@@ -80,8 +87,7 @@ def router_logits(
     if reads_token:
         logits = F.linear(x, router_weight[:, :token_dim]).to(precise)
     if task is not None:
-        per_task = F.linear(task.to(router_weight.dtype), router_weight[:, token_dim:]).to(precise)
-        per_token = spread_over_tokens(per_task, x.shape[0], token_tasks)
+        per_token = spread_over_tokens(task_logits(task, router_weight), x.shape[0], token_tasks)
         logits = per_token if logits is None else logits + per_token
     assert logits is not None
     return logits

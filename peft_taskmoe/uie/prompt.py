@@ -27,8 +27,6 @@ from peft_taskmoe.uie.records import Document, Entity, Event, Record, Relation, 
 from peft_taskmoe.uie.regularisers import MentionPool, Regularisers, key_of, regularise
 from peft_taskmoe.uie.schema import Label, Names, Schema, Slot
 
-COMPLETION_START = " ["
-"""What every completion begins with; every prompt ends with `result =`."""
 
 
 @dataclass(frozen=True, slots=True)
