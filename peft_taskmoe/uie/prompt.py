@@ -28,7 +28,6 @@ from peft_taskmoe.uie.regularisers import MentionPool, Regularisers, key_of, reg
 from peft_taskmoe.uie.schema import Label, Names, Schema, Slot
 
 
-
 @dataclass(frozen=True, slots=True)
 class PromptFormat:
     """How prompts and completions are written.
