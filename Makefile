@@ -1,4 +1,5 @@
 # make demo   create an environment, install, train on the embedded corpus, score, reload in a new process, extract from TEXT
+# make smoke  the comparison of examples/benchmark in small, from training to report
 # make test   create an environment, install, run the tests
 # make check  lint, types and tests, for people who work on it
 
@@ -10,7 +11,7 @@ PIP = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constr
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test check lint types clean
+.PHONY: demo smoke test check lint types clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +29,11 @@ demo: $(VENV)/models
 	$(BIN)/python examples/sft_uie.py --config examples/demo.yaml \
 		--model_name_or_path "$$(echo "$$MODELS" | head -n 1)" --task_encoder "$$(echo "$$MODELS" | tail -n 1)"
 	$(BIN)/python examples/extract.py --adapter outputs/demo --text "$(TEXT)"
+
+smoke: $(VENV)/models
+	MODELS="$$($(BIN)/python examples/offline_models.py | tail -n 2)" && \
+	$(BIN)/python examples/benchmark/run.py --config examples/benchmark/smoke.yaml \
+		--model_name_or_path "$$(echo "$$MODELS" | head -n 1)" --task_encoder "$$(echo "$$MODELS" | tail -n 1)"
 
 test: $(VENV)/models
 	$(BIN)/python -m pytest -n 2 --dist loadfile

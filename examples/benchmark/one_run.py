@@ -1,0 +1,468 @@
+"""One run of the comparison: train an adapter, then measure it on every data set.
+
+Every stage leaves a file in the run's folder as soon as it is done, and is skipped where that file is: a killed run goes
+on from its last checkpoint or data set. Knows nothing of other runs.
+
+Under `accelerate launch` every process trains its share. Measuring loads the finished adapter anew, unsharded, in
+every process, and each takes its share of the documents; so it needs neither FSDP nor DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset, concatenate_datasets
+from peft import PeftModel
+from rich.console import Console
+from settings import BenchmarkArguments, Run
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig, SFTTrainer
+
+from peft_taskmoe import TaskCollator, TaskEncoder, attach_task_encoder, record_gates
+from peft_taskmoe.uie import (
+    Document,
+    Extractor,
+    Problem,
+    build_example,
+    mix,
+    read_hub,
+    read_jsonl,
+    record_from_dict,
+    sample,
+    score,
+    to_prompt_completion,
+)
+
+Documents = dict[str, list[Document]]
+SORTED_TOGETHER = 16
+"""Batches whose documents are sorted by length together; more saves padding, fewer mix the tasks better."""
+
+
+@dataclass
+class Data:
+    """The documents of the comparison by data set, the same for all runs but for `train`, which a seed samples."""
+
+    train: Documents
+    dev: Documents
+    zero_shot: Documents
+    supervised: Documents
+
+    @classmethod
+    def read(cls, args: BenchmarkArguments) -> Data:
+        """Read all data sets; a bad line stops the run with its file and number."""
+        pool = _read(args.train_data, "train", None)
+        dev = {name: sample(documents, args.dev_documents, 0) for name, documents in pool.items()}
+        kept = {name: {document.id for document in documents} for name, documents in dev.items()}
+        train = {name: [d for d in documents if d.id not in kept[name]] for name, documents in pool.items()}
+        return cls(
+            train,
+            dev,
+            _read(args.zero_shot_data, "test", args.zero_shot_documents),
+            _read(args.supervised_data, "test", args.supervised_documents),
+        )
+
+    def training_documents(self, args: BenchmarkArguments, seed: int) -> Documents:
+        """A seed's sample of the training documents."""
+        wanted = {name: args.train_documents_of.get(name, args.train_documents) for name in self.train}
+        return {
+            name: documents if wanted[name] is None else sample(documents, wanted[name] or 0, seed)
+            for name, documents in self.train.items()
+        }
+
+    @property
+    def measured(self) -> Documents:
+        """All data sets that answers are scored on; a supervised set goes by its own name."""
+        return {**self.supervised, **self.zero_shot}
+
+
+def _read(sources: list[str], split: str, limit: int | None) -> Documents:
+    found: Documents = {}
+    for source in sources:
+        path = Path(source)
+        report = read_jsonl(path) if path.suffix == ".jsonl" else read_hub(source, split=split)
+        name = path.parent.name if path.stem in ("train", "test", "dev") else path.stem
+        found.setdefault(name, []).extend(report.documents)
+    return {name: docs if limit is None else sample(docs, limit, 0) for name, docs in found.items()}
+
+
+class Encoders:
+    """The task encoders, loaded once for all runs, with their caches."""
+
+    def __init__(self) -> None:
+        self._found: dict[Any, TaskEncoder] = {}
+
+    def of(self, run: Run) -> TaskEncoder | None:
+        """The encoder of a run's configuration, on this process's device."""
+        config = run.configuration.encoder
+        if config is None:
+            return None
+        key = json.dumps(config.to_dict(), sort_keys=True)
+        if key not in self._found:
+            self._found[key] = TaskEncoder.from_config(config).to(PartialState().device)
+        return self._found[key]
+
+
+def carry_out(
+    run: Run, args: BenchmarkArguments, sft: SFTConfig, data: Data, encoders: Encoders, console: Console
+) -> dict[str, Any]:
+    """Train and measure; what was done before is not done again.
+
+    Returns:
+        The run's figures, JSON-ready; the same on every process.
+    """
+    folder = Path(sft.output_dir) / run.name
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+    encoder = encoders.of(run)
+    figures: dict[str, Any] = {
+        "training": _once(
+            folder / "training.json", lambda: train(run, args, sft, data, encoder, tokenizer, folder)
+        )
+    }
+    base = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=args.dtype)
+    model = PeftModel.from_pretrained(base, str(folder / "adapter")).eval().to(PartialState().device)
+    if encoder is not None:
+        attach_task_encoder(model, encoder, tokenizer)
+    measure = Measure(model, tokenizer, encoder, args)
+
+    console.print(f"{run.name}: likelihood of the gold answers")
+    for part, sets in (("dev", data.dev), ("zero_shot", data.zero_shot), ("supervised", data.supervised)):
+        figures[f"nll_{part}"] = {
+            name: _once(folder / f"nll_{part}" / f"{name}.json", lambda d=docs: measure.likelihoods(d))
+            for name, docs in sets.items()
+        }
+    if encoder is not None and args.swapped_embeddings:
+        other = swapped(data.zero_shot)
+        figures["nll_swapped"] = {
+            name: _once(
+                folder / "nll_swapped" / f"{name}.json",
+                lambda d=docs, n=name: measure.likelihoods(d, [other[n, one.id] for one in d]),
+            )
+            for name, docs in data.zero_shot.items()
+        }
+    if run.configuration.method == "moelora":
+        sets = {name: docs[: args.gate_documents] for name, docs in {**data.dev, **data.zero_shot}.items()}
+        figures["gates"] = _once(folder / "gates.json", lambda: measure.gates(sets))
+
+    console.print(f"{run.name}: answers")
+    answers, seconds = {}, {}
+    for name, docs in data.measured.items():
+        found = _once(folder / "answers" / f"{name}.json", lambda d=docs: measure.answers(d))
+        seconds[name] = found["seconds"]
+        answers[name] = {
+            document.id: SimpleNamespace(
+                records=[
+                    record_from_dict(document.task, one) for one in found["answers"][document.id]["records"]
+                ],
+                problems=[Problem(**one) for one in found["answers"][document.id]["problems"]],
+            )
+            for document in docs
+        }
+    figures["scores"] = score(data.measured, answers).to_dict(documents=True)
+    figures["generation_seconds"] = seconds
+    return figures
+
+
+def _once(path: Path, work: Callable[[], Any]) -> Any:
+    """What a file holds, or the outcome of the work, which is then written there by the main process."""
+    if not path.is_file():
+        done = work()
+        PartialState().wait_for_everyone()
+        if PartialState().is_main_process:
+            write_json(path, done)
+        PartialState().wait_for_everyone()
+    return json.loads(path.read_text())
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file that is either whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, ensure_ascii=False) + "\n")
+    partial.rename(path)
+
+
+def training_examples(
+    documents: Documents, args: BenchmarkArguments, sft: SFTConfig, seed: int, task_text: str = "prompt"
+) -> Dataset:
+    """Prompts and completions in the order in which they are trained on: the same for every configuration of a seed.
+
+    An epoch's documents are shuffled, sorted by length within blocks of a few batches, cut into batches of one device's
+    size, and the batches shuffled: documents of like length share a batch, whatever their task.
+    """
+    size = sft.per_device_train_batch_size
+    epochs = []
+    for epoch in range(args.epochs):
+        examples = to_prompt_completion(
+            mix(documents, seed=seed + epoch),
+            task_text=task_text,  # type: ignore[arg-type]
+            format=args.format,
+            regularisers=args.regularisers,
+            seed=seed + 1000 * epoch,
+        )
+        lengths = [len(row["prompt"]) + len(row["completion"]) for row in examples]
+        chance = random.Random(f"{seed} {epoch}")
+        order = list(range(len(lengths)))
+        chance.shuffle(order)
+        block = size * SORTED_TOGETHER
+        order = [
+            i
+            for start in range(0, len(order), block)
+            for i in sorted(order[start : start + block], key=lambda i: lengths[i])
+        ]
+        batches = [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
+        chance.shuffle(batches)
+        epochs.append(examples.select([i for batch in batches for i in batch]))
+    return concatenate_datasets(epochs)
+
+
+class StepClock(TrainerCallback):
+    """Keeps how long every step took, in a file, so that the figure survives a kill."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+        self.start = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the step's seconds; every tenth step the file is written."""
+        self.seconds[str(state.global_step)] = time.perf_counter() - self.start
+        if state.is_world_process_zero and state.global_step % 10 == 0:
+            write_json(self.path, self.seconds)
+
+
+def train(
+    run: Run,
+    args: BenchmarkArguments,
+    sft: SFTConfig,
+    data: Data,
+    encoder: TaskEncoder | None,
+    tokenizer: Any,
+    folder: Path,
+) -> dict[str, Any]:
+    """Train the run's adapter and save it in `folder/adapter`.
+
+    Raises:
+        ValueError: If an example is longer than `max_length`: its answer would be cut, which teaches to stop early.
+    """
+    documents = data.training_documents(args, run.seed)
+    text = "prompt" if encoder is None else encoder.config.text
+    with PartialState().main_process_first():
+        examples = training_examples(documents, args, sft, run.seed, text)
+        if encoder is not None:
+            examples = encoder.encode_dataset(examples)
+    tokens = [len(tokenizer(row["prompt"] + row["completion"]).input_ids) + 1 for row in examples]
+    if sft.max_length is not None and max(tokens) > sft.max_length:
+        raise ValueError(
+            f"{sum(n > sft.max_length for n in tokens)} of {len(tokens)} training examples are longer than "
+            f"`max_length={sft.max_length}` tokens (the longest has {max(tokens)}), and their answers would be cut. "
+            "Raise `max_length`, or take the compact `prompt_style`."
+        )
+    columns = ["prompt", "completion"] + (["task_embeds"] if encoder is not None else [])
+
+    config = copy.copy(sft)
+    config.output_dir = str(folder / "checkpoints")
+    config.learning_rate, config.seed = run.learning_rate, run.seed
+    config.num_train_epochs = 1
+    config.train_sampling_strategy = "sequential"
+    config.remove_unused_columns = False
+    set_seed(run.seed)
+    base = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=args.dtype)
+    clock = StepClock(folder / "steps.json")
+    trainer = SFTTrainer(
+        model=base,
+        args=config,
+        train_dataset=examples.select_columns(columns),
+        processing_class=tokenizer,
+        peft_config=run.configuration.peft_config(None if encoder is None else encoder.task_dim),
+        callbacks=[clock],
+    )
+    if encoder is not None:
+        trainer.data_collator = TaskCollator(trainer.data_collator, task_dim=encoder.task_dim)
+    checkpoints = Path(config.output_dir)
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    trainer.save_model(str(folder / "adapter"))
+    trainable, total = trainer.model.get_nb_trainable_parameters()
+    steps = trainer.state.global_step
+    a_step = median(clock.seconds.values())
+    return {
+        "documents": {name: len(found) for name, found in documents.items()},
+        "examples": len(examples),
+        "tokens": sum(tokens),
+        "steps": steps,
+        "trainable_parameters": trainable,
+        "all_parameters": total,
+        "seconds": a_step * steps,
+        "seconds_per_step": a_step,
+        "tokens_per_second": sum(tokens) / steps / a_step,
+        "loss": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
+    }
+
+
+def swapped(sets: Documents) -> dict[tuple[str, str], Document]:
+    """For every document another one, of the next data set: whose task embedding it gets when embeddings are swapped."""
+    names = list(sets)
+    found = {}
+    for i, name in enumerate(names):
+        other = sets[names[(i + 1) % len(names)]]
+        for j, document in enumerate(sets[name]):
+            found[name, document.id] = other[j % len(other)]
+    return found
+
+
+class Measure:
+    """What is measured of a finished adapter. Every method takes all documents and returns all figures on every process.
+
+    Args:
+        model: The model with its adapter, on this process's device.
+        tokenizer: Its tokenizer.
+        encoder: The task encoder, attached to the model; None where the router reads no task.
+        args: The comparison's settings.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, encoder: TaskEncoder | None, args: BenchmarkArguments
+    ) -> None:
+        self.model, self.tokenizer, self.encoder, self.args = model, tokenizer, encoder, args
+
+    def likelihoods(
+        self, documents: Sequence[Document], task_of: Sequence[Document] | None = None
+    ) -> dict[str, list[float]]:
+        """Negative log-likelihood in nats and number of tokens of every document's gold answer, by its id.
+
+        Args:
+            documents: The documents.
+            task_of: For each document the one whose task embedding it gets; None: its own.
+        """
+        pairs = list(zip(documents, documents if task_of is None else task_of, strict=True))
+        return _shared(pairs, self._likelihoods)
+
+    def _likelihoods(self, pairs: list[tuple[Document, Document]]) -> list[tuple[str, list[float]]]:
+        found = []
+        for batch in self._batches(pairs):
+            logits, labels = self._forward([pair[0] for pair in batch], [pair[1] for pair in batch])
+            losses = torch.nn.functional.cross_entropy(
+                logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none", ignore_index=-100
+            )
+            counts = (labels[:, 1:] != -100).sum(1)
+            for (document, _), loss, count in zip(
+                batch, losses.sum(1).tolist(), counts.tolist(), strict=True
+            ):
+                found.append((document.id, [loss, count]))
+        return found
+
+    def _batches(self, pairs: list[tuple[Document, Document]]) -> Iterable[list[tuple[Document, Document]]]:
+        """Batches by length, longest first: what does not fit fails at once."""
+        ordered = sorted(pairs, key=lambda pair: -sum(map(len, self._tokens(pair[0]))))
+        size = self.args.likelihood_batch_size
+        for start in tqdm(range(0, len(ordered), size), desc="Likelihood", leave=False):
+            yield ordered[start : start + size]
+
+    def _tokens(self, document: Document) -> tuple[list[int], list[int]]:
+        """The tokens of prompt and gold answer, as in training: the answer's begin where the two texts part."""
+        example = build_example(document, format=self.args.format)
+        prompt = self.tokenizer(example.prompt).input_ids
+        whole = [*self.tokenizer(example.prompt + example.completion).input_ids, self.tokenizer.eos_token_id]
+        same = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
+        return whole[:same], whole[same:]
+
+    @torch.no_grad()
+    def _forward(
+        self, documents: Sequence[Document], task_of: Sequence[Document]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and labels of the last positions, which hold the answers of all rows."""
+        rows = [self._tokens(document) for document in documents]
+        width = max(len(prompt) + len(answer) for prompt, answer in rows)
+        kept = max(len(answer) for _, answer in rows) + 1
+        pad = (
+            self.tokenizer.eos_token_id
+            if self.tokenizer.pad_token_id is None
+            else self.tokenizer.pad_token_id
+        )
+        device = next(self.model.parameters()).device
+        padding = [width - len(prompt) - len(answer) for prompt, answer in rows]
+        ids = torch.tensor(
+            [[pad] * p + prompt + answer for p, (prompt, answer) in zip(padding, rows, strict=True)]
+        )
+        mask = torch.tensor([[0] * p + [1] * (width - p) for p in padding])
+        labels = torch.tensor([[-100] * (width - len(answer)) + answer for _, answer in rows])
+        task = {}
+        if self.encoder is not None:
+            task["task_embeds"] = self.encoder([self._task_text(one) for one in task_of]).to(device)
+        logits = self.model(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0).to(device),
+            logits_to_keep=kept,
+            **task,
+        ).logits
+        return logits, labels[:, -kept:].to(device)
+
+    def _task_text(self, document: Document) -> str:
+        example = build_example(document, format=self.args.format)
+        assert self.encoder is not None
+        return example.prompt if self.encoder.config.text == "prompt" else example.schema_text
+
+    def gates(self, sets: Documents) -> dict[str, Any]:
+        """How every layer weighs its experts, by data set: prompts with their gold answers."""
+        with record_gates(self.model) as record:
+            for name, documents in sets.items():
+                pairs = [(document, document) for document in documents]
+                for batch in self._batches(pairs):
+                    with record.task(name):
+                        self._forward([one for one, _ in batch], [one for one, _ in batch])
+        stats = record.stats()
+        return {
+            "layers": record.layers(),
+            "mean": {
+                name: [[round(g, 5) for g in layer] for layer in record.mean_gates(name).tolist()]
+                for name in sets
+            },
+            "entropy": {
+                name: sum(s.entropy for s in stats if s.task == name) / len(record.layers()) for name in sets
+            },
+            "variance": [[v.within_tasks, v.between_tasks] for v in record.variances()],
+        }
+
+    def answers(self, documents: Sequence[Document]) -> dict[str, Any]:
+        """What the model answers about every document, by its id, and how long that took."""
+        start = time.perf_counter()
+        found = _shared(list(documents), self._answers)
+        return {"seconds": time.perf_counter() - start, "answers": found}
+
+    def _answers(self, documents: list[Document]) -> list[tuple[str, dict[str, Any]]]:
+        extractor = Extractor(
+            self.model,
+            self.tokenizer,
+            self.encoder,
+            format=self.args.format,
+            batch_size=self.args.eval_batch_size,
+            max_new_tokens=self.args.max_new_tokens,
+        )
+        return [(name, one.to_dict()) for name, one in extractor.documents(documents, progress=True).items()]
+
+
+def _shared(items: list[Any], work: Callable[[list[Any]], list[tuple[str, Any]]]) -> dict[str, Any]:
+    """Let every process work on its share, and give all of them everything, in the items' order."""
+    state = PartialState()
+    found = work(items[state.process_index :: state.num_processes])
+    return dict(gather_object(found) if state.num_processes > 1 else found)

@@ -1,0 +1,510 @@
+"""From the figures of finished runs to tables, tests and plots; reads `results/runs/*.json` and nothing else.
+
+    python examples/benchmark/report.py results
+
+So a report can be made again, and checked, by who has only the results folder. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from scipy.stats import spearmanr
+
+from peft_taskmoe.uie import Comparison, ScoreReport, compare, compare_values
+
+GROUP_ROWS = ("NER", "RE", "EE", "EAE", "EE+EAE", "all")
+PARTS = ("dev", "zero_shot", "supervised")
+Chosen = dict[str, list["Finished"]]
+"""Configuration -> its runs, one for each seed."""
+
+
+class Finished:
+    """A finished run and its figures."""
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        self.settings: dict[str, Any] = content["settings"]
+        self.figures: dict[str, Any] = content["figures"]
+        self.versions: dict[str, str] = content["versions"]
+        self.configuration: str = self.settings["configuration"]["name"]
+        self.learning_rate: float = self.settings["learning_rate"]
+        self.seed: int = self.settings["seed"]
+        self.scores = ScoreReport.from_dict(self.figures["scores"])
+
+    def sets(self, part: str) -> list[str]:
+        """The data sets of a part: "dev", "zero_shot", "supervised" or "swapped"."""
+        return list(self.figures.get(f"nll_{part}", {}))
+
+    def likelihood(self, part: str, dataset: str) -> float:
+        """Negative log-likelihood per token of a data set's gold answers, in nats."""
+        losses, tokens = np.array(list(self.figures[f"nll_{part}"][dataset].values())).sum(0)
+        return float(losses / tokens)
+
+    def mean_likelihood(self, part: str) -> float:
+        """The unweighted mean over a part's data sets."""
+        return float(np.mean([self.likelihood(part, name) for name in self.sets(part)]))
+
+    def scores_of(self, part: str) -> ScoreReport:
+        """The scores of a part's data sets."""
+        return self.scores.select(self.sets(part))
+
+
+def load(folder: Path) -> list[Finished]:
+    """All finished runs of a results folder."""
+    return [Finished(json.loads(path.read_text())) for path in sorted((folder / "runs").glob("*.json"))]
+
+
+def selections(runs: Sequence[Finished], order: Sequence[str]) -> dict[str, Chosen]:
+    """The comparisons to make: at each learning rate that several configurations share, and each one's best.
+
+    The best learning rate of a configuration has the lowest likelihood loss on the documents kept back from training.
+    """
+    at: dict[float, Chosen] = {}
+    for run in sorted(runs, key=lambda run: (order.index(run.configuration), run.seed)):
+        at.setdefault(run.learning_rate, {}).setdefault(run.configuration, []).append(run)
+    found = {f"learning rate {rate:g}": chosen for rate, chosen in sorted(at.items()) if len(chosen) > 1}
+    if len(at) > 1:
+        best: Chosen = {}
+        for name in order:
+            tried = [chosen[name] for chosen in at.values() if name in chosen]
+            if tried:
+                best[name] = min(tried, key=lambda of_rate: _mean(r.mean_likelihood("dev") for r in of_rate))
+        found["each at its best learning rate"] = best
+    return found
+
+
+def pair(a: Sequence[Finished], b: Sequence[Finished]) -> tuple[list[Finished], list[Finished]]:
+    """The runs of two configurations with the seeds that both have."""
+    common = {run.seed for run in a} & {run.seed for run in b}
+    return [run for run in a if run.seed in common], [run for run in b if run.seed in common]
+
+
+def compare_f1(a: Sequence[Finished], b: Sequence[Finished], part: str) -> Comparison:
+    """Paired bootstrap of F1 over documents; F1 is the mean over seeds."""
+    return compare([run.scores_of(part) for run in a], [run.scores_of(part) for run in b])
+
+
+def compare_likelihood(
+    a: Sequence[Finished], b: Sequence[Finished], part: str, of_a: str | None = None
+) -> Comparison:
+    """Paired bootstrap over documents of the likelihood loss per token; each document's value is the mean over seeds."""
+    tables = [
+        {
+            name: {
+                key: float(np.mean([r.figures[f"nll_{of}"][name][key][0] for r in runs])) / tokens
+                for key, (_, tokens) in runs[0].figures[f"nll_{of}"][name].items()
+            }
+            for name in b[0].sets(part)
+        }
+        for runs, of in ((a, of_a or part), (b, part))
+    ]
+    weights = {
+        name: {key: float(tokens) for key, (_, tokens) in b[0].figures[f"nll_{part}"][name].items()}
+        for name in b[0].sets(part)
+    }
+    return compare_values(*tables, weights=weights)
+
+
+def write(folder: Path, baseline: str, order: Sequence[str], command: str) -> str:
+    """Write `README.md`, `figures.json` and the plots of a results folder from its runs.
+
+    Args:
+        folder: The results folder.
+        baseline: The configuration that the others are compared with.
+        order: The configurations in the order of the tables.
+        command: What makes these figures again.
+
+    Returns:
+        The report, as Markdown.
+    """
+    runs = [run for run in load(folder) if run.configuration in order]
+    if not runs:
+        raise SystemExit(f"There is no finished run in {folder / 'runs'}.")
+    lines = ["# Results", "", f"`{command}`", ""]
+    lines += _what_was_run(runs)
+    figures: dict[str, Any] = {}
+    for title, chosen in selections(runs, order).items():
+        slug = title.replace(" ", "_").replace(".", "-")
+        lines += ["", f"## {title[0].upper()}{title[1:]}", ""]
+        figures[title] = {}
+        lines += _paper_table(chosen)
+        for part in ("zero_shot", "supervised"):
+            if next(iter(chosen.values()))[0].sets(part):
+                lines += _by_dataset(chosen, part)
+        if baseline in chosen:
+            lines += _comparisons(chosen, baseline, figures[title])
+            lines += _plots(chosen, baseline, folder, slug)
+        lines += _router(chosen)
+        lines += _costs(chosen)
+    lines += ["", "## Made with", "", table(["package", "version"], sorted(runs[0].versions.items()))]
+    report = "\n".join(lines) + "\n"
+    (folder / "README.md").write_text(report)
+    (folder / "figures.json").write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
+    return report
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)
+
+
+def _spread(values: Sequence[float], form: str = "{:.1f}") -> str:
+    """Mean, and with several seeds their range."""
+    if any(math.isnan(value) for value in values):
+        return "-"
+    text = form.format(_mean(values))
+    return text if len(values) == 1 else f"{text} ({form.format(min(values))} .. {form.format(max(values))})"
+
+
+def _what_was_run(runs: Sequence[Finished]) -> list[str]:
+    rows = []
+    for run in runs:
+        adapter = run.settings["configuration"]["adapter"]
+        encoder = run.settings["configuration"]["encoder"]
+        training = run.figures["training"]
+        rows.append(
+            [
+                run.configuration,
+                f"{run.learning_rate:g}",
+                run.seed,
+                adapter["r"]
+                if "num_experts" not in adapter
+                else f"{adapter['num_experts']} x {adapter['r']}",
+                f"{run.settings['effective_scale']:g}",
+                "-" if encoder is None else f"{encoder['text']} ({encoder['name_or_path']})",
+                training["steps"],
+                f"{run.mean_likelihood('dev'):.4f}",
+            ]
+        )
+    first = runs[0]
+    documents = ", ".join(f"{name} {count}" for name, count in first.figures["training"]["documents"].items())
+    header = [
+        "configuration",
+        "learning rate",
+        "seed",
+        "rank",
+        "alpha / rank of all",
+        "task text",
+        "steps",
+        "dev NLL",
+    ]
+    return [
+        f"Base model {first.settings['benchmark']['model_name_or_path']}, {first.settings['benchmark']['dtype']}. Training "
+        f"documents: {documents} ({sum(first.figures['training']['documents'].values())} in all), tested on "
+        + ", ".join(f"{score.dataset} {len(score.documents)}" for score in first.scores.scores)
+        + ".",
+        "",
+        "NLL is the negative log-likelihood per token of the gold answer, in nats: lower is better. The scale that a soft "
+        "mixture starts with is alpha / (r E), since its gates are 1 / E on average; it is the same in all rows that say so.",
+        "",
+        table(header, rows),
+    ]
+
+
+def _paper_table(chosen: Chosen) -> list[str]:
+    """Zero-shot F1 by task, seen / unseen labels: the paper's layout."""
+    rows = []
+    for group in GROUP_ROWS:
+        cells = [group]
+        for of_seed in chosen.values():
+            reports = [run.scores_of("zero_shot") for run in of_seed]
+            if group not in reports[0].groups():
+                break
+            values = [
+                _mean(100 * one.average_f1(group, split) for one in reports) for split in ("seen", "unseen")
+            ]
+            cells.append(" / ".join("-" if math.isnan(value) else f"{value:.1f}" for value in values))
+        else:
+            rows.append(cells)
+    return [
+        "Zero-shot F1, seen / unseen labels, unweighted means over data sets, then over seeds:",
+        "",
+        table(["", *chosen], rows),
+        "",
+    ]
+
+
+def _by_dataset(chosen: Chosen, part: str) -> list[str]:
+    first = next(iter(chosen.values()))[0]
+    f1, likelihoods = [], []
+    for score in first.scores_of(part).scores:
+        f1.append(
+            [score.dataset, score.task]
+            + [
+                _spread(
+                    [
+                        100 * total.f1
+                        for run in of_seed
+                        for one in run.scores.scores
+                        if (one.dataset, one.task) == (score.dataset, score.task) and (total := one.total())
+                    ]
+                )
+                for of_seed in chosen.values()
+            ]
+        )
+    means = [_spread([100 * r.scores_of(part).average_f1() for r in of_seed]) for of_seed in chosen.values()]
+    f1.append(["mean", "", *means])
+    for name in first.sets(part):
+        values = [
+            _spread([run.likelihood(part, name) for run in of_seed], "{:.4f}") for of_seed in chosen.values()
+        ]
+        likelihoods.append([name, *values])
+    means = [_spread([run.mean_likelihood(part) for run in of_seed], "{:.4f}") for of_seed in chosen.values()]
+    likelihoods.append(["mean", *means])
+    counts = []
+    for name in first.sets(part):
+        cells = [name]
+        for of_seed in chosen.values():
+            found = [run.scores.answers[name] for run in of_seed]
+            cells.append(
+                f"{_mean(one.parse_failures for one in found):g} / {_mean(one.hallucinated for one in found):g}"
+            )
+        counts.append(cells)
+    what = part.replace("_", "-")
+    return [
+        f"Strict micro F1, {what} data sets: mean over seeds (lowest .. highest):",
+        "",
+        table(["data set", "task", *chosen], f1),
+        "",
+        f"NLL per token, {what} data sets:",
+        "",
+        table(["data set", *chosen], likelihoods),
+        "",
+        f"Answers with a parse failure / records left out because a span is not in the text, {what} data sets:",
+        "",
+        table(["data set", *chosen], counts),
+        "",
+    ]
+
+
+def _comparisons(chosen: Chosen, baseline: str, figures: dict[str, Any]) -> list[str]:
+    """Every configuration against the baseline and, of those that read the task, against the one that reads tokens only."""
+    pairs = [(name, baseline) for name in chosen if name != baseline]
+    token_only = [name for name in chosen if _router_inputs(chosen[name][0]) == "token"]
+    pairs += [
+        (name, other)
+        for other in token_only
+        for name in chosen
+        if chosen[name][0].settings["configuration"]["encoder"]
+    ]
+    rows = []
+    for a, b in pairs:
+        runs = pair(chosen[a], chosen[b])
+        if not runs[0]:
+            continue
+        f1, likelihood = compare_f1(*runs, "zero_shot"), compare_likelihood(*runs, "zero_shot")
+        figures[f"{a} - {b}"] = {"f1": f1.to_dict(), "nll": likelihood.to_dict()}
+        cells = [f"{a} - {b}", len(runs[0])]
+        for split in ("all", "seen", "unseen"):
+            try:
+                line = f1["all", split]
+            except KeyError:
+                cells.append("-")
+                continue
+            cells.append(f"{100 * line.difference:+.1f} [{100 * line.low:+.1f}, {100 * line.high:+.1f}]")
+        line = likelihood["all"]
+        rows.append([*cells, f"{line.difference:+.4f} [{line.low:+.4f}, {line.high:+.4f}]"])
+    if not rows:
+        return []
+    return [
+        "Zero-shot differences with 95 % intervals (paired bootstrap over documents, 10,000 resamples; F1 times 100, higher "
+        "is better; NLL, lower is better). The intervals speak of other documents, not of other seeds:",
+        "",
+        table(["", "seeds", "F1, all labels", "F1, seen", "F1, unseen", "NLL"], rows),
+        "",
+    ]
+
+
+def _router_inputs(run: Finished) -> str | None:
+    configuration = run.settings["configuration"]
+    return (
+        configuration["adapter"].get("router_inputs", "token+task")
+        if configuration["method"] == "moelora"
+        else None
+    )
+
+
+def _router(chosen: Chosen) -> list[str]:
+    """What the routers do: how sure, how much by task, and what the task embedding is worth to the likelihood."""
+    rows = []
+    for name, runs in chosen.items():
+        if "gates" not in runs[0].figures:
+            continue
+        entropy = [_mean(run.figures["gates"]["entropy"].values()) for run in runs]
+        experts = len(runs[0].figures["gates"]["mean"][next(iter(runs[0].figures["gates"]["mean"]))][0])
+        shares = [
+            _mean(b / (w + b) if w + b else 0.0 for w, b in r.figures["gates"]["variance"]) for r in runs
+        ]
+        similar = [_mean(s for s, _ in nearest(run).values()) for run in runs]
+        cells = [
+            name,
+            _spread([value / math.log(experts) for value in entropy], "{:.3f}"),
+            _spread([100 * share for share in shares]),
+            _spread(similar, "{:.4f}"),
+            "-",
+        ]
+        if "nll_swapped" in runs[0].figures:
+            line = compare_likelihood(runs, runs, "zero_shot", of_a="swapped")["all"]
+            cells[-1] = f"{line.difference:+.4f} [{line.low:+.4f}, {line.high:+.4f}]"
+        rows.append(cells)
+    if not rows:
+        return []
+    header = [
+        "configuration",
+        "entropy / ln E",
+        "variance between data sets, %",
+        "cosine to the nearest training set",
+        "zero-shot NLL with another data set's task embeddings, minus its own",
+    ]
+    return [
+        "What the routers do (gates over prompts and gold answers, means over layers):",
+        "",
+        table(header, rows),
+        "",
+    ]
+
+
+def nearest(run: Finished) -> dict[str, tuple[float, str]]:
+    """For each zero-shot set the training set with the most similar gates: cosine of the mean gates less those of all sets."""
+    gates = {name: np.array(mean).ravel() for name, mean in run.figures["gates"]["mean"].items()}
+    centre = np.mean([gates[name] for name in run.sets("dev")], axis=0)
+
+    def cosine(a: Any, b: Any) -> float:
+        return float(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-12))
+
+    return {
+        name: max((cosine(gates[name] - centre, gates[seen] - centre), seen) for seen in run.sets("dev"))
+        for name in run.sets("zero_shot")
+        if name in gates
+    }
+
+
+def _costs(chosen: Chosen) -> list[str]:
+    rows = []
+    for name, runs in chosen.items():
+        training = [run.figures["training"] for run in runs]
+        rows.append(
+            [
+                name,
+                f"{training[0]['trainable_parameters']:,}",
+                _spread([one["seconds"] / 60 for one in training]),
+                _spread([one["tokens_per_second"] for one in training], "{:.0f}"),
+                _spread([sum(run.figures["generation_seconds"].values()) / 60 for run in runs]),
+            ]
+        )
+    header = ["configuration", "trainable parameters", "training, min", "training tokens/s", "answers, min"]
+    return ["Cost (training: median step times steps):", "", table(header, rows), ""]
+
+
+def _plots(chosen: Chosen, baseline: str, folder: Path, slug: str) -> list[str]:
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
+    names = list(chosen)
+    for i, name in enumerate(names):
+        runs = chosen[name]
+        interval = compare_f1(runs, runs, "zero_shot")["all"]
+        values = [100 * run.scores_of("zero_shot").average_f1() for run in runs]
+        intervals = [run.scores_of("zero_shot").with_intervals().intervals[("all",), "all"] for run in runs]
+        low, high = (100 * _mean(getattr(one, end) for one in intervals) for end in ("low", "high"))
+        axes[0].bar(i, 100 * interval.a, color="tab:blue", alpha=0.6)
+        axes[0].vlines(i, low, high, color="black")
+        axes[0].plot([i] * len(values), values, "k.")
+        axes[1].plot([i] * len(runs), [run.mean_likelihood("zero_shot") for run in runs], "ko")
+    for axis, title in zip(
+        axes,
+        ("zero-shot F1 (dots: seeds; lines: 95 % over documents)", "zero-shot NLL per token"),
+        strict=True,
+    ):
+        axis.set_xticks(range(len(names)), names, rotation=25, ha="right")
+        axis.set_title(title, fontsize=9)
+    found = [_save(figure, folder, f"{slug}_f1.png")]
+
+    others = [name for name in names if name != baseline]
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
+    for j, name in enumerate(others):
+        runs = pair(chosen[name], chosen[baseline])
+        if not runs[0]:
+            continue
+        for axis, comparison, unit in (
+            (axes[0], compare_f1(*runs, "zero_shot"), 100.0),
+            (axes[1], compare_likelihood(*runs, "zero_shot"), 1.0),
+        ):
+            lines = [
+                line
+                for line in comparison.differences
+                if line.split == "all" and line.row[0] in runs[0][0].sets("zero_shot")
+            ]
+            at = [i + 0.8 * (j + 0.5) / len(others) - 0.4 for i in range(len(lines))]
+            middle = [unit * line.difference for line in lines]
+            error = [
+                [unit * (line.difference - line.low) for line in lines],
+                [unit * (line.high - line.difference) for line in lines],
+            ]
+            axis.errorbar(at, middle, yerr=np.abs(error), fmt="o", markersize=4, label=name)
+            axis.set_xticks(range(len(lines)), [line.row[0] for line in lines], rotation=30, ha="right")
+    for axis, title in zip(
+        axes, (f"F1 less that of {baseline}", f"NLL per token less that of {baseline}"), strict=True
+    ):
+        axis.axhline(0, color="grey", linewidth=0.8)
+        axis.set_title(f"{title} (95 % over documents)", fontsize=9)
+    axes[0].legend(fontsize=8)
+    found.append(_save(figure, folder, f"{slug}_gain.png"))
+
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    shown = False
+    for name in others:
+        runs = pair(chosen[name], chosen[baseline])
+        if (
+            not runs[0]
+            or "gates" not in runs[0][0].figures
+            or not chosen[name][0].settings["configuration"]["encoder"]
+        ):
+            continue
+        near = [nearest(run) for run in runs[0]]
+        likelihood = compare_likelihood(*runs, "zero_shot")
+        sets = [s for s in runs[0][0].sets("zero_shot") if s in near[0]]
+        x = [_mean(one[s][0] for one in near) for s in sets]
+        y = [-likelihood[s].difference for s in sets]
+        rho = (
+            f"Spearman {spearmanr(x, y).statistic:+.2f}"
+            if len(sets) > 2
+            else "too few sets for a correlation"
+        )
+        axis.plot(x, y, "o", label=f"{name} ({rho})")
+        for at_x, at_y, dataset in zip(x, y, sets, strict=True):
+            axis.annotate(dataset, (at_x, at_y), fontsize=7)
+        shown = True
+    axis.set_xlabel("cosine of the gates with those of the nearest training set")
+    axis.set_ylabel(f"NLL per token gained over {baseline}")
+    if shown:
+        axis.legend(fontsize=8)
+        found.append(_save(figure, folder, f"{slug}_similarity.png"))
+    plt.close("all")
+    return [f"![{name}]({name})" for name in found] + [""]
+
+
+def _save(figure: Any, folder: Path, name: str) -> str:
+    figure.savefig(folder / name, dpi=110)
+    plt.close(figure)
+    return name
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        print(__doc__)
+        raise SystemExit(2)
+    where = Path(sys.argv[1])
+    plan = json.loads((where / "plan.json").read_text())
+    print(write(where, plan["baseline"], plan["configurations"], plan["command"]))

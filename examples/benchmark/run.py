@@ -1,0 +1,144 @@
+"""The paper's comparison, from a YAML file to a results folder: is it better than plain LoRA, on labels never seen?
+
+    python examples/benchmark/run.py --config examples/benchmark/smoke.yaml
+    python examples/benchmark/run.py --config examples/benchmark/small.yaml --only lora-36 task-aware --seeds 0
+    accelerate launch --num_processes 8 examples/benchmark/run.py --config examples/benchmark/codellama-7b.yaml
+
+Every field of `BenchmarkArguments` and of TRL's `SFTConfig` can stand in the YAML file or on the command line. The same
+command given again goes on where it was killed, and does nothing where all is done. Without `--only`, all configurations run.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import report
+import torch
+from accelerate import PartialState
+from one_run import Data, Encoders, carry_out, write_json
+from rich.console import Console
+from rich.markdown import Markdown
+from settings import BenchmarkArguments, Run
+from trl import SFTConfig, TrlParser
+
+import peft_taskmoe
+
+PACKAGES = ("peft", "transformers", "trl", "torch", "datasets", "accelerate")
+TRAINING_SETTINGS = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps"),
+    *(
+        "weight_decay",
+        "max_grad_norm",
+        "max_length",
+        "max_steps",
+        "bf16",
+        "fp16",
+        "gradient_checkpointing",
+        "optim",
+    ),
+)
+
+
+def main(args: BenchmarkArguments, sft: SFTConfig, command: str) -> None:
+    """Carry out what is missing of the plan, and report."""
+    state = PartialState()
+    console = Console(quiet=not state.is_main_process)
+    results = Path(args.results_dir)
+    data = Data.read(args)
+    encoders = Encoders()
+    runs = args.plan()
+    training = {name: getattr(sft, name, None) for name in TRAINING_SETTINGS} | {
+        "world_size": state.num_processes
+    }
+    training["lr_scheduler_type"] = str(getattr(sft.lr_scheduler_type, "value", sft.lr_scheduler_type))
+    missing = [run for run in runs if not is_done(run, run.settings(args, training), results)]
+    console.print(f"{len(runs)} runs, {len(runs) - len(missing)} of them done before.")
+    started = time.perf_counter()
+    for number, run in enumerate(missing):
+        spent = (time.perf_counter() - started) / 60
+        left = (
+            f"about {spent / number * (len(missing) - number):.0f} min left"
+            if number
+            else "time left unknown yet"
+        )
+        console.rule(f"Run {number + 1} of {len(missing)}: {run.name} ({left})")
+        settings = run.settings(args, training)
+        check_folder(run, settings, Path(sft.output_dir))
+        figures = carry_out(run, args, sft, data, encoders, console)
+        if state.is_main_process:
+            content = {"settings": settings, "versions": versions(), "figures": figures}
+            write_json(results / "runs" / f"{run.name}.json", content)
+        state.wait_for_everyone()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    if state.is_main_process:
+        plan = {"baseline": args.baseline, "configurations": list(args.configurations), "command": command}
+        write_json(results / "plan.json", plan)
+        console.print(Markdown(report.write(results, args.baseline, plan["configurations"], command)))
+        console.print(f"The tables, plots and figures are in {results}.")
+
+
+def is_done(run: Run, settings: dict[str, Any], results: Path) -> bool:
+    """Whether a run's figures are there, made with the same settings."""
+    path = results / "runs" / f"{run.name}.json"
+    if not path.is_file():
+        return False
+    check_same(run, settings, json.loads(path.read_text())["settings"], path)
+    return True
+
+
+def check_folder(run: Run, settings: dict[str, Any], output: Path) -> None:
+    """Write the settings into a run's folder, or hold them against those it was begun with."""
+    path = output / run.name / "settings.json"
+    if path.is_file():
+        check_same(run, settings, json.loads(path.read_text()), path)
+    elif PartialState().is_main_process:
+        write_json(path, settings)
+
+
+def check_same(run: Run, settings: dict[str, Any], found: dict[str, Any], path: Path) -> None:
+    """Refuse to mix figures of different settings.
+
+    Raises:
+        ValueError: Naming the first setting that differs.
+    """
+    ours, theirs = (json.loads(json.dumps(one)) for one in (settings, found))
+    for part in sorted({*ours, *theirs}):
+        a, b = ours.get(part, {}), theirs.get(part, {})
+        if a != b:
+            if isinstance(a, dict) and isinstance(b, dict):
+                name = next(name for name in sorted({*a, *b}) if a.get(name, a) != b.get(name, b))
+                part, a, b = f"{part}.{name}", a.get(name), b.get(name)
+            raise ValueError(
+                f"{path} was made with `{part}` = {b!r}, and now it is {a!r}. Figures of different settings cannot be "
+                f"compared. Set it back, choose another `results_dir` and `output_dir`, or delete the run `{run.name}`."
+            )
+
+
+def versions() -> dict[str, str]:
+    """What the figures were made with."""
+    found = {"peft_taskmoe": peft_taskmoe.__version__}
+    found |= {name: importlib.metadata.version(name) for name in PACKAGES}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    return {**found, "python": platform.python_version(), "device": device}
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING)
+    if len(sys.argv) == 1:
+        print(__doc__)
+        raise SystemExit(2)
+    parser = TrlParser((BenchmarkArguments, SFTConfig))
+    benchmark_args, sft_args = parser.parse_args_and_config()
+    main(benchmark_args, sft_args, "python examples/benchmark/run.py " + shlex.join(sys.argv[1:]))

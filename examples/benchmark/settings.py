@@ -1,0 +1,237 @@
+"""What a comparison is made of: its settings, its configurations and its plan of runs.
+
+Knows the YAML file's fields. Does not know how a run is carried out (`one_run`) nor how runs are told of (`report`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from peft import LoraConfig, PeftConfig
+
+from peft_taskmoe import TaskEncoderConfig, TaskMoELoraConfig
+from peft_taskmoe.uie import PromptFormat, Regularisers
+
+
+@dataclass
+class BenchmarkArguments:
+    """The comparison. Everything that training takes (batch size, schedule, ...) is a field of TRL's `SFTConfig`."""
+
+    model_name_or_path: str = field(default="", metadata={"help": "The base model: Hub id or folder."})
+    dtype: str = field(default="bfloat16", metadata={"help": "Of the base model's weights."})
+    task_encoder: str = field(
+        default="Salesforce/codet5-base",
+        metadata={"help": "Hub id or folder of the encoder, for configurations that name none."},
+    )
+    train_data: list[str] = field(
+        default_factory=list, metadata={"help": "JSONL files or Hub data sets to train on."}
+    )
+    zero_shot_data: list[str] = field(
+        default_factory=list, metadata={"help": "JSONL files or Hub data sets that are only asked about."}
+    )
+    supervised_data: list[str] = field(
+        default_factory=list, metadata={"help": "The test parts of the sets that are trained on."}
+    )
+    train_documents: int | None = field(
+        default=None, metadata={"help": "At most this many of each training set."}
+    )
+    train_documents_of: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Another number for some training sets, by name."}
+    )
+    dev_documents: int = field(
+        default=20,
+        metadata={
+            "help": "Kept back from each training set; the learning rate is chosen by their likelihood."
+        },
+    )
+    zero_shot_documents: int | None = field(
+        default=None, metadata={"help": "At most this many of each zero-shot set."}
+    )
+    supervised_documents: int | None = field(
+        default=None, metadata={"help": "At most this many of each supervised test set."}
+    )
+    epochs: int = field(
+        default=1, metadata={"help": "Each shows the documents in another order, with other shuffled labels."}
+    )
+    configurations: dict[str, dict[str, Any]] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Name -> what to train: `method` (lora or moelora), its PEFT config, task encoder."
+        },
+    )
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "One run for each."})
+    learning_rates: list[float] = field(
+        default_factory=lambda: [3e-4], metadata={"help": "One run for each; the best is chosen afterwards."}
+    )
+    only: list[str] = field(
+        default_factory=list, metadata={"help": "Names of the configurations to run now; default: all."}
+    )
+    baseline: str = field(
+        default="lora-36", metadata={"help": "The configuration that the others are compared with."}
+    )
+    prompt_style: Literal["dataclass", "compact"] = field(
+        default="dataclass", metadata={"help": "The paper's, or one of half the tokens."}
+    )
+    occurrences: bool = field(default=True, metadata={"help": "Number repeated mentions in answers."})
+    shuffle_labels: bool = field(
+        default=True, metadata={"help": "Show the labels of a schema in random order in training."}
+    )
+    label_dropout: float = field(
+        default=0.0, metadata={"help": "Leave each label out in training with this probability."}
+    )
+    mask_labels: float = field(
+        default=0.0, metadata={"help": "Hide label names in training with this probability."}
+    )
+    max_new_tokens: int = field(default=256, metadata={"help": "The longest answer."})
+    eval_batch_size: int = field(default=16, metadata={"help": "Prompts of a generation."})
+    likelihood_batch_size: int = field(default=8, metadata={"help": "Documents of a likelihood batch."})
+    gate_documents: int = field(
+        default=20, metadata={"help": "Documents of each set whose gates are recorded."}
+    )
+    swapped_embeddings: bool = field(
+        default=True,
+        metadata={
+            "help": "Measure the likelihood also with the task embeddings of other data sets' documents: "
+            "what the router makes of the task."
+        },
+    )
+    results_dir: str = field(
+        default="results", metadata={"help": "Where the figures, tables and plots go; small, to be kept."}
+    )
+
+    def __post_init__(self) -> None:
+        if not self.model_name_or_path or not self.train_data or not self.configurations:
+            raise ValueError(
+                "A comparison needs `model_name_or_path`, `train_data` and `configurations`. Start from one of the "
+                "presets: `--config examples/benchmark/small.yaml`."
+            )
+        if missing := sorted(set(self.only) - set(self.configurations)):
+            raise ValueError(
+                f"`only` names {missing}, which is no configuration; there are {sorted(self.configurations)}."
+            )
+        if self.baseline not in self.configurations:
+            raise ValueError(
+                f'`baseline` is "{self.baseline}", which is no configuration; there are {sorted(self.configurations)}.'
+            )
+        for name in self.configurations:
+            Configuration.of(name, self.configurations[name], self.task_encoder)
+
+    @property
+    def format(self) -> PromptFormat:
+        """How prompts are written."""
+        return PromptFormat(style=self.prompt_style, occurrences=self.occurrences)
+
+    @property
+    def regularisers(self) -> Regularisers:
+        """What varies from one training prompt to the next."""
+        return Regularisers(shuffle=self.shuffle_labels, dropout=self.label_dropout, mask=self.mask_labels)
+
+    def plan(self) -> list[Run]:
+        """All runs, seed by seed, so that a comparison of one seed is whole before the next begins.
+
+        The runs and configurations that are not named by `only` stay as they are, and stay in the report.
+        """
+        return [
+            Run(Configuration.of(name, settings, self.task_encoder), rate, seed)
+            for seed in self.seeds
+            for rate in self.learning_rates
+            for name, settings in self.configurations.items()
+            if not self.only or name in self.only
+        ]
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One adapter to be compared.
+
+    Attributes:
+        name: What tables call it.
+        method: "lora" (PEFT's) or "moelora" (ours).
+        adapter: Arguments of `LoraConfig` or `TaskMoELoraConfig`.
+        encoder: The task encoder; None where the router reads no task.
+    """
+
+    name: str
+    method: Literal["lora", "moelora"]
+    adapter: dict[str, Any]
+    encoder: TaskEncoderConfig | None
+
+    @classmethod
+    def of(cls, name: str, settings: dict[str, Any], task_encoder: str) -> Configuration:
+        """Read an entry of the YAML file: `method`, `encoder` (fields of `TaskEncoderConfig`), and the config's own fields.
+
+        Raises:
+            ValueError: If the method or a field is not known.
+        """
+        adapter = dict(settings)
+        method = adapter.pop("method", None)
+        encoder = {"name_or_path": task_encoder, **adapter.pop("encoder", {})}
+        known = {"lora": LoraConfig, "moelora": TaskMoELoraConfig}
+        if method not in known:
+            raise ValueError(
+                f'Configuration "{name}" has `method: {method}`. Write `lora` (PEFT\'s) or `moelora` (Task-Aware MoELoRA).'
+            )
+        if unknown := sorted(set(adapter) - {one.name for one in fields(known[method])}):
+            raise ValueError(
+                f'Configuration "{name}" has {unknown}, which `{known[method].__name__}` does not take.'
+            )
+        reads_task = method == "moelora" and adapter.get("router_inputs", "token+task") != "token"
+        return cls(name, method, adapter, TaskEncoderConfig(**encoder) if reads_task else None)
+
+    def peft_config(self, task_dim: int | None) -> PeftConfig:
+        """The config for `get_peft_model`."""
+        if self.method == "lora":
+            return LoraConfig(task_type="CAUSAL_LM", **self.adapter)
+        if self.encoder is None:
+            return TaskMoELoraConfig(task_type="CAUSAL_LM", **self.adapter)
+        return TaskMoELoraConfig(
+            task_type="CAUSAL_LM", task_dim=task_dim, task_encoder=self.encoder, **self.adapter
+        )
+
+    @property
+    def effective_scale(self) -> float:
+        """`alpha / rank`, where a mixture's rank is that of all its experts: soft gates are `1 / E` on average."""
+        rank = self.adapter["r"] * (self.adapter.get("num_experts", 8) if self.method == "moelora" else 1)
+        return float(self.adapter["lora_alpha"] / rank)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training with what is measured afterwards."""
+
+    configuration: Configuration
+    learning_rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Its folder's and file's name."""
+        return f"{self.configuration.name}_lr{self.learning_rate:g}_seed{self.seed}"
+
+    def settings(self, args: BenchmarkArguments, training: dict[str, Any]) -> dict[str, Any]:
+        """All that its figures depend on, JSON-ready; a run is done only if it was made with the same."""
+        ours = asdict(args)
+        for name in ("configurations", "seeds", "learning_rates", "only", "baseline", "results_dir"):
+            del ours[name]
+        for name in ("model_name_or_path", "task_encoder"):
+            ours[name] = _named(ours[name])
+        for name in ("train_data", "zero_shot_data", "supervised_data"):
+            ours[name] = [_named(source) for source in ours[name]]
+        configuration = asdict(self.configuration)
+        if configuration["encoder"] is not None:
+            configuration["encoder"]["name_or_path"] = _named(configuration["encoder"]["name_or_path"])
+        run = {
+            "configuration": configuration,
+            "effective_scale": self.configuration.effective_scale,
+            "learning_rate": self.learning_rate,
+            "seed": self.seed,
+        }
+        return {**run, "benchmark": ours, "training": training}
+
+
+def _named(source: str) -> str:
+    """A model or data set without the place it has on this machine: two parts of a path, or a Hub id as it is."""
+    path = Path(source)
+    return "/".join(path.parts[-2:]) if path.is_absolute() or path.exists() else source

@@ -1,0 +1,453 @@
+"""`examples/benchmark`: a comparison of tiny models as a user runs it, and its parts one by one."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from test_examples import models, run  # noqa: F401  (a fixture)
+
+from peft_taskmoe.uie import build_example, read_jsonl
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "examples" / "benchmark"
+PRESETS = ("smoke", "small", "codellama-7b")
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """The modules of the comparison, which are found as scripts find their neighbours."""
+    sys.path.insert(0, str(FOLDER))
+    try:
+        import one_run
+        import prepare_data
+        import report
+        import run as run_script
+        import settings
+
+        yield type(
+            "Parts",
+            (),
+            {
+                "one_run": one_run,
+                "report": report,
+                "run": run_script,
+                "settings": settings,
+                "data": prepare_data,
+            },
+        )
+    finally:
+        sys.path.remove(str(FOLDER))
+        for name in ("one_run", "prepare_data", "report", "run", "settings"):
+            sys.modules.pop(name, None)
+
+
+def arguments_of(parts, preset: str, **changes):
+    """A preset's arguments, read as the script reads them."""
+    from trl import SFTConfig, TrlParser
+
+    parser = TrlParser((parts.settings.BenchmarkArguments, SFTConfig))
+    values = {"model_name_or_path": "models/lm", **changes}
+    extra = [
+        str(word)
+        for name, value in values.items()
+        for word in (f"--{name}", *(value if isinstance(value, list) else [value]))
+    ]
+    return parser.parse_args_and_config(
+        ["--config", str(FOLDER / f"{preset}.yaml"), *extra, "--bf16", "false"]
+    )
+
+
+def test_a_comparison_from_training_to_report_is_resumed_and_skipped(tmp_path, models) -> None:  # noqa: F811
+    language_model, encoder = models
+    common = (
+        *(
+            "--config",
+            FOLDER / "smoke.yaml",
+            "--model_name_or_path",
+            language_model,
+            "--task_encoder",
+            encoder,
+        ),
+        *("--output_dir", tmp_path / "out", "--results_dir", tmp_path / "results", "--max_new_tokens", 4),
+        *(
+            "--train_documents",
+            8,
+            "--zero_shot_documents",
+            3,
+            "--supervised_documents",
+            2,
+            "--dev_documents",
+            2,
+        ),
+    )
+    home = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    printed = run("benchmark/run.py", *common, "--only", "task-aware", **home)
+    assert "1 runs, 0 of them done before." in printed and "Run 1 of 1: task-aware_lr0.001_seed0" in printed
+    folder = tmp_path / "out" / "task-aware_lr0.001_seed0"
+    finished = json.loads((tmp_path / "results" / "runs" / "task-aware_lr0.001_seed0.json").read_text())
+
+    # Killed after its training and the first answers: what is there stays, what is not is made again, alike.
+    (tmp_path / "results" / "runs" / "task-aware_lr0.001_seed0.json").unlink()
+    answers = folder / "answers" / "test_unseen.json"
+    answers.unlink()
+    kept = {
+        path: path.stat().st_mtime_ns for path in folder.rglob("*.json") if "checkpoints" not in path.parts
+    }
+    kept[folder / "adapter" / "adapter_model.safetensors"] = (
+        (folder / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
+    )
+    printed = run("benchmark/run.py", *common, **home)
+    assert "3 runs, 0 of them done before." in printed and "min left" in printed
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept and answers.is_file()
+    again = json.loads((tmp_path / "results" / "runs" / "task-aware_lr0.001_seed0.json").read_text())
+    for figures in (finished["figures"], again["figures"]):
+        figures.pop("generation_seconds")
+    assert again == finished
+
+    results = tmp_path / "results"
+    assert {path.stem for path in (results / "runs").glob("*.json")} == {
+        f"{name}_lr0.001_seed0" for name in ("lora-36", "token-only", "task-aware")
+    }
+    assert {path.name for path in results.glob("*.png")} == {
+        f"learning_rate_0-001_{name}.png" for name in ("f1", "gain", "similarity")
+    }
+    text = (results / "README.md").read_text()
+    for words in (
+        "| task-aware - lora-36 | 1 |",
+        "| task-aware - token-only | 1 |",
+        "| RE |",
+        "NLL per token, zero-shot",
+        "| torch |",
+    ):
+        assert words in text, words
+    assert str(tmp_path / "lm") not in json.dumps(again)  # no place of this machine
+    figures = json.loads((results / "figures.json").read_text())
+    assert set(figures["learning rate 0.001"]) == {
+        "token-only - lora-36",
+        "task-aware - lora-36",
+        "task-aware - token-only",
+    }
+
+    printed = run("benchmark/run.py", *common, **home)
+    assert "3 runs, 3 of them done before." in printed and "Run 1" not in printed
+
+    # The report needs the results folder only.
+    (results / "README.md").unlink()
+    run("benchmark/report.py", results, **home)
+    assert (results / "README.md").read_text() == text
+
+    with pytest.raises(AssertionError, match=r"was made with `benchmark\.max_new_tokens` = 4, and now it is 5"):
+        run("benchmark/run.py", *common, "--max_new_tokens", 5, **home)
+
+
+def test_a_killed_training_goes_on_from_its_checkpoint(tmp_path, models) -> None:  # noqa: F811
+    language_model, encoder = models
+    home = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+
+    def train(where: str, kill: bool = False) -> dict:
+        common = (
+            *(
+                "--config",
+                FOLDER / "smoke.yaml",
+                "--model_name_or_path",
+                language_model,
+                "--task_encoder",
+                encoder,
+            ),
+            *(
+                "--output_dir",
+                tmp_path / where,
+                "--results_dir",
+                tmp_path / f"{where}-results",
+                "--max_new_tokens",
+                2,
+            ),
+            *(
+                "--train_documents",
+                32,
+                "--zero_shot_documents",
+                2,
+                "--supervised_documents",
+                2,
+                "--dev_documents",
+                2,
+            ),
+            *("--only", "task-aware"),
+        )
+        if kill:
+            killing = f"""
+import os, runpy, sys
+sys.path.insert(0, {str(FOLDER)!r})
+import one_run
+
+class Killer(one_run.StepClock):
+    def on_step_end(self, args, state, control, **kwargs):
+        super().on_step_end(args, state, control, **kwargs)
+        if state.global_step == 3:
+            os._exit(9)
+
+one_run.StepClock = Killer
+runpy.run_path({str(FOLDER / "run.py")!r}, run_name="__main__")
+"""
+            done = subprocess.run(
+                [sys.executable, "-c", killing, *map(str, common)],
+                env={**os.environ, **home, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+            )
+            assert done.returncode == 9, done.stderr[-2000:]
+            assert not (tmp_path / where / "task-aware_lr0.001_seed0" / "adapter").exists()
+        run("benchmark/run.py", *common, **home)
+        return json.loads(
+            (tmp_path / f"{where}-results" / "runs" / "task-aware_lr0.001_seed0.json").read_text()
+        )["figures"]
+
+    whole, resumed = train("whole"), train("killed", kill=True)
+    assert resumed["training"]["steps"] == whole["training"]["steps"] == 4
+    for part in ("nll_dev", "nll_zero_shot", "nll_swapped"):
+        assert resumed[part] == whole[part]
+
+
+def test_every_configuration_of_a_seed_trains_on_the_same_examples_in_the_same_order(parts) -> None:
+    args, sft = arguments_of(parts, "smoke")
+    data = parts.one_run.Data.read(args)
+    documents = data.training_documents(args, 0)
+
+    def rows(seed: int, text: str) -> list:
+        found = parts.one_run.training_examples(data.training_documents(args, seed), args, sft, seed, text)
+        return list(zip(found["id"], found["prompt"], found["completion"], strict=True))
+
+    assert rows(0, "prompt") == rows(0, "schema")
+    assert rows(0, "prompt") != rows(1, "prompt")
+    assert len(rows(0, "prompt")) == 16 and {d.id for d in documents["demo"]} == {
+        i for i, *_ in rows(0, "prompt")
+    }
+    kept_back = {document.id for document in data.dev["demo"]}
+    assert len(kept_back) == 4 and not kept_back & {document.id for document in data.train["demo"]}
+
+
+def test_batches_hold_documents_of_like_length(parts) -> None:
+    args, sft = arguments_of(parts, "smoke", train_documents=150, per_device_train_batch_size=5)
+    data = parts.one_run.Data.read(args)
+    examples = parts.one_run.training_examples(data.training_documents(args, 0), args, sft, 0)
+    lengths = [len(row["prompt"]) + len(row["completion"]) for row in examples]
+    batches = [lengths[i : i + 5] for i in range(0, len(lengths), 5)]
+    padded = sum(5 * max(batch) for batch in batches) / sum(lengths)
+    longest_first = sorted(lengths)
+    best = sum(5 * max(longest_first[i : i + 5]) for i in range(0, len(lengths), 5)) / sum(lengths)
+    assert padded < best + 0.1
+    assert [max(batch) for batch in batches] != sorted(max(batch) for batch in batches)
+
+
+def test_likelihoods_are_those_of_each_document_alone(parts, models) -> None:  # noqa: F811
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    language_model, _ = models
+    args, _ = arguments_of(parts, "smoke", likelihood_batch_size=3)
+    model = AutoModelForCausalLM.from_pretrained(language_model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(language_model)
+    documents = parts.one_run._read(args.zero_shot_data, "test", 7)["test_unseen"]
+    found = parts.one_run.Measure(model, tokenizer, None, args).likelihoods(documents)
+    assert set(found) == {document.id for document in documents}
+    for document in documents:
+        example = build_example(document, format=args.format)
+        prompt, answer = tokenizer(example.prompt).input_ids, tokenizer(example.completion).input_ids
+        ids = torch.tensor([[*prompt, *answer, tokenizer.eos_token_id]])
+        with torch.no_grad():
+            logs = model(ids).logits[0].log_softmax(-1)
+        expected = -sum(logs[i - 1, ids[0, i]].item() for i in range(len(prompt), ids.shape[1]))
+        loss, tokens = found[document.id]
+        assert tokens == len(answer) + 1
+        assert loss == pytest.approx(expected, rel=1e-4)
+
+
+def test_swapped_embeddings_come_from_another_data_set(parts) -> None:
+    documents = read_jsonl(ROOT / "examples" / "data" / "demo" / "test_unseen.jsonl").documents
+    sets = {"a": documents[:3], "b": documents[3:5], "c": documents[5:9]}
+    other = parts.one_run.swapped(sets)
+    assert len(other) == 9
+    for (name, id_), document in other.items():
+        assert document.id not in {one.id for one in sets[name]} and id_ != document.id
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_whole_and_of_equal_effective_scale(parts, preset) -> None:
+    args, _ = arguments_of(parts, preset)
+    configurations = [run.configuration for run in args.plan()]
+    assert {one.name for one in configurations} >= {"lora-36", "token-only", "task-aware"}
+    for one in configurations:
+        assert one.effective_scale == 1.0
+        one.peft_config(768)
+    if preset != "smoke":
+        assert {one.name for one in configurations} >= {"lora-32", "schema-aware", "task-only"}
+
+
+def test_the_small_preset_trains_on_enough_and_never_on_what_it_tests(parts) -> None:
+    preset = yaml.safe_load((FOLDER / "small.yaml").read_text())
+    few = preset["train_documents_of"]
+    names = [Path(path).parent.name for path in preset["train_data"]]
+    assert sum(few.get(name, preset["train_documents"]) for name in names) >= 1500
+    assert not set(names) & {Path(path).parent.name for path in preset["zero_shot_data"]}
+    assert preset["zero_shot_documents"] >= 100
+
+
+def test_wrong_settings_are_refused(parts) -> None:
+    arguments = parts.settings.BenchmarkArguments
+    good = {
+        "model_name_or_path": "m",
+        "train_data": ["t"],
+        "configurations": {"lora-36": {"method": "lora", "r": 36, "lora_alpha": 36}},
+    }
+    arguments(**good)
+    for changes, message in (
+        ({"model_name_or_path": ""}, "A comparison needs `model_name_or_path`"),
+        ({"only": ["lora-35"]}, r"`only` names \['lora-35'\], which is no configuration"),
+        ({"baseline": "lora-32"}, '`baseline` is "lora-32", which is no configuration'),
+        ({"configurations": {"lora-36": {"method": "dora"}}}, 'Configuration "lora-36" has `method: dora`'),
+        (
+            {"configurations": {"lora-36": {"method": "lora", "rank": 3}}},
+            r"has \['rank'\], which `LoraConfig` does not take",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            arguments(**{**good, **changes})
+
+
+def fake_run(parts, name: str, rate: float, seed: int, loss: float, encoder: bool = False):
+    """A finished run with two zero-shot sets, whose gold answers have a given loss per token."""
+    from peft_taskmoe.uie import score
+
+    documents = read_jsonl(ROOT / "examples" / "data" / "demo" / "test_unseen.jsonl").documents[:6]
+    sets = {"a": documents[:3], "b": documents[3:]}
+    scores = score(sets, {key: {one.id: one.records for one in found} for key, found in sets.items()})
+    nll = {
+        key: {one.id: [loss * (i + 1), i + 1] for i, one in enumerate(found)} for key, found in sets.items()
+    }
+    content = {
+        "settings": {
+            "configuration": {
+                "name": name,
+                "method": "lora",
+                "adapter": {"r": 4, "lora_alpha": 4},
+                "encoder": None,
+            },
+            "learning_rate": rate,
+            "seed": seed,
+        },
+        "versions": {},
+        "figures": {
+            "scores": scores.to_dict(documents=True),
+            "nll_dev": nll,
+            "nll_zero_shot": nll,
+            "nll_supervised": {},
+        },
+    }
+    return parts.report.Finished(content)
+
+
+def test_comparisons_are_made_at_each_learning_rate_and_at_each_ones_best(parts) -> None:
+    losses = {
+        ("lora-36", 1e-3): 2.0,
+        ("lora-36", 1e-4): 1.0,
+        ("task-aware", 1e-3): 0.5,
+        ("task-aware", 1e-4): 3.0,
+    }
+    runs = [
+        fake_run(parts, name, rate, seed, loss) for (name, rate), loss in losses.items() for seed in (1, 0)
+    ]
+    found = parts.report.selections(runs, ["lora-36", "task-aware"])
+    assert list(found) == ["learning rate 0.0001", "learning rate 0.001", "each at its best learning rate"]
+    best = found["each at its best learning rate"]
+    assert [(name, of[0].learning_rate, [run.seed for run in of]) for name, of in best.items()] == [
+        ("lora-36", 1e-4, [0, 1]),
+        ("task-aware", 1e-3, [0, 1]),
+    ]
+    line = parts.report.compare_likelihood(best["task-aware"], best["lora-36"], "zero_shot")["all"]
+    assert line.difference == pytest.approx(-0.5) and line.high < 0
+    assert best["lora-36"][0].likelihood("zero_shot", "a") == pytest.approx(
+        1.0
+    )  # per token, not per document
+
+
+def test_only_seeds_that_both_have_are_compared(parts) -> None:
+    a = [fake_run(parts, "a", 1e-3, seed, 1.0) for seed in (0, 1, 2)]
+    b = [fake_run(parts, "b", 1e-3, seed, 1.0) for seed in (2, 0)]
+    assert [[run.seed for run in runs] for runs in parts.report.pair(a, b)] == [[0, 2], [2, 0]]
+
+
+def test_the_nearest_training_set_is_that_with_the_likest_gates(parts) -> None:
+    run_ = fake_run(parts, "a", 1e-3, 0, 1.0)
+    run_.figures["nll_dev"] = {"x": {}, "y": {}}
+    run_.figures["gates"] = {
+        "mean": {"x": [[0.9, 0.1]], "y": [[0.2, 0.8]], "a": [[0.8, 0.2]], "b": [[0.1, 0.9]]}
+    }
+    near = parts.report.nearest(run_)
+    assert {name: other for name, (_, other) in near.items()} == {"a": "x", "b": "y"}
+    assert all(math.isclose(value, 1.0) for value, _ in near.values())
+
+
+def test_public_data_become_documents(parts) -> None:
+    rows = {
+        "NER": (
+            {
+                "text": "Ada saw Kourou and Ada .",
+                "entity": [
+                    {"entity": "Ada", "entity_type": "person"},
+                    {"entity": "Ada", "entity_type": "person"},
+                ],
+            },
+            [["person", "place"], [], {}],
+        ),
+        "RE": (
+            {
+                "text": "Ada lives in Kourou .",
+                "relation": [
+                    {"head": "Ada", "relation": "lives in", "tail": "Kourou"},
+                    {"head": "Eve", "relation": "lives in", "tail": "Kourou"},
+                ],
+            },
+            [[], ["lives in"], {}],
+        ),
+        "EE": (
+            {
+                "text": "Ada left Kourou .",
+                "event": [
+                    {
+                        "event_trigger": "left",
+                        "event_type": "leave",
+                        "arguments": [
+                            {"role": "who", "argument": "Ada"},
+                            {"role": "place", "argument": "Kourou"},
+                        ],
+                    }
+                ],
+            },
+            [[], [], {"leave": ["who", "place", "when"]}],
+        ),
+    }
+    found = {}
+    for task, (row, schema) in rows.items():
+        (found[task],), errors = parts.data.documents(
+            task, parts.data.instruction_rows(task, [json.dumps(row)], schema)
+        )
+        assert errors == (1 if task == "RE" else 0)  # Eve is not in the text
+    assert [(r.label, r.span.start) for r in found["NER"].records] == [("person", 0), ("person", 19)]
+    assert [label.name for label in found["NER"].schema.labels] == ["person", "place"]
+    assert [(r.label, r.head.text, r.tail.text) for r in found["RE"].records] == [
+        ("lives in", "Ada", "Kourou")
+    ]
+    (event,) = found["EE"].records
+    assert (event.label, event.trigger.start, {a.role: a.span.text for a in event.arguments}) == (
+        "leave",
+        4,
+        {"who": "Ada", "place": "Kourou"},
+    )
