@@ -1,4 +1,9 @@
 """Task-Aware MoELoRA for Hugging Face PEFT. Importing the package registers the method with PEFT."""
+# ruff: noqa: E402
+
+from .registration import register
+
+register()  # before the imports below, which other versions of PEFT would fail in, unexplained
 
 from .collator import TaskCollator
 from .conditioning import task_context
@@ -7,7 +12,6 @@ from .encoder import TaskEncoder, TaskEncoderConfig
 from .export import experts_from_loras, from_reference_checkpoint, to_lora
 from .inspection import heat_map, record_gates
 from .model import TaskMoELoraModel, attach_task_encoder
-from .registration import register
 from .training_log import log_routing
 
 __version__ = "0.1.0"
@@ -27,5 +31,3 @@ __all__ = [
     "task_context",
     "to_lora",
 ]
-
-register()
