@@ -7,6 +7,8 @@ that has both a token and an expert x out axis.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -44,23 +46,35 @@ def expert_update(
     return F.linear(mix_bottleneck(F.linear(x, weight_a), gates), weight_b) * scaling
 
 
-def keep_mask(like: torch.Tensor, p: float) -> tuple[torch.Tensor, float]:
-    """Draw which input features the experts see this time.
+def draw_dropped(like: torch.Tensor, p: float) -> torch.Tensor:
+    """Draw which input features the experts do not see this time.
 
-    One byte per feature is kept for backward, against the float32 noise and the dropped input that `F.dropout` keeps on a
-    CPU. There the draw itself is the larger cost, so it takes 15 random bits per feature instead of a float each: p is
-    rounded to a multiple of 2^-15 and the returned rate is the rounded one, so that scaling by `1 / (1 - rate)` is exact.
+    On a CPU the draw is the larger part of dropout's cost, and most features are kept. So only the dropped ones are drawn: the gaps
+    between them are geometric, `1 + floor(log(1 - u) / log(1 - p))` for u uniform on [0, 1).
 
     Args:
-        like: Tensor whose shape and device the mask takes.
+        like: Tensor whose shape and device the draw is for.
         p: Probability of dropping a feature, 0 < p < 1.
 
     Returns:
-        The int8 mask (1 keep, 0 drop) and the rate at which it drops.
+        For `zero_dropped`: on a CPU the indices of the dropped features in the flattened tensor, ascending; elsewhere an
+        int8 mask (1 keep, 0 drop).
     """
     if like.device.type != "cpu":
-        return torch.empty(like.shape, dtype=torch.int8, device=like.device).bernoulli_(1.0 - p), p
-    threshold = min(max(round(p * 2**15), 1), 2**15 - 1)
-    words = torch.empty((like.numel() + 1) // 2, dtype=torch.int32).random_()
-    draws = words.bitwise_and_(0x7FFF7FFF).view(torch.int16)[: like.numel()]
-    return torch.ge(draws, threshold).view(torch.int8).view(like.shape), threshold / 2**15
+        return torch.empty(like.shape, dtype=torch.int8, device=like.device).bernoulli_(1.0 - p)
+    n = like.numel()
+    draws = int(n * p + 6.0 * math.sqrt(n * p) + 16.0)  # falls short once in 1e9 times
+    dropped = torch.full((1,), -1)
+    while dropped[-1] < n:
+        gaps = torch.rand(draws, dtype=torch.float64).neg_().log1p_().mul_(1.0 / math.log1p(-p))
+        further = gaps.clamp_(max=n).long().add_(1).cumsum_(0).add_(dropped[-1])
+        dropped = torch.cat((dropped, further))
+    return dropped[1 : torch.searchsorted(dropped, n)]
+
+
+def zero_dropped(features: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
+    """Set the dropped features of a contiguous tensor to zero, in place; `dropped` as `draw_dropped` returns it."""
+    if dropped.dtype == torch.int8:
+        return features.mul_(dropped)
+    features.view(-1).index_fill_(0, dropped, 0.0)
+    return features

@@ -6,7 +6,7 @@ import pytest
 import reference
 import torch
 
-from peft_taskmoe.experts import expert_update, keep_mask, mix_bottleneck
+from peft_taskmoe.experts import draw_dropped, expert_update, mix_bottleneck, zero_dropped
 
 
 @pytest.mark.parametrize("num_experts", [1, 2, 5])
@@ -43,42 +43,54 @@ def test_no_tokens_give_no_update() -> None:
     assert mix_bottleneck(torch.zeros(0, 6), torch.zeros(0, 3)).shape == (0, 6)
 
 
+def kept(p: float, *size: int) -> torch.Tensor:
+    """1 where a feature was kept, 0 where it was dropped."""
+    return zero_dropped(torch.ones(size, dtype=torch.float64), draw_dropped(torch.empty(size), p))
+
+
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
 def test_dropout_drops_at_its_rate_and_scales_without_bias(p) -> None:
     torch.manual_seed(11)
-    n = 400_001  # odd: the draws come in pairs
-    keep, rate = keep_mask(torch.empty(n), p)
-    assert keep.shape == (n,) and keep.dtype == torch.int8
+    n = 400_001
+    keep = kept(p, n)
     assert set(keep.unique().tolist()) == {0, 1}
-    assert abs(rate - p) <= 2**-16
-    dropped = 1 - keep.double().mean().item()
     deviation = (p * (1 - p) / n) ** 0.5
-    assert abs(dropped - rate) < 4 * deviation
+    assert abs(1 - keep.mean().item() - p) < 4 * deviation
     x = torch.rand(n, dtype=torch.float64) + 1
-    assert (x * keep / (1 - rate)).mean().item() == pytest.approx(
-        x.mean().item(), abs=10 * deviation / (1 - p)
-    )
+    assert (x * keep / (1 - p)).mean().item() == pytest.approx(x.mean().item(), abs=10 * deviation / (1 - p))
 
 
 def test_dropout_draws_neighbours_independently() -> None:
-    """Two draws share a 32-bit word: dropping one must say nothing of the other, nor one row of the next."""
+    """Gaps are drawn, so dropping one must say nothing of the next, nor one row of the next."""
     torch.manual_seed(12)
-    keep = keep_mask(torch.empty(2000, 100), 0.3)[0].double()
-    for a, b in ((keep[:, ::2], keep[:, 1::2]), (keep[:, 1:-1:2], keep[:, 2::2]), (keep[:-1], keep[1:])):
+    keep = kept(0.3, 2000, 100)
+    for a, b in ((keep[:, :-1], keep[:, 1:]), (keep[:, :-2], keep[:, 2:]), (keep[:-1], keep[1:])):
         correlation = torch.corrcoef(torch.stack((a.flatten(), b.flatten())))[0, 1].item()
         assert abs(correlation) < 4 / a.numel() ** 0.5
 
 
-def test_dropout_is_never_nothing_nor_everything() -> None:
-    """The rate is rounded to 2^-15, but 0 < p < 1 stays so."""
-    assert keep_mask(torch.empty(4), 1e-9)[1] == 2**-15
-    assert keep_mask(torch.empty(4), 1 - 1e-9)[1] == 1 - 2**-15
+def test_dropout_reaches_the_first_and_the_last_feature() -> None:
+    torch.manual_seed(13)
+    rate = 1 - torch.stack([kept(0.5, 3) for _ in range(2000)]).mean(0)
+    assert (rate - 0.5).abs().max() < 4 * (0.25 / 2000) ** 0.5
+
+
+def test_dropout_takes_more_draws_where_the_first_fall_short(monkeypatch) -> None:
+    """Gaps of 1 only, as if the smallest number were drawn each time: every feature is dropped, whatever the number of draws."""
+    monkeypatch.setattr(torch, "rand", lambda size, dtype: torch.zeros(size, dtype=dtype))
+    assert draw_dropped(torch.empty(10_000), 0.05).tolist() == list(range(10_000))
+
+
+@pytest.mark.parametrize("p", [1e-300, 1e-9, 1 - 1e-9])
+def test_dropout_at_the_ends(p) -> None:
+    torch.manual_seed(14)
+    assert kept(p, 100).sum() == (100 if p < 0.5 else 0)
 
 
 def test_dropout_follows_the_seed() -> None:
     masks = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        masks.append(keep_mask(torch.empty(64), 0.5)[0])
+        masks.append(kept(0.5, 64))
     assert torch.equal(masks[0], masks[1])
     assert not torch.equal(masks[0], masks[2])

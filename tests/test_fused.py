@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from peft_taskmoe.experts import keep_mask
+from peft_taskmoe.experts import draw_dropped, zero_dropped
 from peft_taskmoe.fused import ExpertShape, FusedUpdate, decoding_step, decoding_weights
 
 IN, OUT, TASK_DIM, TOKENS = 5, 4, 3, 6
@@ -44,6 +44,11 @@ def tensors(shape: ExpertShape, *, frozen_base: bool, packed: bool = False) -> d
         "task": draw(2, TASK_DIM) if shape.reads_task else None,
         "token_tasks": torch.tensor(PACKED) if packed and shape.reads_task else None,
     }
+
+
+def drawn_mask(like: torch.Tensor, p: float) -> torch.Tensor:
+    """What `zero_dropped` does to ones."""
+    return zero_dropped(torch.ones(like.shape), draw_dropped(like, p))
 
 
 def fused(given: dict[str, torch.Tensor | None], shape: ExpertShape, dropout: float = 0.0) -> torch.Tensor:
@@ -91,13 +96,35 @@ def test_outputs_and_gradients_equal_the_loops(shape, frozen_base, packed, dropo
     """With dropout: those of the plain computation under the very mask that was drawn."""
     given = tensors(shape, frozen_base=frozen_base, packed=packed)
     torch.manual_seed(5)
-    kept, rate = keep_mask(given["x"], dropout) if dropout else (None, 0.0)
+    kept = drawn_mask(given["x"], dropout) if dropout else None
     torch.manual_seed(5)
     out = fused(given, shape, dropout)
-    expected = by_loops(given, shape, kept, rate)
+    expected = by_loops(given, shape, kept, dropout)
     torch.testing.assert_close(out, expected, **CLOSE)
     assert kept is None or 0 < kept.double().mean() < 1
     torch.testing.assert_close(gradients(out, given), gradients(expected, given), **CLOSE)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("frozen_base", [True, False])
+@pytest.mark.parametrize("tasks", [1, 2, 4])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_long_rows_are_computed_row_by_row(shape, tasks, frozen_base, dropout) -> None:
+    """4 rows of 64 tokens: the same as one row of 256, in outputs and gradients."""
+    given = tensors(shape, frozen_base=frozen_base)
+    for name, width in (("x", IN), ("base", OUT)):
+        if given[name] is not None:
+            given[name] = torch.randn(4, 64, width, dtype=torch.float64, requires_grad=True)
+    if shape.reads_task:
+        given["task"] = torch.randn(tasks, TASK_DIM, dtype=torch.float64, requires_grad=True)
+    flat = {n: v.flatten(0, 1) if n in ("x", "base") and v is not None else v for n, v in given.items()}
+    torch.manual_seed(5)
+    out = fused(given, shape, dropout)
+    torch.manual_seed(5)
+    expected = fused(flat, shape, dropout).view(out.shape)
+    torch.testing.assert_close(out, expected, **CLOSE)
+    found, wanted = gradients(out / out.numel(), given), gradients(expected / out.numel(), given)
+    torch.testing.assert_close(found, wanted, **CLOSE)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -231,23 +258,28 @@ def test_the_softmax_runs_in_float32(reads_task) -> None:
 
 
 def test_backward_keeps_nothing_of_the_output() -> None:
-    """Kept are x, the bottleneck, the gates and, with dropout, a byte a feature."""
-    tokens, width, out_width, num_experts, r = 64, 32, 256, 8, 2
+    """Kept are x, the bottleneck with the token part of the logits, the gates and, with dropout, 8 bytes a dropped feature."""
+    tokens, width, out_width, num_experts, r, p = 64, 32, 256, 8, 2, 0.1
     shape = ExpertShape(num_experts, r, 1.0, None, True, False)
-    kept: list[torch.Tensor] = []
+    weights = (
+        torch.randn(out_width, width), None, torch.randn(num_experts * r, width, requires_grad=True),
+        torch.randn(out_width, num_experts * r), torch.randn(num_experts, width),
+    )  # fmt: skip
+    x = torch.randn(tokens, width, requires_grad=True)
+    for dropout, dropped in ((0.0, 0.0), (p, tokens * width * p + 6 * (tokens * width * p) ** 0.5 + 18)):
+        kept: dict[int, int] = {}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept.append(tensor)
-        return tensor
+        def keep(tensor: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        FusedUpdate.apply(
-            torch.randn(tokens, width, requires_grad=True), None, torch.randn(out_width, width), None,
-            torch.randn(num_experts * r, width, requires_grad=True), torch.randn(out_width, num_experts * r),
-            torch.randn(num_experts, width), None, None, shape, 0.1,
-        )  # fmt: skip
-    of_tokens = sum(t.numel() * t.element_size() for t in kept if t.shape[0] == tokens)
-    assert of_tokens == tokens * (4 * width + 4 * num_experts * r + 4 * num_experts + width)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            FusedUpdate.apply(x, None, *weights, None, None, shape, dropout)
+        for weight in weights:
+            if weight is not None:
+                del kept[weight.untyped_storage().data_ptr()]
+        assert sum(kept.values()) <= 4 * tokens * (width + num_experts * r + 2 * num_experts) + 8 * dropped
 
 
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape.top_k is None])
