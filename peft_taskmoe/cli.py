@@ -10,9 +10,7 @@ goes on where it stopped when the same command is given again.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -23,9 +21,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from .uie.extractor import Extractor, Question
+    from .uie.jobs import Item
 
 DONE, SOME_LINES_BAD, NOTHING_DONE, INTERRUPTED = 0, 1, 2, 130
-_LINE_START = b'{"id": '  # of every line that `extract` writes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -111,8 +109,16 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument(
         "--seen", type=Path, help="JSON table of seen labels (default: the one of the package)"
     )
-    score.add_argument("--labels", action="store_true", help="a row for each label")
+    score.add_argument("--labels", action="store_true", help="a row for each label and argument role")
     score.add_argument("--intervals", action="store_true", help="bootstrap intervals of 95 %%")
+    score.add_argument(
+        "--reliability",
+        nargs="?",
+        const="width",
+        choices=("width", "count"),
+        help="also the precision of records by their confidence, in ten bins of equal width or count (default: width)",
+    )
+    score.add_argument("--reliability-plot", type=Path, help="draw it to this file (.png, .svg)")
     score.add_argument("--json", type=Path, help="also write all figures to this file")
     score.set_defaults(run=_score)
 
@@ -138,29 +144,29 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _extract(args: argparse.Namespace, console: Console) -> int:
+    from .uie.jobs import checksum, lines_done, write_lines
     from .uie.schema import Schema
 
     schema = Schema.from_json(args.schema) if args.schema else None
     if not args.input.is_file():
         raise ValueError(f"There is no file `{args.input}` to read.")
-    run = _run_name(args, schema)
+    settings = [args.adapter, schema and schema.fingerprint(), args.threshold, args.max_new_tokens]
+    run = checksum([*settings, args.dtype, args.max_prompt_tokens, args.constrained])
     if args.overwrite:
         args.output.unlink(missing_ok=True)
-    done = _lines_done(args.output, args.input, run)
+    done = lines_done(args.output, map(checksum, _lines(args.input)), run)
     total = sum(1 for _ in _lines(args.input))
     if done:
         _say(console, f"{done} of {total} lines are done already.")
-    if done == total:
-        return _finish(args, console)
-    with args.output.open("ab") as file:
-        extractor = _load(args)
-        rows = islice(enumerate(_lines(args.input), 1), done, None)
-        for line in _answers(extractor, rows, schema, args.threshold, total - done):
-            file.write(
-                json.dumps({**line, "run": run}, ensure_ascii=False).encode("utf-8", "backslashreplace")
-                + b"\n"
-            )
-            file.flush()
+    if done < total:
+        write_lines(
+            _load(args),
+            _items(islice(enumerate(_lines(args.input), 1), done, None), schema),
+            args.output,
+            run,
+            thresholds=args.threshold,
+            total=total - done,
+        )
     return _finish(args, console)
 
 
@@ -191,73 +197,17 @@ def _load(args: argparse.Namespace) -> Extractor:
     )
 
 
-def _run_name(args: argparse.Namespace, schema: Any) -> str:
-    """A short hash of what the records depend on, so that no run is continued by another."""
-    settings = [
-        args.adapter,
-        schema and schema.fingerprint(),
-        args.threshold,
-        args.max_new_tokens,
-        args.dtype,
-    ]
-    settings += [args.max_prompt_tokens, args.constrained]
-    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+def _items(rows: Iterable[tuple[int, bytes]], schema: Any) -> Iterator[Item]:
+    """What is asked by each line."""
+    from .uie.jobs import Item, checksum
 
-
-def _lines_done(output: Path, source: Path, run: str) -> int:
-    """How many lines an earlier run has written; a line that it was stopped in is taken off.
-
-    Raises:
-        ValueError: The output is not that of such a run.
-    """
-    if not output.exists():
-        return 0
-    advice = "Pass another --output, or --overwrite."
-    whole, rest = 0, b""
-    with output.open("rb") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                whole += len(line)
-            else:
-                rest = line
-    if rest and not rest.startswith(_LINE_START[: len(rest)]):
-        raise ValueError(f"The last line of `{output}` was not written by this command. {advice}")
-    count = 0
-    for count, (written, line) in enumerate(zip(_lines(output, whole), _lines(source), strict=False), 1):
-        row = _object(written)
-        if row is None or row.get("run") != run:
-            raise ValueError(
-                f"`{output}:{count}` was not written by this command with these settings. {advice}"
-            )
-        if row["source"] != _digest(line):
-            raise ValueError(f"`{output}:{count}` does not belong to line {count} of `{source}`. {advice}")
-    if sum(1 for _ in _lines(output, whole)) > count:
-        raise ValueError(f"`{output}` has more lines than `{source}`. {advice}")
-    os.truncate(output, whole)
-    return count
-
-
-def _answers(
-    extractor: Extractor, rows: Iterable[tuple[int, bytes]], schema: Any, threshold: float | None, total: int
-) -> Iterator[dict[str, Any]]:
-    """A line for each line: `id`, text, records, problems, raw answers and seconds, or `id` and `error`."""
-    waiting: list[tuple[dict[str, Any], str | None]] = []
-
-    def asked() -> Iterator[Sequence[Question]]:
-        for number, line in rows:
-            head: dict[str, Any] = {"id": str(number), "source": _digest(line)}
-            try:
-                head["id"], question = _question(line, schema, number)
-            except ValueError as error:
-                waiting.append((head, str(error)))
-                yield ()
-            else:
-                waiting.append((head, None))
-                yield (question,)
-
-    for extraction in extractor.answer(asked(), thresholds=threshold, total=total):
-        head, error = waiting.pop(0)
-        yield head | ({"error": error} if error is not None else extraction.to_dict())
+    for number, line in rows:
+        try:
+            name, question = _question(line, schema, number)
+        except ValueError as error:
+            yield Item(str(number), checksum(line), error=str(error))
+        else:
+            yield Item(name, checksum(line), [question])
 
 
 def _question(line: bytes, schema: Any, number: int) -> tuple[str, Question]:
@@ -296,6 +246,7 @@ def _score(args: argparse.Namespace, console: Console) -> int:
     from rich.console import Console
 
     from .uie.data import read_jsonl
+    from .uie.reliability import reliability
     from .uie.score import SeenLabels, score
 
     if len(args.gold) != len(args.predicted):
@@ -320,12 +271,29 @@ def _score(args: argparse.Namespace, console: Console) -> int:
     report = score(gold, answers, match=args.match, seen=SeenLabels.load(args.seen) if args.seen else None)
     if args.intervals:
         report = report.with_intervals()
+    curve = None
+    if args.reliability or args.reliability_plot:
+        curve = reliability(
+            gold,
+            answers,
+            match=args.match,
+            binning=args.reliability or "width",
+            n_resamples=2000 if args.intervals else 0,
+        )
     if sys.stdout.isatty():
-        Console().print(report.table(labels=args.labels))
+        Console().print(report.table(labels=args.labels), *([curve.table()] if curve else ()))
     else:
-        print(report.to_markdown(labels=args.labels))
+        print(report.to_markdown(labels=args.labels), *([curve.to_markdown()] if curve else ()), sep="\n")
+    if curve and curve.without:
+        _say(console, f"{curve.without} records have no confidence, or say nothing that it could be about.")
+    if curve and args.reliability_plot:
+        curve.plot(args.reliability_plot)
+        _say(console, f"Wrote {args.reliability_plot}.")
     if args.json:
-        args.json.write_text(report.to_json(documents=True) + "\n", encoding="utf-8")
+        figures = report.to_dict(documents=True) | ({"reliability": curve.to_dict()} if curve else {})
+        args.json.write_text(
+            json.dumps(figures, ensure_ascii=False, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+        )
     return SOME_LINES_BAD if bad else DONE
 
 
@@ -342,10 +310,12 @@ class _Answer:
 
 def _read_predicted(path: Path) -> tuple[dict[str, _Answer], list[tuple[int, str]]]:
     """The answers of a file by their ids, and what is wrong with its lines; a document without an answer is unanswered."""
+    from .uie.jobs import json_object
+
     answers: dict[str, _Answer] = {}
     errors = []
     for number, line in enumerate(_lines(path), 1):
-        row = _object(line)
+        row = json_object(line)
         if row is None or "id" not in row:
             errors.append((number, "The line is no JSON object with an `id`."))
         elif "error" in row:
@@ -387,28 +357,12 @@ def _say(console: Console, words: str, style: str = "") -> None:
     console.print(words, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def _lines(path: Path, size: int | None = None) -> Iterator[bytes]:
-    """The lines of a file (of its first `size` bytes), as bytes without their ends."""
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file, as bytes without their ends."""
     with path.open("rb") as file:
         for number, line in enumerate(file):
-            if size is not None:
-                size -= len(line)
-                if size < 0:
-                    return
             line = line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
             yield line.removesuffix(b"\n").removesuffix(b"\r")
-
-
-def _object(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) else None
-
-
-def _digest(line: bytes) -> str:
-    return hashlib.sha256(line).hexdigest()[:12]
 
 
 if __name__ == "__main__":

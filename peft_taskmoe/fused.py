@@ -219,29 +219,50 @@ class FusedUpdate(torch.autograd.Function):
         return grad_x, grad_base, None, None, grad_a, grad_b, grad_router, grad_task, None, None, None
 
 
+@dataclass(frozen=True, slots=True)
+class _Workspace:
+    """Memory for one decoding step of some rows, and the views of it that the step needs: a view costs as much as a small product.
+
+    Attributes:
+        row_part: Task part of the logits for each row, zeros for the bottleneck before it, `(rows, e*r + e)`; without a token part
+            the gates, each r times, `(rows, e*r)`; or None.
+        product: Bottleneck and logits, `(rows, e*r + e)`; without a token part the bottleneck.
+        bottleneck: `(rows, e*r)`.
+        by_expert: The same, `(rows, e, r)`.
+        logits: `(rows, e)`.
+        gates: `(rows, e)`, at least float32.
+        gates_by_expert: The same, `(rows, e, 1)`.
+    """
+
+    row_part: torch.Tensor | None
+    product: torch.Tensor
+    bottleneck: torch.Tensor
+    by_expert: torch.Tensor
+    logits: torch.Tensor
+    gates: torch.Tensor
+    gates_by_expert: torch.Tensor
+
+
 @dataclass(slots=True)
 class DecodingWeights:
     """What stays the same from one decoding step to the next, for one layer and adapter.
 
-    A decoding step has few tokens, so that its cost is the number of operations. Each row of `W_x` stands here r times: the softmax
-    over e*r logits, times r, is then each gate r times, and meets the bottleneck without reshaping. r is folded into the scale.
+    A decoding step has few tokens, so that its cost is the number of operations and the weights it reads.
 
     Attributes:
-        a: `(in, e*r)`.
+        a_and_router: A and the token part of the router, `(in, e*r + e)`; A alone if the router does not read the token.
         b: `(e*r, out)`.
-        w_x: Token part of the router, each expert r times, `(in, e*r)`; None if the router does not read the token.
-        per_task: Task part of the logits, each expert r times, `(n, e*r)`, or None if the router does not read the task; if it
-            reads nothing else, the gates themselves.
-        scale: What the update is multiplied by.
-        by_rows: `per_task` for each row of the batch, by the number of rows.
+        per_task: Task part of the logits, `(n, e)`, or None if the router does not read the task; if it reads nothing else, the
+            gates themselves.
+        shape: The adapter's.
+        workspaces: By the number of rows.
     """
 
-    a: torch.Tensor
+    a_and_router: torch.Tensor
     b: torch.Tensor
-    w_x: torch.Tensor | None
     per_task: torch.Tensor | None
-    scale: float
-    by_rows: dict[int, torch.Tensor | None]
+    shape: ExpertShape
+    workspaces: dict[int, _Workspace]
 
 
 def decoding_weights(
@@ -252,19 +273,31 @@ def decoding_weights(
     shape: ExpertShape,
 ) -> DecodingWeights:
     """Prepare `decoding_step` for a generation; arguments as in `FusedUpdate`, without `top_k`."""
-    w_x = (
-        router_weight[:, : weight_a.shape[1]].repeat_interleave(shape.r, dim=0).t()
-        if shape.reads_token
-        else None
-    )
     per_task = None if task is None else task_logits(task, router_weight)
-    scale = shape.scaling * shape.r
-    if w_x is None:
+    if shape.reads_token:
+        weight_a = torch.cat((weight_a, router_weight[:, : weight_a.shape[1]]))
+    else:
         assert per_task is not None
-        per_task, scale = torch.softmax(per_task, dim=-1), shape.scaling
-    if per_task is not None:
-        per_task = per_task.repeat_interleave(shape.r, dim=-1).to(weight_a.dtype)
-    return DecodingWeights(weight_a.t(), weight_b.t(), w_x, per_task, scale, {})
+        per_task = torch.softmax(per_task, dim=-1)
+    return DecodingWeights(weight_a.t(), weight_b.t(), per_task, shape, {})
+
+
+def _workspace(prepared: DecodingWeights, rows: int) -> _Workspace:
+    """Make room for the decoding steps of so many rows."""
+    shape, like = prepared.shape, prepared.a_and_router
+    rank = shape.num_experts * shape.r
+    product = like.new_empty(rows, like.shape[1])
+    bottleneck, logits = product[:, :rank], product[:, rank:]
+    row_part = None
+    if prepared.per_task is not None:
+        per_row = spread_over_tokens(prepared.per_task, rows, None)
+        if shape.reads_token:
+            row_part = F.pad(per_row, (rank, 0)).to(like.dtype)
+        else:
+            row_part = per_row.repeat_interleave(shape.r, dim=1).to(like.dtype)
+    gates = like.new_empty(rows, shape.num_experts, dtype=torch.promote_types(like.dtype, torch.float32))
+    by_expert = bottleneck.unflatten(1, (shape.num_experts, shape.r))
+    return _Workspace(row_part, product, bottleneck, by_expert, logits, gates, gates.unsqueeze(-1))
 
 
 def decoding_step(x: torch.Tensor, out: torch.Tensor, prepared: DecodingWeights) -> torch.Tensor:
@@ -279,17 +312,20 @@ def decoding_step(x: torch.Tensor, out: torch.Tensor, prepared: DecodingWeights)
         `out`.
     """
     rows = x.shape[0]
-    row_part = prepared.by_rows.get(rows)
-    if row_part is None and prepared.per_task is not None:
-        row_part = prepared.by_rows[rows] = spread_over_tokens(prepared.per_task, rows, None)
-    h = torch.mm(x, prepared.a)
-    if prepared.w_x is None:
-        assert row_part is not None
-        gates = row_part
+    space = prepared.workspaces.get(rows)
+    if space is None:
+        space = prepared.workspaces[rows] = _workspace(prepared, rows)
+    if not prepared.shape.reads_token:
+        torch.mm(x, prepared.a_and_router, out=space.product)
+        space.product.mul_(space.row_part)
     else:
-        logits = torch.mm(x, prepared.w_x) if row_part is None else torch.addmm(row_part, x, prepared.w_x)
-        if logits.dtype.itemsize < 4:
-            gates = torch.softmax(logits, -1, dtype=torch.float32).to(h.dtype)
+        if space.row_part is None:
+            torch.mm(x, prepared.a_and_router, out=space.product)
         else:
-            gates = torch.softmax(logits, -1)
-    return out.addmm_(h.mul_(gates), prepared.b, alpha=prepared.scale)
+            torch.addmm(space.row_part, x, prepared.a_and_router, out=space.product)
+        if space.gates.dtype == x.dtype:
+            torch.softmax(space.logits, -1, out=space.gates)
+        else:
+            torch.softmax(space.logits, -1, dtype=space.gates.dtype, out=space.gates)
+        space.by_expert.mul_(space.gates_by_expert)
+    return out.addmm_(space.bottleneck, prepared.b, alpha=prepared.shape.scaling)

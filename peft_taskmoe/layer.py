@@ -355,11 +355,7 @@ class Linear(nn.Module, TaskMoELoraLayer):
 
     def _forward_one(self, x: torch.Tensor, adapter_name: str, state: TaskState | None) -> torch.Tensor:
         """One adapter, no other arguments: the fast cases."""
-        if (
-            torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
-            and self._frozen_linear(x, adapter_name)
-        ):
+        if not torch.compiler.is_compiling() and self._frozen_linear(x, adapter_name):
             task, token_tasks = self._task_of(x, adapter_name, state)
             if not self._needs_plain_form(adapter_name, state):
                 base = self.base_layer

@@ -144,7 +144,9 @@ def test_a_comparison_from_training_to_report_is_resumed_and_skipped(tmp_path, m
     run("benchmark/report.py", results, **home)
     assert (results / "README.md").read_text() == text
 
-    with pytest.raises(AssertionError, match=r"was made with `benchmark\.max_new_tokens` = 4, and now it is 5"):
+    with pytest.raises(
+        AssertionError, match=r"was made with `benchmark\.max_new_tokens` = 4, and now it is 5"
+    ):
         run("benchmark/run.py", *common, "--max_new_tokens", 5, **home)
 
 

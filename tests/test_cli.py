@@ -125,21 +125,20 @@ def test_an_interrupted_run_goes_on_behind_the_lines_that_are_written(work, monk
     whole = rows()
     Path("out.jsonl").unlink()
 
-    real, written = cli._answers, []
+    real = Extractor.answer
 
-    def stopped(*args):
-        for row in real(*args):
-            if len(written) == 4:
+    def stopped(*args, **options):
+        for number, extraction in enumerate(real(*args, **options)):
+            if number == 4:
                 raise KeyboardInterrupt
-            written.append(row)
-            yield row
+            yield extraction
 
-    monkeypatch.setattr(cli, "_answers", stopped)
+    monkeypatch.setattr(Extractor, "answer", stopped)
     assert extract() == cli.INTERRUPTED
     assert "The same command goes on from here" in capsys.readouterr().err
     with Path("out.jsonl").open("a") as file:
         file.write('{"id": "5", "text": "tex')  # the line that it was stopped in
-    monkeypatch.setattr(cli, "_answers", real)
+    monkeypatch.setattr(Extractor, "answer", real)
     assert extract() == cli.DONE
     assert "4 of 10 lines are done already" in capsys.readouterr().err
     assert [{**row, "seconds": 0} for row in rows()] == [{**row, "seconds": 0} for row in whole]
@@ -162,13 +161,13 @@ def test_an_output_of_other_settings_or_texts_is_not_continued(work, capsys):
     assert extract() == cli.DONE
     before = Path("out.jsonl").read_bytes()
     assert extract("--threshold", "0.5") == cli.NOTHING_DONE
-    assert "`out.jsonl:1` was not written by this command with these settings" in capsys.readouterr().err
+    assert "`out.jsonl:1` was not written by such a run" in capsys.readouterr().err
     Path("texts.jsonl").write_text('{"text": "Ada"}\n{"text": "Zoe"}\n')
     assert extract() == cli.NOTHING_DONE
-    assert "`out.jsonl:2` does not belong to line 2 of `texts.jsonl`" in capsys.readouterr().err
+    assert "`out.jsonl:2` does not belong to text 2, which is another now" in capsys.readouterr().err
     Path("texts.jsonl").write_text('{"text": "Ada"}\n')
     assert extract() == cli.NOTHING_DONE
-    assert "`out.jsonl` has more lines than `texts.jsonl`" in capsys.readouterr().err
+    assert "`out.jsonl` has more lines than there are texts" in capsys.readouterr().err
     assert Path("out.jsonl").read_bytes() == before
     assert extract("--overwrite") == cli.DONE and len(rows()) == 1
 
@@ -178,7 +177,7 @@ def test_a_foreign_output_is_left_alone(work, capsys, notes):
     Path("texts.jsonl").write_text('{"text": "Ada"}\n')
     Path("out.jsonl").write_text(notes)
     assert extract() == cli.NOTHING_DONE
-    assert "was not written by this command" in capsys.readouterr().err
+    assert "was not written by such a run" in capsys.readouterr().err
     assert Path("out.jsonl").read_text() == notes
 
 
@@ -251,6 +250,33 @@ def test_documents_with_their_own_schemas_and_scores(work, capsys):
         cli.main(["score", "--gold", "gold.jsonl", "gold.jsonl", "--predicted", "out.jsonl"])
         == cli.NOTHING_DONE
     )
+
+
+def test_the_reliability_of_confidences(work, capsys):
+    gold = [
+        Document(str(i), f"Ada met Bob{i}.", "NER", WORDS, (Entity("Capital", Span("Ada", 0, 3)),))
+        for i in range(4)
+    ]
+    write_jsonl(gold, "gold.jsonl")
+    assert (
+        cli.main(["extract", "--adapter", "a", "--input", "gold.jsonl", "--output", "out.jsonl"]) == cli.DONE
+    )
+    command = ["score", "--gold", "gold.jsonl", "--predicted", "out.jsonl", "--json", "scores.json"]
+    capsys.readouterr()
+    assert cli.main([*command, "--reliability", "count", "--intervals"]) == cli.DONE
+    printed = capsys.readouterr().out
+    assert "| gold | " in printed and "| all | 8 | 0." in printed and "ECE 0." in printed
+    figures = json.loads(Path("scores.json").read_text())
+    assert figures["reliability"]["precision"] == 0.5 and figures["reliability"]["ece_interval"]
+    values = [record["confidence"] for row in rows() for record in row["records"]]
+    assert figures["reliability"]["confidence"] == pytest.approx(sum(values) / 8)
+    assert "reliability" not in json.loads(Path("scores.json").read_text())["datasets"][0]
+    Path("out.jsonl").write_text(Path("out.jsonl").read_text().replace('"confidence"', '"was"', 1))
+    with pytest.warns(UserWarning, match="keys `was`"):
+        assert cli.main([*command, "--reliability-plot", "curve.svg"]) == cli.DONE
+    captured = capsys.readouterr()
+    assert "| all | 7 |" in captured.out and "1 records have no confidence" in captured.err
+    assert "<svg" in Path("curve.svg").read_text()
 
 
 def test_a_line_without_any_schema_or_event_is_an_error_line(work):

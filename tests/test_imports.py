@@ -29,7 +29,7 @@ WITHIN = {
     "automatic": {"encoder"},
 }
 PURE_TORCH = {"router", "experts", "fused", "conditioning"}
-WITHOUT_TORCH = {"records", "schema", "prompt", "parse", "score"}
+WITHOUT_TORCH = {"records", "schema", "prompt", "parse", "score", "jobs", "reliability"}
 
 
 def imported(path: Path) -> set[str]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import random
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +24,7 @@ from peft_taskmoe.uie import (
     Span,
     build_example,
     parse_answer,
+    write_jsonl,
 )
 from peft_taskmoe.uie import constrained as constrained_module
 
@@ -203,6 +207,54 @@ def test_a_real_model_in_a_batch_and_by_itself():
         assert alone.answers[0].parsed.raw == together.answers[0].parsed.raw
         assert {problem.kind for problem in alone.problems} <= {"repeated", "truncated", "bad_occurrence"}
         assert alone.text.find(alone.records[0].span.text) >= 0
+
+
+def test_the_benchmark_counts_what_is_the_same(tmp_path, monkeypatch, capsys):
+    path = Path(__file__).parents[1] / "benchmarks" / "constrained.py"
+    if not path.exists():
+        pytest.skip("benchmarks/ is not here")
+    spec = importlib.util.spec_from_file_location("benchmark_constrained", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    schema = Schema.from_dict("NER", {"name": ""})
+    texts = ["Ada", "Bob or Eve", "Kim"]
+    documents = [
+        Document(text, text, "NER", schema, (Entity("name", Span(text[:3], 0, 3)),)) for text in texts
+    ]
+    write_jsonl(documents, tmp_path / "made_up.jsonl")
+    # Right and valid; a mention that is not in the text; prose.
+    written = (' [name(span="Ada")]', ' [name(span="Zoe"), name(span="Bob")]', "no idea")
+    answers = dict(zip(texts, written, strict=True))
+
+    def load(args):
+        model, options = (
+            Scripted(lambda prompt: answers[text_in(prompt)]),
+            {"max_new_tokens": 60, "batch_size": 2},
+        )
+        return {
+            way: Extractor(model, byte_tokenizer(), constrained=way == "constrained", **options)
+            for way in benchmark.WAYS
+        }
+
+    monkeypatch.setattr(benchmark, "load", load)
+    figures = benchmark.main(
+        [
+            "--adapter",
+            "a",
+            "--files",
+            str(tmp_path / "made_up.jsonl"),
+            "--batch-size",
+            "2",
+            "--json",
+            str(tmp_path / "f.json"),
+        ]
+    )
+    assert (figures["judged"], figures["valid_free"], figures["same_where_valid"]) == (3, 1, 1)
+    assert figures["free"]["f1"]["mean"] == 0.8  # 2 of 3, nothing wrong: what is not in the text is dropped
+    assert (figures["free"]["hallucinated"], figures["constrained"]["hallucinated"]) == (1, 0)
+    assert (figures["free"]["parse_failures"], figures["constrained"]["parse_failures"]) == (1, 0)
+    assert figures["time_ratio"] > 0 and json.loads((tmp_path / "f.json").read_text()) == figures
+    assert "1 of 3 free answers are in the constraint's language; 1 of these" in capsys.readouterr().out
 
 
 def test_what_it_needs_is_asked_for(monkeypatch):

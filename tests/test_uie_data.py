@@ -518,6 +518,59 @@ def test_iepile_tasks(tmp_path, as_strings):
     assert [event.trigger.text for event in eet.records] == ["hired"]
 
 
+def test_iepile_lines_as_they_are_published(tmp_path):
+    """Every field and every task, with what occurs in the files: blanks at the end of a mention, no trigger, a list for one role."""
+    text = "The  board dismissed Ann Lee in May; Bo quit ."
+    hire = {"event_type": "end position", "trigger": True, "arguments": ["Person", "Time.Point", "agent"]}
+    given = {"event_type": "end position", "trigger": ["dismissed "], "arguments": ["Person", "Time.Point"]}
+    two = {"event_type": "quit", "trigger": ["dismissed", "quit"], "arguments": ["Person"]}
+    arguments = {"Person": ["Ann Lee ", "Bo"], "Time.Point": "May", "agent": "NAN"}
+    rows = [
+        iepile("EE", [hire], text, {"end position": [{"trigger": "dismissed ", "arguments": arguments}]}, split="train"),
+        iepile("EE", [hire | {"trigger": False}], text, {"end position": [{"arguments": {"Person": "Bo"}}]}),
+        iepile("EE", [hire], text, {"end position": [{"trigger": "NAN", "arguments": {}}]}),
+        iepile("EEA", [given], text, {"end position": [{"Person": "Ann Lee", "Time.Point": "NAN"}]}),
+        iepile("EEA", [given], text, {"end position": []}),
+        iepile("EEA", [given, two], text, {"end position": [{"Person": "Ann Lee"}], "quit": [{"Person": "Bo"}]}),
+        iepile("EEA", [two], text, {"quit": [{"Person": "Bo"}, {"Person": "Ann Lee"}]}),
+        iepile("NER", ["人物", "地点"], "王小明住在北京，北京很大。", {"人物": ["王小明"], "地点": ["北京", "北京"]}),
+    ]  # fmt: skip
+    report = read_iepile(jsonl(tmp_path / "in.json", *rows), on_error="collect")
+    assert places(report) == [("no_trigger", n) for n in (2, 3, 6, 7)]
+    assert "`end position` has no trigger" in report.problems[0].message
+    assert "2 triggers and 1 sets of arguments of `quit`" in report.problems[2].message
+    ee, _, _, eea, empty, partly, ner = report.documents
+    assert ee.extra == {"source": "made up", "split": "train"}
+    (event,) = ee.records
+    assert (event.trigger.text, event.trigger.start) == ("dismissed", 11)
+    assert [(a.role, a.span.text) for a in event.arguments] == [
+        ("Person", "Ann Lee"), ("Person", "Bo"), ("Time.Point", "May"),
+    ]  # fmt: skip
+    assert [slot.name for slot in ee.schema.labels[0].roles] == ["Person", "Time.Point", "agent"]
+    assert (eea.task, eea.given[0].trigger.text) == ("EAE", "dismissed")
+    assert [(a.role, a.span.text) for a in eea.records[0].arguments] == [("Person", "Ann Lee")]
+    assert empty.given == eea.given and empty.records[0].arguments == ()
+    assert [r.label for r in partly.records] == ["end position"] and len(partly.schema.labels) == 2
+    assert [(r.label, r.span.start) for r in ner.records] == [("人物", 0), ("地点", 5), ("地点", 8)]
+
+
+def test_iepile_keys_that_a_document_has_for_itself(tmp_path):
+    row = iepile("NER", ["person"], "Ann", {"person": ["Ann"]}, split="dev")
+    row |= {"schema": ["x"], "text": "other", "entities": 3}
+    report = read_iepile(jsonl(tmp_path / "in.json", row))
+    (document,) = report.documents
+    assert document.text == "Ann" and document.extra == {"source": "made up", "split": "dev"}
+    (note,) = report.problems
+    assert note.severity == "note" and "not kept: `schema`, `text`, `entities`" in note.message
+    converted = {
+        "id": "1",
+        "instruction": row["instruction"],
+        "label": "[]",
+    }  # of the repository's test conversion
+    with pytest.raises(ReadError, match=r"it has no `task` \(keys: id, instruction, label\)"):
+        read_iepile(jsonl(tmp_path / "test.json", converted))
+
+
 def test_iepile_problems(tmp_path):
     good = iepile("NER", ["person"], "Ann", {"person": ["Ann"]})
     path = jsonl(
@@ -527,6 +580,7 @@ def test_iepile_problems(tmp_path):
         iepile("KG", ["person"], "Ann", {}),
         iepile("NER", ["person"], "Ann", {"place": ["Ann"]}),
         iepile("RE", ["knows"], "Ann", {"knows": ["Ann"]}),
+        iepile("NER", {"person": "people"}, "Ann", {"person": ["Ann"]}),
         {"task": "NER"},
         "{",
     )
@@ -537,13 +591,14 @@ def test_iepile_problems(tmp_path):
         ("label", 4),
         ("row", 5),
         ("row", 6),
-        ("json", 7),
+        ("row", 7),
+        ("json", 8),
     ]
     assert [(document.id, len(document.records)) for document in report.documents] == [
         ("in-1", 1),
         ("in-2", 1),
     ]
-    assert "there is no reading of task `KG`, only of NER, RE, EE, EET" in report.problems[1].message
+    assert "there is no reading of task `KG`, only of NER, RE, EE, EET, EEA" in report.problems[1].message
     with pytest.raises(ReadError, match=r"The text has no `'Bob'`. What it belongs to is left out"):
         read_iepile(path)
 

@@ -134,6 +134,29 @@ def test_an_unadapted_model_and_plain_lora_need_no_encoder(tokenizer):
         Extractor(tiny_llama(), tokenizer, encoder=tiny_encoder())
 
 
+def test_an_answer_that_goes_round_in_circles_is_stopped_and_says_so():
+    def answer(prompt: str) -> str:
+        return (
+            capitals(prompt) if "Bob" in prompt else ' [Capital(span="Ada"), ' + 'Capital(span="Eve"), ' * 100
+        )
+
+    extractor = scripted(answer, max_new_tokens=1000)
+    whole, looped = extractor(["Ada met Bob.", "Ada met Eve."], WORDS)
+    assert [text for text, _, _ in spans(whole)] == ["Ada", "Bob"]
+    assert whole.answers[0].complete and whole.problems == ()
+    assert [text for text, _, _ in spans(looped)] == ["Ada", "Eve"]
+    assert not looped.answers[0].complete
+    assert looped.answers[0].tokens < 200
+    (truncated,) = (problem for problem in looped.problems if problem.kind == "truncated")
+    assert truncated.message.endswith("It was stopped because it repeats itself.")
+
+
+def test_answers_of_many_like_records_are_not_taken_for_a_loop():
+    text = " ".join(f"Name{number:03}" for number in range(60))
+    found = scripted(max_new_tokens=3000)(text, WORDS)
+    assert len(found[0].records) == 60 and found[0].answers[0].complete
+
+
 # --- routing -------------------------------------------------------------------------------------------------------
 
 
@@ -310,6 +333,41 @@ def test_given_events_that_do_not_fit_the_question_are_errors():
         list(extractor.iterate(iter(["Bob hit", "Bob hit"]), EVENTS, given=given))
     with pytest.raises(ValueError, match="given event `Attack` of text 0 is in no schema"):
         extractor(["Bob hit"], WORDS, given=given)
+
+
+def test_a_given_event_that_cannot_be_asked_about_is_a_problem_and_the_job_goes_on():
+    long = "Bob hit " * 150
+    given = [
+        [Event("Attack", Span(long[:700], 0, 700)), Event("Attack", Span("hit", 804, 807))],
+        [Event("Attack", Span("nowhere"))],
+        [Event("Attack", Span("hit", 4, 7))],
+    ]
+    extractor = scripted(arguments, max_prompt_tokens=700)
+    found = extractor([long, "Bob hit", "Bob hit"], EVENTS, given=given)
+    assert [[problem.kind for problem in item.problems] for item in found] == [["not_asked"]] * 2 + [[]]
+    assert json.loads(found[0].problems[0].source)["trigger"]["end"] == 700
+    assert [[event.trigger.start for event in item.records] for item in found] == [[804], [], [4]]
+    assert found[1].answers == () and found[1].text == "Bob hit"
+
+
+def test_a_trigger_across_all_windows_is_asked_about_in_a_window_of_its_own():
+    text = " ".join(f"word{i}" for i in range(150))
+    trigger = Span(text[300:420], 300, 420)
+    answer = f' [Attack(trigger="{trigger.text}")]'
+    extractor = scripted(lambda prompt: answer, max_prompt_tokens=600, overlap=5)
+    (found,) = extractor([text], EVENTS, given=[[Event("Attack", trigger)]])
+    assert [(r.label, r.trigger) for r in found.records] == [("Attack", trigger)] and found.problems == ()
+
+
+def test_a_question_that_fits_in_no_prompt_is_a_problem_of_its_text_alone():
+    large = Schema.from_dict("NER", {f"label number {i}": "a long guideline " * 20 for i in range(20)})
+    documents = [Document("large", "Ada", "NER", large), Document("small", "Ada", "NER", WORDS)]
+    extractor = scripted(max_prompt_tokens=1000)
+    with pytest.warns(UserWarning, match="A question was not asked: The prompt has a length of"):
+        found = extractor.documents(documents)
+    assert [problem.kind for problem in found["large"].problems] == ["not_asked"]
+    assert "before any text" in found["large"].problems[0].message
+    assert spans(found["small"]) == [("Ada", 0, 3)]
 
 
 def test_a_list_of_labels_is_one_schema_and_a_list_of_schemas_is_several():

@@ -222,6 +222,35 @@ def test_arguments_count_inside_matched_events_only():
     assert [s.task for s in one(given, {"1": gold[0].records}).scores] == ["EAE"]
 
 
+def test_roles_are_counted_by_themselves():
+    text = "hit struck Ann Bob"
+    ann, bob = at(text, 11, 14), at(text, 15, 18)
+    gold = [
+        document("1", text, "EE", Event("A", at(text, 0, 3), (Argument("x", ann), Argument("y", bob)))),
+        document("2", text, "EE", Event("B", at(text, 4, 10), (Argument("x", bob),))),
+    ]
+    answers = {
+        "1": [Event("A", at(text, 0, 3), (Argument("x", ann), Argument("y", ann)))],
+        "2": [Event("B", at(text, 0, 3), (Argument("x", bob),))],
+    }
+    report = one(gold, answers)
+    ee, eae = report.scores
+    assert eae.roles == {"x": Counts(1, 1, 1), "y": Counts(0, 1, 1)} and ee.roles == {}
+    assert eae.by_label() == {"A": Counts(1, 1, 1), "B": Counts(0, 1, 1)}
+    assert "| EAE | set | role x |  | 2 | 50.0 | 50.0 | 50.0 |" in report.to_markdown(labels=True)
+    again = ScoreReport.from_dict(json.loads(report.to_json(documents=True)))
+    assert again.scores[1].roles == eae.roles
+
+
+@pytest.mark.parametrize("match", ["text", "offsets"])
+def test_roles_add_up_to_the_same_as_labels(match):
+    rng = random.Random(8)
+    for _ in range(20):
+        (_, eae) = one(*random_case(rng, "EE"), match=match).scores
+        sums = np.array([[c.tp, c.fp, c.fn] for c in eae.roles.values()]).sum(axis=0)
+        assert tuple(sums) == (eae.total().tp, eae.total().fp, eae.total().fn)
+
+
 def test_several_tasks_in_one_document_are_scored_each():
     text = "Ann hit Bob"
     ann, hit, bob = at(text, 0, 3), at(text, 4, 7), at(text, 8, 11)

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from peft_taskmoe.uie import Argument, Entity, Event, Extraction, Extractions, Problem, Relation, Span
-from peft_taskmoe.uie.show import to_html, to_page
+from peft_taskmoe.uie.show import COLOURS, to_html, to_page
 
 ALLOWED = {
     "html", "head", "meta", "title", "body", "style", "section", "div", "span", "table", "tbody", "tr", "td",
@@ -30,6 +30,9 @@ class Page(HTMLParser):
         self.texts: list[str] = []
         self.parts: list[tuple[str, int]] = []  # of the text: words, number of underlines
         self.marks: list[str] = []  # words of the tags in the text
+        self.under_tags: list[
+            tuple[str, int]
+        ] = []  # of a tag: words, number of underlines that go on below it
         self.styles = ""
         self.visible = ""
         self.feed(html)
@@ -56,6 +59,7 @@ class Page(HTMLParser):
             return
         if "tag" in classes[-1]:
             self.marks.append(data)
+            self.under_tags.append((data, str(self.open[-2][1].get("style")).count("linear-gradient")))
             return
         self.texts[-1] += data
         style = self.open[-1][1].get("style") or ""
@@ -121,6 +125,45 @@ def test_the_legend_names_every_label_in_its_colour():
     assert len(colours) == 5
 
 
+def test_lines_go_on_below_the_tags_of_inner_mentions():
+    page = Page(to_html([extraction(TEXT, *RECORDS[:3])]))
+    assert [(words, lines) for words, lines in page.under_tags] == [("place", 2), ("paper", 1), ("odd", 0)]
+
+
+def test_lines_of_text_leave_room_for_the_underlines():
+    """Nested mentions need more of it; what is reserved is what the deepest of them takes."""
+    text = "abcdefgh"
+    for levels in (1, 3, 8):
+        records = [Entity(f"l{i}", Span(text[: i + 1], 0, i + 1)) for i in range(levels)]
+        html = to_html([extraction(text, *records)])
+        (room,) = re.findall(r"line-height:calc\(1\.7em \+ (\d+)px\)", html)
+        assert set(re.findall(r"[^l]padding-bottom:(\d+)px\">[a-h]", html)) == {room} == {str(4 * levels)}
+
+
+def test_words_can_be_read_on_every_colour():
+    def luminance(colour: str) -> float:
+        shares = [
+            int(colour[i] * 2 if len(colour) == 4 else colour[2 * i - 1 : 2 * i + 1], 16) / 255
+            for i in (1, 2, 3)
+        ]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in shares]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    text = "abcdefghijkl"
+    html = to_html([extraction(text, *(Entity(c, Span(c, i, i + 1)) for i, c in enumerate(text)))])
+    pairs = set(re.findall(r'style="background:(#\w+);color:(#\w+)', html))
+    assert {background for background, _ in pairs} == set(COLOURS)
+    for pair in pairs:
+        low, high = sorted(map(luminance, pair))
+        assert (high + 0.05) / (low + 0.05) >= 4.5  # WCAG AA
+
+
+def test_tags_say_where_their_mention_is_and_how_sure():
+    page = Page(to_html([extraction(TEXT, *RECORDS)]))
+    titles = [attrs["title"] for _, attrs in page.tags if attrs.get("title")]
+    assert "[4:18] 0.90" in titles and "[4:12]" in titles and len(titles) == len(page.marks)
+
+
 HOSTILE = "<script>alert(1)</script>\"><img src=x onerror=alert(2)> '&amp; </div></style> javascript:x"
 
 
@@ -167,6 +210,8 @@ def test_problems_are_listed():
     page = Page(to_html([extraction("text", problems=problems)]))
     assert "2 problems" in page.visible
     assert "truncated: The list is not closed. [A(" in page.visible
+    assert "1 problem" in (visible := Page(to_html([extraction("text", problems=problems[:1])])).visible)
+    assert "problems" not in visible
 
 
 def test_in_a_notebook_the_first_texts_are_shown_and_ids_differ():

@@ -165,9 +165,68 @@ def test_each_given_event_is_asked_about_once():
         (event,) = part.given
         assert part.window.start + event.trigger.start == start and len(part.prompt) <= 500
         assert 'given = [Act("flew")]' in part.prompt
-    long = Event("Act", Span(text[:900], 0, 900))
-    with pytest.raises(ValueError, match=r"whole in no window. Let windows share more: `overlap=901`"):
-        prompt_windows(text, SCHEMA, 1500, given=[long], format=COMPACT)
+
+
+def test_a_trigger_longer_than_the_overlap_gets_a_window_of_its_own():
+    text = "word " * 60 + "e\u0301" * 150 + " word" * 60 + "\r\n" * 40
+    start, end = 260, 420  # no regular window has it whole
+    given = [Event("Act", Span(text[start:end], start, end)), Event("Act", Span("word", 0, 4))]
+    first, own = prompt_windows(text, SCHEMA, 650, given=given, format=COMPACT, overlap=10)
+    assert [event.trigger.text for event in first.given] == ["word"]
+    (event,) = own.given
+    window = own.window
+    assert window.text == text[window.start : window.end] and len(own.prompt) <= 650
+    assert (window.start + event.trigger.start, window.start + event.trigger.end) == (start, end)
+    assert window.text[event.trigger.start : event.trigger.end] == text[start:end]
+    assert window.start < start and end < window.end  # with as much around it as fits
+    assert len(own.prompt) > 600
+
+
+def test_prompts_with_numbered_triggers_fit():
+    text = "flew " * 400
+    given = [Event("Act", Span("flew", at, at + 4)) for at in range(500, 600, 5)]
+    for most in range(700, 760, 3):
+        parts = prompt_windows(text, SCHEMA, most, given=given, format=COMPACT)
+        assert all(len(part.prompt) <= most for part in parts)
+        found = [part.window.start + event.trigger.start for part in parts for event in part.given]
+        assert sorted(found) == list(range(500, 600, 5))
+
+
+def test_given_events_that_no_prompt_can_hold():
+    text = "word " * 300
+    good = Event("Act", Span("word", 500, 504))
+    bad = [
+        Event("Act", Span(text[:900], 0, 900)),
+        Event("Act", Span("elsewhere")),
+        Event("Act", Span("word", 1, 5)),
+        Event("Act", Span("word", 5000, 5004)),
+    ]
+    problems = []
+    (part,) = prompt_windows(text, SCHEMA, 700, given=[*bad, good], format=COMPACT, problems=problems)
+    assert part.window.start + part.given[0].trigger.start == 500
+    assert [problem.kind for problem in problems] == ["not_asked"] * 4
+    assert "Its trigger of 900 characters makes a prompt of" in problems[0].message
+    assert "and 700 is allowed" in problems[0].message
+    assert "The text has no 'elsewhere'" in problems[1].message
+    assert "The text has 'ord ' at 1:5, where the trigger is said to be 'word'" in problems[2].message
+    assert "The text has '' at 5000:5004" in problems[3].message
+    assert all("`Act`" in problem.message for problem in problems)
+    assert prompt_windows(text, SCHEMA, 700, given=bad, format=COMPACT, problems=[]) == ()
+    for event in bad:
+        with pytest.raises(ValueError, match="The given event `Act` cannot be asked about"):
+            prompt_windows(text, SCHEMA, 700, given=[event, good], format=COMPACT)
+
+
+def test_more_given_events_than_a_prompt_can_hold_are_asked_about_in_several():
+    text = " ".join(f"happened{i}" for i in range(120))
+    given = [
+        Event("Act", Span(word, text.index(word + " "), text.index(word + " ") + len(word)))
+        for word in text.split()[:-1]
+    ]
+    parts = prompt_windows(text, SCHEMA, 900, given=given, format=COMPACT, overlap=20)
+    assert all(len(part.prompt) <= 900 for part in parts)
+    assert sorted(event.trigger.text for part in parts for event in part.given) == sorted(text.split()[:-1])
+    assert [part.window.start for part in parts] == sorted(part.window.start for part in parts)
 
 
 def test_documents_split_for_training():

@@ -42,6 +42,7 @@ from peft_taskmoe.uie.records import (
     record_from_dict,
 )
 from peft_taskmoe.uie.regularisers import Regularisers, collect_mentions
+from peft_taskmoe.uie.reliability import Reliability, reliability
 from peft_taskmoe.uie.schema import (
     EntityType,
     EventType,
@@ -89,6 +90,7 @@ __all__ = [
     "Regularisers",
     "Relation",
     "RelationType",
+    "Reliability",
     "Schema",
     "SchemaError",
     "ScoreReport",
@@ -112,6 +114,7 @@ __all__ = [
     "read_iepile",
     "read_jsonl",
     "record_from_dict",
+    "reliability",
     "sample",
     "save_format",
     "score",

@@ -48,6 +48,7 @@ READ_PROBLEM_KINDS: dict[str, str] = {
     "tags": "a CoNLL tag that the scheme does not allow here; repaired as the message says",
     "brat": "a BRAT line that cannot be read, or refers to a line that is not there; the annotation is left out",
     "discontinuous": "a BRAT mention of several pieces; it and what refers to it are left out",
+    "no_trigger": "an event without a trigger, or with more than one to choose from; the event is left out",
     "not_in_text": "a mention without offsets that the text does not contain; the annotation is left out",
     "mapping": "a row that the mapping function of a data set could not map; the row is left out",
     "unsupported": "note: something that a document cannot hold, such as a BRAT attribute",
@@ -786,28 +787,34 @@ def _schema_of(rows: Iterable[Mapping[str, Any]], task: str) -> dict[str, Any]:
 
 # IEPile-style JSON ----------------------------------------------------------------------------------------------------
 
-_IEPILE_TASKS = {"NER": "NER", "RE": "RE", "EE": "EE", "EET": "EE"}
+_IEPILE_TASKS = {"NER": "NER", "RE": "RE", "EE": "EE", "EET": "EE", "EEA": "EAE"}
 _IEPILE_NOTHING = ("", "NAN", None)
 
 
 def read_iepile(path: str | Path, *, on_error: OnError = "raise") -> ReadReport:
-    """Read instruction data in the style of IEPile, one JSON object a line.
+    """Read instruction data in the format of IEPile, one JSON object a line.
 
-    Assumed of a line: `{"task": "NER|RE|EE|EET", "instruction": {"schema": [...], "input": TEXT}, "output": {...}}`,
-    where `instruction` and `output` may be JSON written into a string; `source` and other keys go to `extra`.
+    A line is `{"task", "source", "instruction", "output"}`. `instruction` holds `{"instruction", "schema", "input"}`, and
+    it and `output` are JSON written into a string (objects are read as well). `source` and other keys (such as `split`)
+    go to `extra`.
 
-    =====  ================================  ===================================================================
-    task   schema                            output
-    =====  ================================  ===================================================================
-    NER    labels                            `{label: [mention]}`
-    RE     relations                         `{relation: [{"subject": mention, "object": mention}]}`
-    EE     `{"event_type", "arguments"}`     `{type: [{"trigger": mention, "arguments": {role: mention or list}}]}`
-    EET    types                             `{type: [trigger]}`
-    =====  ================================  ===================================================================
+    =====  =======================================  ==============================================================
+    task   schema                                   output
+    =====  =======================================  ==============================================================
+    NER    labels                                   `{label: [mention]}`
+    RE     relations                                `{relation: [{"subject": mention, "object": mention}]}`
+    EE     `{"event_type", "trigger", "arguments"}`  `{type: [{"trigger": mention, "arguments": {role: mention or list}}]}`
+    EET    types                                    `{type: [trigger]}`
+    EEA    as EE, `"trigger"` a list of mentions    `{type: [{role: mention or list}]}`
+    =====  =======================================  ==============================================================
 
     The format has no offsets: a mention given n times takes its first n occurrences in the text (whole words first), the
-    last one again if there are fewer; as an argument it takes the first. Mentions "NAN" and "" are none. One text
-    stands in several lines where its schema was split; each line is a document.
+    last one again if there are fewer; as an argument it takes the first. White space around a mention is no part of it.
+    Arguments "NAN" and "" are none. An event without a trigger cannot be held, and of an EEA line only those types that
+    have one trigger can: the format does not say which arguments belong to which. One text stands in several lines where
+    its schema was split; each line is a document.
+
+    Source: the description of the data in the README of the repository zjunlp/IEPile.
 
     Args:
         path: the file, UTF-8.
@@ -828,25 +835,28 @@ def read_iepile(path: str | Path, *, on_error: OnError = "raise") -> ReadReport:
             reading.error("json", f"The line is no JSON: {error}.", path, number)
             continue
         try:
-            row, lost = _iepile_row(source, f"{path.stem}-{number}")
+            row, lost, taken = _iepile_row(source, f"{path.stem}-{number}")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             message = f"The line is not in the format that `read_iepile` describes: {type(error).__name__}: {error}."
             reading.error("row", message, path, number)
             continue
-        for mention in lost:
-            reading.error(
-                "not_in_text",
-                f"The text has no {_shown(mention)}. What it belongs to is left out.",
-                path,
-                number,
-            )
+        for kind, message in lost:
+            reading.error(kind, message, path, number)
+        if row["task"] == "EAE" and not row["annotations"] and lost:
+            continue  # its errors have said why there is nothing to ask
         reading.add(row, path, number)
+        if taken:
+            reading.note(f"Keys that mean something else in a document are not kept: {taken}.", path, number)
     reading.finish(path, found)
     return reading.report
 
 
-def _iepile_row(source: Mapping[str, Any], default_id: str) -> tuple[dict[str, Any], list[str]]:
-    """The JSONL row of an IEPile object, and the mentions that its text does not have."""
+def _iepile_row(
+    source: Mapping[str, Any], default_id: str
+) -> tuple[dict[str, Any], list[tuple[str, str]], str]:
+    """The JSONL row of an IEPile object, what was left out (kind and message), and keys that were not kept."""
+    if missing := [key for key in ("task", "instruction", "output") if key not in source]:
+        raise ValueError(f"it has no `{missing[0]}` (keys: {', '.join(source)})")
     instruction, output = (
         _json(source[key]) if isinstance(source[key], str) else source[key]
         for key in ("instruction", "output")
@@ -858,20 +868,60 @@ def _iepile_row(source: Mapping[str, Any], default_id: str) -> tuple[dict[str, A
     task, text = _IEPILE_TASKS[source["task"]], instruction["input"]
     index = TextIndex(text)
     taken: Counter[str] = Counter()
-    lost: list[str] = []
+    lost: list[tuple[str, str]] = []
 
     def span(mention: str, *, take: bool) -> dict[str, Any] | None:
+        mention = mention.strip()
         places = index.occurrences(mention).places
         if not places:
-            lost.append(mention)
+            message = f"The text has no {_shown(mention)}. What it belongs to is left out."
+            lost.append(("not_in_text", message))
             return None
         start, end = places[min(taken[mention], len(places) - 1) if take else 0]
         taken[mention] += take
         return {"text": text[start:end], "start": start, "end": end}
 
+    def arguments(roles: Mapping[str, Any]) -> list[dict[str, Any]]:
+        given = [
+            (role, mention)
+            for role, mentions in roles.items()
+            for mention in (mentions if isinstance(mentions, list) else [mentions])
+            if mention not in _IEPILE_NOTHING
+        ]
+        placed = [(role, span(mention, take=False)) for role, mention in given]
+        return [{"role": role} | place for role, place in placed if place is not None]
+
     annotations: list[dict[str, Any]] = []
+
+    def event(type_: str, trigger: Any, roles: Mapping[str, Any]) -> None:
+        if trigger in _IEPILE_NOTHING:
+            lost.append(("no_trigger", f"An event `{type_}` has no trigger. It is left out."))
+        elif (place := span(trigger, take=True)) is not None:
+            annotations.append({"type": type_, "trigger": place, "arguments": arguments(roles)})
+
+    names = instruction["schema"]
+    if not isinstance(names, list):
+        raise ValueError(f"its schema is {_shown(names)}, which is no list")
+    schema: dict[str, Any] = dict.fromkeys(names, "") if task in ("NER", "RE") else {}
+    triggers: dict[str, list[str]] = {}
+    for entry in names if task in ("EE", "EAE") else ():
+        entry = entry if isinstance(entry, Mapping) else {"event_type": entry}
+        schema[entry["event_type"]] = {"description": "", "roles": list(entry.get("arguments", ()))}
+        if isinstance(entry.get("trigger"), list):
+            triggers[entry["event_type"]] = entry["trigger"]
     for label, values in output.items():
         taken.clear()
+        if task == "EAE":
+            of_type = triggers.get(label, [])
+            if len(of_type) == 1 and len(values) <= 1:
+                event(label, of_type[0], values[0] if values else {})
+            elif of_type or values:
+                message = (
+                    f"There are {len(of_type)} triggers and {len(values)} sets of arguments of `{label}`, and the format "
+                    "does not say which belong together. They are left out."
+                )
+                lost.append(("no_trigger", message))
+            continue
         for value in values:
             if task == "NER":
                 if (entity := span(value, take=True)) is not None:
@@ -880,28 +930,15 @@ def _iepile_row(source: Mapping[str, Any], default_id: str) -> tuple[dict[str, A
                 head, tail = span(value["subject"], take=False), span(value["object"], take=False)
                 if head is not None and tail is not None:
                     annotations.append({"relation": label, "head": head, "tail": tail})
+            elif isinstance(value, Mapping):
+                event(label, value.get("trigger"), value.get("arguments", {}))
             else:
-                event = value if isinstance(value, Mapping) else {"trigger": value}
-                arguments = []
-                for role, mentions in event.get("arguments", {}).items():
-                    for mention in mentions if isinstance(mentions, list) else [mentions]:
-                        if (
-                            mention not in _IEPILE_NOTHING
-                            and (place := span(mention, take=False)) is not None
-                        ):
-                            arguments.append({"role": role} | place)
-                if (trigger := span(event["trigger"], take=True)) is not None:
-                    annotations.append({"type": label, "trigger": trigger, "arguments": arguments})
-    names = instruction["schema"]
-    schema: dict[str, Any] = dict.fromkeys(names, "") if task in ("NER", "RE") else {}
-    for entry in names if task == "EE" else ():
-        event = entry if isinstance(entry, Mapping) else {"event_type": entry}
-        schema[event["event_type"]] = {"description": "", "roles": list(event.get("arguments", ()))}
-    extra = {
-        key: value for key, value in source.items() if key not in ("task", "instruction", "output", "id")
-    }
+                event(label, value, {})
     row = {"id": str(source.get("id", default_id)), "text": text, "task": task, "schema": schema}
-    return row | {"annotations": annotations} | extra, lost
+    row["annotations"] = annotations
+    others = {k: v for k, v in source.items() if k not in ("task", "instruction", "output", "id")}
+    clashing = ", ".join(f"`{key}`" for key in others if key in (*row, "entities"))
+    return {k: v for k, v in others.items() if k != "entities"} | row, lost, clashing
 
 
 # Data sets of the Hub -------------------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ a Task-Aware MoELoRA adapter gets its task encoder attached once, and plain LoRA
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import re
 import time
@@ -23,6 +25,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from ..encoder import TaskEncoder
 from ..model import attach_task_encoder, base_model_of, conditioner_of
+from .jobs import Item, checksum, lines_done, write_lines
 from .parse import ParsedAnswer, parse_answer
 from .prompt import PromptFormat
 from .records import Document, Event, Problem, Record, record_key, shift_record
@@ -41,6 +44,7 @@ FORMAT_FILE = "uie_config.json"
 _LOOKAHEAD_BATCHES = 32
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*+"?')
 _SHOWN_IN_NOTEBOOK = 20
+_LOOP = 96  # tokens; three rounds of the longest loop that is looked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +241,10 @@ class _ChosenTokens(LogitsProcessor):
 
 
 class _EndOfAnswer(StoppingCriteria):
-    """An answer is one list, so a row is done with the first line feed behind the list's end."""
+    """An answer is one list, so a row is done with the first line feed behind the list's end.
+
+    So is one that goes round in circles: greedy decoding hardly ever leaves a loop, and what it repeats counts once.
+    """
 
     def __init__(self, extractor: Extractor, prompt_length: int) -> None:
         self.extractor = extractor
@@ -248,7 +255,29 @@ class _EndOfAnswer(StoppingCriteria):
             last in self.extractor._line_feeds and self.extractor._closes(row[self.prompt_length :].tolist())
             for last, row in zip(input_ids[:, -1].tolist(), input_ids, strict=True)
         ]
-        return torch.tensor(done, device=input_ids.device)
+        return torch.tensor(done, device=input_ids.device) | _repeats(input_ids[:, self.prompt_length :])
+
+
+def _cut_short(problems: tuple[Problem, ...], why: str) -> tuple[Problem, ...]:
+    """Say of an answer that is not whole why it is not; one whose list is closed lost nothing."""
+    kinds = {problem.kind for problem in problems}
+    if "truncated" in kinds:
+        return tuple(
+            replace(problem, message=f"{problem.message} {why}") if problem.kind == "truncated" else problem
+            for problem in problems
+        )
+    if "malformed" in kinds:
+        return (*problems, Problem("truncated", f"The answer ends inside a broken record. {why}", ""))
+    return problems
+
+
+def _repeats(tokens: torch.Tensor) -> torch.Tensor:
+    """Which rows' last `_LOOP` tokens are one sequence three times or more; `(b, length)` to `(b,)`."""
+    tail = tokens[:, -_LOOP:]
+    if tail.shape[1] < _LOOP:
+        return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+    periods = range(1, _LOOP // 3 + 1)
+    return torch.stack([(tail[:, p:] == tail[:, :-p]).all(1) for p in periods]).any(0)
 
 
 class Extractor:
@@ -444,8 +473,7 @@ class Extractor:
         """
         if isinstance(texts, str):
             texts = [texts]
-        schemas = _schemas(schema)
-        _check_thresholds(thresholds, schemas)
+        schemas = self._checked(schema, thresholds)
         total = len(texts) if isinstance(texts, Sequence) else None
         if total is not None and isinstance(given, Sequence) and len(given) != total:
             raise ValueError(
@@ -453,6 +481,65 @@ class Extractor:
             )
         asked = _questions(texts, schemas, given)
         return self.answer(asked, thresholds=thresholds, progress=progress, total=total)
+
+    def to_jsonl(
+        self,
+        texts: Iterable[str],
+        schema: Any,
+        path: str | Path,
+        *,
+        ids: Iterable[str] | None = None,
+        given: Iterable[Sequence[Event]] | None = None,
+        thresholds: float | Mapping[str, float] | None = None,
+        progress: bool | None = None,
+        overwrite: bool = False,
+    ) -> int:
+        """Extract to a file, a JSON line for each text; the same call again goes on where the file stops.
+
+        A line is written as soon as its text is answered, so that a job that is stopped, or killed, loses at most the batches
+        that were read ahead. What is continued must be the same job: texts, schema, given events, thresholds, the settings
+        of the extractor but for `batch_size`, and the weights of the model (a sample of each is compared).
+
+        Args:
+            texts: The texts, in the same order each time; any iterable.
+            schema: As in a call.
+            path: The file. Lines have `id`, `text`, `records`, `problems`, `answers` and `seconds`; `peft-taskmoe score`
+                reads them.
+            ids: The texts' names; None numbers them from 1.
+            given: As in a call; any iterable.
+            thresholds: As in a call.
+            progress: As in a call.
+            overwrite: Start anew if the file is there.
+
+        Returns:
+            The number of texts answered by this call.
+
+        Raises:
+            ValueError: The file is there and is not that of this job; it is left as it is.
+        """
+        if isinstance(texts, str):
+            texts = [texts]
+        schemas = self._checked(schema, thresholds)
+        path, total = Path(path), len(texts) if isinstance(texts, Sequence) else None
+        settings = [self.max_new_tokens, self.max_prompt_tokens, self.overlap, self._constraint is not None]
+        known = [[one.fingerprint() for one in schemas], thresholds, asdict(self.format), *settings]
+        run = checksum([*known, _weights_checksum(self.model)])
+        names = itertools.count(1) if ids is None else iter(ids)
+
+        def items() -> Iterator[Item]:
+            for questions in _questions(texts, schemas, given):
+                name = next(names, None)
+                if name is None:
+                    raise ValueError("There are fewer `ids` than texts. Pass one for each text, or none.")
+                events = [[event.to_dict() for event in q.given or ()] for q in questions]
+                yield Item(str(name), checksum([str(name), questions[0].text, events]), questions)
+
+        if overwrite:
+            path.unlink(missing_ok=True)
+        left = items()
+        done = lines_done(path, (item.source for item in left), run)
+        total = None if total is None else total - done
+        return write_lines(self, left, path, run, thresholds=thresholds, progress=progress, total=total)
 
     def documents(self, documents: Sequence[Document], progress: bool | None = None) -> dict[str, Extraction]:
         """Answer the questions that documents with gold records pose; for scoring.
@@ -517,19 +604,17 @@ class Extractor:
     ) -> Iterator[Extraction]:
         """Answer some groups in batches of like length; a group is yielded as soon as it and those before it are done."""
         jobs: list[_Job] = []
+        problems: list[list[Problem]] = [[] for _ in groups]
         for number, group in enumerate(groups):
             for question in group:
                 if not question.text.strip() or question.given == ():
                     continue  # nothing to ask
-                windows = prompt_windows(
-                    question.text,
-                    question.schema,
-                    self.max_prompt_tokens,
-                    length=lambda prompt: len(self._ids(prompt)),
-                    given=question.given or (),
-                    format=self.format,
-                    overlap=self.overlap,
-                )
+                try:
+                    windows = self._windows(question, problems[number])
+                except ValueError as error:
+                    warnings.warn(f"A question was not asked: {error}", stacklevel=2)
+                    problems[number].append(Problem("not_asked", str(error), ""))
+                    continue
                 jobs += [_Job(number, question, window, self._ids(window.prompt)) for window in windows]
         waiting = [0] * len(groups)
         for job in jobs:
@@ -549,16 +634,41 @@ class Extractor:
                 seconds[jobs[i].group] += share
             while next_group < len(groups) and waiting[next_group] == 0:
                 yield self._extraction(
-                    groups[next_group], answers[next_group], seconds[next_group], thresholds
+                    groups[next_group],
+                    answers[next_group],
+                    problems[next_group],
+                    seconds[next_group],
+                    thresholds,
                 )
                 next_group += 1
-        for number in range(next_group, len(groups)):  # there was nothing to ask
-            yield self._extraction(groups[number], answers[number], seconds[number], thresholds)
+        for i in range(next_group, len(groups)):  # there was nothing to ask
+            yield self._extraction(groups[i], answers[i], problems[i], seconds[i], thresholds)
+
+    def _checked(self, schema: Any, thresholds: float | Mapping[str, float] | None) -> list[Schema]:
+        """The schemas that are asked for; whatever is wrong with them is an error before any work."""
+        schemas = _schemas(schema)
+        _check_thresholds(thresholds, schemas)
+        for one in schemas:
+            self._windows(Question("", one), None)
+        return schemas
+
+    def _windows(self, question: Question, problems: list[Problem] | None) -> tuple[PromptWindow, ...]:
+        return prompt_windows(
+            question.text,
+            question.schema,
+            self.max_prompt_tokens,
+            length=lambda prompt: len(self._ids(prompt)),
+            given=question.given or (),
+            format=self.format,
+            overlap=self.overlap,
+            problems=problems,
+        )
 
     def _extraction(
         self,
         group: Sequence[Question],
         answers: Mapping[int, Answer],
+        not_asked: Sequence[Problem],
         seconds: float,
         thresholds: float | Mapping[str, float] | None,
     ) -> Extraction:
@@ -567,7 +677,7 @@ class Extractor:
         found = [(_window(answer, text), answer.parsed.records) for answer in ordered]
         merged = merge_windows(found)
         records: list[Record] = []
-        problems = [problem for answer in ordered for problem in answer.parsed.problems]
+        problems = [*not_asked, *(problem for answer in ordered for problem in answer.parsed.problems)]
         problems += _cut_by_windows(found, merged)
         for record in merged:
             threshold = (
@@ -663,25 +773,14 @@ class Extractor:
                 kept, complete = tokens[: i + 1], True
                 break
         parsed = parse_answer(self._decode(kept), job.question.schema, window.text, given=job.window.given)
+        looped = bool(_repeats(torch.tensor([kept])))
+        complete = complete and not looped  # what stands behind a stopped row is padding
         if not complete:
-            parsed = replace(parsed, problems=self._cut_short(parsed.problems))
+            why = f"It was cut off at `max_new_tokens={self.max_new_tokens}`; allow more."
+            why = "It was stopped because it repeats itself." if looped else why
+            parsed = replace(parsed, problems=_cut_short(parsed.problems, why))
         parsed = self._with_confidence(parsed, kept, log_probs)
         return Answer((window.start, window.end), parsed, len(kept), complete)
-
-    def _cut_short(self, problems: tuple[Problem, ...]) -> tuple[Problem, ...]:
-        """Say of an answer that is not whole why it is not; one whose list is closed lost nothing."""
-        why = f"It was cut off at `max_new_tokens={self.max_new_tokens}`; allow more."
-        kinds = {problem.kind for problem in problems}
-        if "truncated" in kinds:
-            return tuple(
-                replace(problem, message=f"{problem.message} {why}")
-                if problem.kind == "truncated"
-                else problem
-                for problem in problems
-            )
-        if "malformed" in kinds:
-            return (*problems, Problem("truncated", f"The answer ends inside a broken record. {why}", ""))
-        return problems
 
     def _with_confidence(
         self, parsed: ParsedAnswer, tokens: list[int], log_probs: list[float]
@@ -776,6 +875,17 @@ def _find(
         return Path(hf_hub_download(str(adapter), name, revision=revision, subfolder=subfolder, token=token))
     except EntryNotFoundError:  # not there, or (offline) not in the cache
         return None
+
+
+def _weights_checksum(model: torch.nn.Module) -> str:
+    """A checksum of up to 64 values of every parameter: other weights have another one, for all that matters."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        if not parameter.is_meta:  # offloaded
+            values = parameter.detach().flatten()[:: max(parameter.numel() // 64, 1)]
+            digest.update(values.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def _context(model: Any) -> int:

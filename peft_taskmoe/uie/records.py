@@ -29,6 +29,7 @@ ProblemKind = Literal[
     "not_given",
     "repeated",
     "low_confidence",
+    "not_asked",
 ]
 
 PROBLEM_KINDS: dict[str, str] = {
@@ -44,6 +45,7 @@ PROBLEM_KINDS: dict[str, str] = {
     "not_given": "an event other than the given ones, where events are given; it is left out",
     "repeated": "a record or argument that says again what an earlier one said; it is left out",
     "low_confidence": "a record below the threshold that the caller set; it is left out",
+    "not_asked": "a question, or a given event, that no prompt can hold; the model is not asked about it",
 }
 """Every kind of `Problem`, and what becomes of what it is about."""
 

@@ -15,6 +15,8 @@ What counts as one item, and when two are equal
     `match="text"` (the paper's): a mention is its string, and items are a multiset: a name that stands twice in the
     text and is annotated twice has to be found twice, and found once too often it is wrong once.
     `match="offsets"`: a mention is its (start, end), and items are a set.
+    The label of an EAE item is the event's; each role is counted by itself as well (`DatasetScore.roles`), whatever the
+    event's type. Labels of either kind add up to the same totals.
     The same item at the same place counts once in both, in gold and predicted records alike.
     The documents of an EE data set are scored as EE and as EAE, and count as two data sets in a mean; those of several
     tasks ("UIE") under each of them.
@@ -195,6 +197,7 @@ class DatasetScore:
         seen: for each label whether it is seen; None where the table does not know the data set.
         documents: the ids of the data set's documents.
         counts: (documents, labels, 3) integers: true positives, false positives, false negatives.
+        roles: of EAE, the counts of each argument role over all documents and event types.
     """
 
     dataset: str
@@ -203,6 +206,7 @@ class DatasetScore:
     seen: tuple[bool, ...] | None
     documents: tuple[str, ...]
     counts: NDArray[np.int64]
+    roles: Mapping[str, Counts] = field(default_factory=dict)
 
     def by_document(self, split: Split = "all") -> NDArray[np.int64] | None:
         """Counts of each document over the labels of a split.
@@ -389,6 +393,8 @@ class ScoreReport:
             entry["labels"] = {
                 label: c.to_dict() | {"seen": known} for (label, c), known in zip(counts, seen, strict=True)
             }
+            if score.roles:
+                entry["roles"] = {role: of_role.to_dict() for role, of_role in score.roles.items()}
             if documents:
                 entry["documents"] = [
                     [
@@ -437,6 +443,7 @@ class ScoreReport:
                     None if None in seen else seen,
                     tuple(name for name, _ in entry["documents"]),
                     counts,
+                    {role: Counts(c["tp"], c["fp"], c["fn"]) for role, c in entry.get("roles", {}).items()},
                 )
             )
         return cls(
@@ -453,7 +460,7 @@ class ScoreReport:
         """A table for the terminal: `rich.print(report.table())`.
 
         Args:
-            labels: one row for each label instead of one for each data set.
+            labels: one row for each label, and each argument role, instead of one for each data set.
         """
         return _rich_table(*(self._label_rows() if labels else self._rows()))
 
@@ -493,7 +500,9 @@ class ScoreReport:
                 "" if score.seen is None else ("yes" if s else "no")
                 for s in score.seen or [None] * len(score.labels)
             ]
-            for (label, counts), known in zip(score.by_label().items(), seen, strict=True):
+            figures = [*zip(score.by_label().items(), seen, strict=True)]
+            figures += [((f"role {role}", counts), "") for role, counts in score.roles.items()]
+            for (label, counts), known in figures:
                 ratios = [_percent(value) for value in (counts.precision, counts.recall, counts.f1)]
                 rows.append([score.task, score.dataset, label, known, str(counts.support), *ratios])
         header = ["task", "data set", "label", "seen", "gold", "P", "R", "F1"]
@@ -557,6 +566,7 @@ def _score_dataset(
             "Score the answers against the documents they were given for."
         )
     cells: dict[str, dict[tuple[int, str], list[int]]] = {}
+    roles: dict[str, list[int]] = {}
     gold_labels: dict[str, dict[str, None]] = {}
     hallucinated = parse_failures = 0
     problems: Counter[str] = Counter()
@@ -581,8 +591,10 @@ def _score_dataset(
                 n_gold, n_predicted = gold_items[item], items[item]
                 tp = min(n_gold, n_predicted)
                 cell = of_task.setdefault((row, label), [0, 0, 0])
+                of_role = roles.setdefault(str(item[2]), [0, 0, 0]) if task == "EAE" else [0, 0, 0]
                 for i, n in enumerate((tp, n_predicted - tp, n_gold - tp)):
                     cell[i] += n
+                    of_role[i] += n
                 if n_gold:
                     labels[label] = None
     scores = []
@@ -599,7 +611,8 @@ def _score_dataset(
         for (row, label), cell in of_task.items():
             counts[row, column[label]] = cell
         is_seen = tuple(label in table.seen[name] for label in names) if name in table else None
-        scores.append(DatasetScore(name, task, tuple(names), is_seen, ids, counts))
+        by_role = {role: Counts(*of_role) for role, of_role in roles.items()} if task == "EAE" else {}
+        scores.append(DatasetScore(name, task, tuple(names), is_seen, ids, counts, by_role))
     unanswered = sum(id_ not in answers for id_ in ids)
     return scores, AnswerCounts(
         len(ids), unanswered, parse_failures, hallucinated, dict(sorted(problems.items()))

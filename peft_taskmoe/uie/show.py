@@ -33,10 +33,11 @@ _VISIBLE = (
 _STYLE = """
 .uie{font:16px/1.5 system-ui,sans-serif;background:#fff;color:#111;margin:0 0 1.5em;padding:.6em 1em;border:1px solid #ccc;\
 border-radius:6px;overflow-x:auto}
-.uie .text{white-space:pre-wrap;overflow-wrap:anywhere;line-height:2.2}
-.uie .part{background-repeat:no-repeat;-webkit-box-decoration-break:clone;box-decoration-break:clone;border-radius:2px}
-.uie .tag{font-size:.65em;font-weight:600;color:#fff;border-radius:3px;padding:.1em .4em;margin:0 .2em;white-space:nowrap;\
+.uie .text{white-space:pre-wrap;overflow-wrap:anywhere}
+.uie .part{background-repeat:no-repeat;-webkit-box-decoration-break:clone;box-decoration-break:clone}
+.uie .tag{font-size:.65em;font-weight:600;border-radius:3px;padding:.1em .4em;margin:0 .2em;white-space:nowrap;\
 user-select:none;unicode-bidi:isolate;text-decoration:none}
+.uie .long{white-space:normal}
 .uie .tag:target{outline:3px solid #000}
 .uie table{border-collapse:collapse;margin:.6em 0;font-size:.9em}
 .uie th,.uie td{text-align:start;vertical-align:top;padding:.15em .8em .15em 0;border-top:1px solid #eee}
@@ -72,6 +73,7 @@ class _Mention:
         label: What it is shown as.
         colour: The colour of its label.
         classes: The numbers of the relations and events it belongs to (`R1`, `E2`), by which the page links them.
+        confidence: That of the entity it is, if it has one.
     """
 
     start: int
@@ -79,6 +81,13 @@ class _Mention:
     label: str
     colour: str
     classes: tuple[str, ...] = ()
+    confidence: float | None = None
+
+    @property
+    def title(self) -> str:
+        """What the page says of it when it is pointed at."""
+        place = f"[{self.start}:{self.end}]"
+        return place if self.confidence is None else f"{place} {self.confidence:.2f}"
 
 
 def to_page(items: Sequence[Shown]) -> str:
@@ -95,8 +104,9 @@ def to_page(items: Sequence[Shown]) -> str:
 def to_html(items: Sequence[Shown]) -> str:
     """HTML to put into a page: for each text its mentions, relations, events and problems, and a legend.
 
-    Mentions may nest and overlap: each has its own underline, and its tag behind its last character. Relations and events are
-    numbered; their numbers stand at their mentions, and pointing at one marks all that belongs to it.
+    Mentions may nest and overlap: each has its own underline, and its tag behind its last character; pointing at a tag shows
+    its offsets and an entity's confidence. Relations and events are numbered; their numbers stand at their mentions, and
+    pointing at one marks all that belongs to it.
     """
     return f"<style>{_STYLE}</style>\n" + "".join(_item(item, number) for number, item in enumerate(items))
 
@@ -147,9 +157,8 @@ def _item(item: Shown, number: int) -> str:
             f"<li><b>{escape(problem.kind)}</b>: {_clean(problem.message)} <bdi><code>{_clean(problem.source)}</code></bdi></li>"
             for problem in item.problems
         )
-        body.append(
-            f'<details class="problems" open><summary>{len(item.problems)} problems</summary><ul>{rows}</ul></details>'
-        )
+        counted = f"{len(item.problems)} problem{'s' if len(item.problems) > 1 else ''}"
+        body.append(f'<details class="problems" open><summary>{counted}</summary><ul>{rows}</ul></details>')
     if colours:
         tags = "".join(_tag(label, colour) for label, colour in colours.items())
         body.append(f'<p class="legend">{tags}</p>')
@@ -172,26 +181,34 @@ def _text(text: str, mentions: Sequence[_Mention], key: str) -> str:
     opening: dict[int, list[int]] = {}
     for i, mention in enumerate(mentions):
         opening.setdefault(mention.start, []).append(i)
-    html, inside = [], set()
+    html: list[str] = []
+    inside: set[int] = set()
+
+    def underlined(words: str) -> str:
+        if not inside or not words:
+            return words
+        over = sorted(inside, key=lambda i: levels[i])
+        lines = ",".join(f"linear-gradient({mentions[i].colour},{mentions[i].colour})" for i in over)
+        places = ",".join(f"0 calc(100% - {height - 4 - 4 * levels[i]}px)" for i in over)
+        classes = " ".join(dict.fromkeys(["part", *(name for i in over for name in mentions[i].classes)]))
+        return (
+            f'<span class="{classes}" style="background-image:{lines};background-position:{places};'
+            f'background-size:100% 3px;padding-bottom:{height}px">{words}</span>'
+        )
+
     for start, end in pairwise(cuts):
         inside |= set(opening.get(start, ()))
-        words = _clean(text[start:end])
-        if inside:
-            over = sorted(inside, key=lambda i: levels[i])
-            lines = ",".join(f"linear-gradient({mentions[i].colour},{mentions[i].colour})" for i in over)
-            places = ",".join(f"0 calc(100% - {height - 4 - 4 * levels[i]}px)" for i in over)
-            classes = " ".join(dict.fromkeys(["part", *(name for i in over for name in mentions[i].classes)]))
-            words = (
-                f'<span class="{classes}" style="background-image:{lines};background-position:{places};'
-                f'background-size:100% 3px;padding-bottom:{height}px">{words}</span>'
-            )
-        html.append(words)
+        html.append(underlined(_clean(text[start:end])))
+        inside -= set(ending.get(end, ()))
+        tags = ""
         for i in ending.get(end, ()):  # inner mentions first
             mention = mentions[i]
             numbers = " ".join((mention.label, *mention.classes))
-            html.append(_tag(numbers, mention.colour, mention.classes, f"{key}m{i}"))
-        inside -= set(ending.get(end, ()))
-    return f'<div class="text" dir="auto">{"".join(html)}</div>'
+            tags += _tag(numbers, mention.colour, mention.classes, f"{key}m{i}", mention.title)
+        html.append(underlined(tags))
+    # Room for the underlines between the lines of the text, and below the last one.
+    style = f"line-height:calc(1.7em + {height}px);padding-bottom:{height // 2}px"
+    return f'<div class="text" dir="auto" style="{style}">{"".join(html)}</div>'
 
 
 def _row(name: str, record: Record, colours: dict[str, str], key: str, mentions: Sequence[_Mention]) -> str:
@@ -215,9 +232,19 @@ def _row(name: str, record: Record, colours: dict[str, str], key: str, mentions:
     return f'<tr class="{name}"><td>{name}</td><td>{tag}</td><td>{said}</td><td>{confidence}</td></tr>'
 
 
-def _tag(words: str, colour: str, classes: Sequence[str] = (), name: str = "") -> str:
-    place = f' id="{name}"' if name else ""
-    return f'<span class="{" ".join(("tag", *classes))}" style="background:{colour}"{place}>{_clean(words)}</span>'
+def _tag(words: str, colour: str, classes: Sequence[str] = (), name: str = "", title: str = "") -> str:
+    place = f' id="{name}" title="{title}"' if name else ""
+    names = " ".join(("tag", *(("long",) if len(words) > 40 else ()), *classes))
+    style = f"background:{colour};color:{_ink(colour)}"
+    return f'<span class="{names}" style="{style}"{place}>{_clean(words)}</span>'
+
+
+def _ink(colour: str) -> str:
+    """White or black, whichever has the greater contrast with a colour (WCAG 2.2, relative luminance)."""
+    shares = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in shares)
+    luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+    return "#fff" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else "#000"
 
 
 def _words(span: Span, label: str) -> str:
@@ -292,6 +319,8 @@ def _mentions(records: Sequence[Record], colours: dict[str, str]) -> list[_Menti
     """The places that records name, once for each place and label; shorter ones that end at one place first."""
     classes: dict[tuple[int, int, str, str], dict[str, None]] = {}
 
+    confidences: dict[tuple[int, int, str, str], float | None] = {}
+
     def add(span: Span, label: str, colour: str, name: str) -> None:
         if span.start is not None and span.end is not None:
             classes.setdefault((span.start, span.end, label, colour), {}).update({name: None} if name else {})
@@ -300,6 +329,8 @@ def _mentions(records: Sequence[Record], colours: dict[str, str]) -> list[_Menti
         colour = colours[record.label]
         if isinstance(record, Entity):
             add(record.span, record.label, colour, "")
+            if record.span.start is not None and record.span.end is not None:
+                confidences[record.span.start, record.span.end, record.label, colour] = record.confidence
         elif isinstance(record, Relation):
             add(record.head, f"{record.label}: head", colour, name)
             add(record.tail, f"{record.label}: tail", colour, name)
@@ -307,7 +338,7 @@ def _mentions(records: Sequence[Record], colours: dict[str, str]) -> list[_Menti
             add(record.trigger, record.label, colour, name)
             for argument in record.arguments:
                 add(argument.span, argument.role, colour, name)
-    found = [_Mention(*place, tuple(names)) for place, names in classes.items()]
+    found = [_Mention(*place, tuple(names), confidences.get(place)) for place, names in classes.items()]
     return sorted(found, key=lambda mention: (mention.end, mention.end - mention.start))
 
 

@@ -1,0 +1,182 @@
+"""What constrained decoding changes and costs: free and constrained answers of one adapter to the same documents.
+
+It measures `Extractor(..., constrained=True)` against `constrained=False` with the same model, encoder and prompts. Every
+batch is answered both ways, one behind the other, in an order that alternates, so that a busy machine slows both.
+
+A free answer is "valid" if it is a sentence of the constraint's language (`answer_grammar`); those have to come out the
+same, token for token. One that is not may have records all the same: the parser recovers what it can.
+
+    python benchmarks/constrained.py --adapter my-adapter --files data/a/test.jsonl data/b/test.jsonl --limit 100
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from peft_taskmoe.uie import Document, Extraction, Extractor, load_format, read_jsonl, sample, score
+from peft_taskmoe.uie.constrained import answer_grammar
+from peft_taskmoe.uie.extractor import question_of
+
+WAYS = ("free", "constrained")
+
+
+def load(args: argparse.Namespace) -> dict[str, Extractor]:
+    """The two extractors, which share model and encoder."""
+    options = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
+    dtype = {} if args.dtype is None else {"dtype": args.dtype}
+    if args.base is None:
+        free = Extractor.from_pretrained(args.adapter, model_kwargs=dtype, **options)
+    else:
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        base = AutoModelForCausalLM.from_pretrained(args.base, **dtype)
+        model = PeftModel.from_pretrained(base, args.adapter).eval()
+        tokenizer = AutoTokenizer.from_pretrained(args.base)
+        free = Extractor(model, tokenizer, format=load_format(args.adapter), **options)
+    free.model.to(args.device)
+    held = Extractor(free.model, free.tokenizer, format=free.format, constrained=True, **options)
+    return dict(zip(WAYS, (free, held), strict=True))
+
+
+def valid(extractor: Extractor, document: Document, extraction: Extraction) -> bool:
+    """Whether every answer to a document is a sentence of the constraint's language, and ended by itself.
+
+    The document has to be one whole window: other answers are about parts of it.
+    """
+    constraint, question = extractor._constraint, question_of(document)
+    assert constraint is not None
+    (answer,) = extraction.answers
+    matcher = constraint.matcher(
+        answer_grammar(document.schema, document.text, question.given or ()), len(extractor.tokenizer)
+    )
+    tokens = extractor._ids(answer.parsed.raw.removesuffix("\n"))
+    return answer.complete and matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
+
+
+def measure(
+    extractors: dict[str, Extractor], documents: Sequence[Document], size: int
+) -> tuple[dict[str, dict[str, Extraction]], dict[str, list[float]]]:
+    """The answers of both ways by document, and the seconds of each batch."""
+    answers: dict[str, dict[str, Extraction]] = {way: {} for way in WAYS}
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    for number, first in enumerate(range(0, len(documents), size)):
+        batch = documents[first : first + size]
+        for way in WAYS if number % 2 == 0 else WAYS[::-1]:
+            start = time.perf_counter()
+            answers[way] |= extractors[way].documents(batch, progress=False)
+            seconds[way].append(time.perf_counter() - start)
+    return answers, seconds
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """All figures."""
+    extractors = load(args)
+    sets = {}
+    for path in map(Path, args.files):
+        name = path.parent.name if path.stem in ("train", "test", "dev") and path.parent.name else path.stem
+        sets[name] = sample(read_jsonl(path).documents, args.limit, seed=args.seed)
+    warm_up = next(iter(sets.values()))[:1]
+    for extractor in extractors.values():  # masks of the whole vocabulary are made once
+        extractor.documents(warm_up, progress=False)
+    found: dict[str, dict[str, dict[str, Extraction]]] = {way: {} for way in WAYS}
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    n_valid = n_same = n_judged = 0
+    for name, documents in sets.items():
+        documents = sorted(documents, key=lambda document: len(document.text))  # batches of like length
+        answers, of_set = measure(extractors, documents, args.batch_size)
+        for way in WAYS:
+            found[way][name] = answers[way]
+            seconds[way] += of_set[way]
+        for document in documents:
+            free, held = (answers[way][document.id] for way in WAYS)
+            if [answer.window for answer in free.answers] != [(0, len(document.text))]:
+                continue
+            n_judged += 1
+            if valid(extractors["constrained"], document, free):
+                n_valid += 1
+                n_same += free.answers[0].parsed.raw.removesuffix("\n") == held.answers[0].parsed.raw
+    ratios = [held / free for free, held in zip(seconds["free"], seconds["constrained"], strict=True)]
+    figures: dict[str, Any] = {
+        "documents": sum(map(len, sets.values())),
+        "judged": n_judged,
+        "valid_free": n_valid,
+        "same_where_valid": n_same,
+        "time_ratio": sum(seconds["constrained"]) / sum(seconds["free"]),
+        "time_ratio_median_of_batches": statistics.median(ratios),
+    }
+    for way in WAYS:
+        report = score(sets, found[way])
+        counts = report.answers.values()
+        of_all = [one for of_set in found[way].values() for one in of_set.values()]
+        tokens = sum(answer.tokens for one in of_all for answer in one.answers)
+        figures[way] = {
+            "f1": {name: report.select([name]).average_f1() for name in sets} | {"mean": report.average_f1()},
+            "parse_failures": sum(one.parse_failures for one in counts),
+            "hallucinated": sum(one.hallucinated for one in counts),
+            "not_well_formed": sum(not answer.parsed.well_formed for one in of_all for answer in one.answers),
+            "cut_off": sum(not answer.complete for one in of_all for answer in one.answers),
+            "tokens": tokens,
+            "seconds": sum(seconds[way]),
+            "ms_per_token": 1e3 * sum(seconds[way]) / max(tokens, 1),
+        }
+    return figures
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measure and print the table; returns the figures."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--adapter", required=True, help="folder or Hub id")
+    parser.add_argument("--base", help="base model (default: the one that the adapter names)")
+    parser.add_argument("--files", nargs="+", required=True, help="JSONL documents with gold records")
+    parser.add_argument("--limit", type=int, default=50, help="documents of each file (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", help="precision of the base model (default: as it is stored)")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    figures = run(args)
+    table = Table(
+        title=f"{figures['documents']} documents, {args.device}, {args.threads} threads, batches of {args.batch_size}"
+    )
+    for column in ("", *WAYS):
+        table.add_column(column, justify="left" if not column else "right")
+    for name in figures["free"]["f1"]:
+        table.add_row(f"F1 {name}", *(f"{100 * figures[way]['f1'][name]:.1f}" for way in WAYS))
+    for row in ("parse_failures", "hallucinated", "not_well_formed", "cut_off", "tokens"):
+        table.add_row(row.replace("_", " "), *(str(figures[way][row]) for way in WAYS))
+    for row in ("seconds", "ms_per_token"):
+        table.add_row(row.replace("_", " "), *(f"{figures[way][row]:.2f}" for way in WAYS))
+    console = Console(width=100)
+    console.print(table)
+    console.print(
+        f"{figures['valid_free']} of {figures['judged']} free answers are in the constraint's language; "
+        f"{figures['same_where_valid']} of these come out the same."
+    )
+    console.print(
+        f"Time, constrained / free: {figures['time_ratio']:.2f} (median of batches "
+        f"{figures['time_ratio_median_of_batches']:.2f})."
+    )
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return figures
+
+
+if __name__ == "__main__":
+    main()
