@@ -316,6 +316,7 @@ def decoding_step(x: torch.Tensor, out: torch.Tensor, prepared: DecodingWeights)
     if space is None:
         space = prepared.workspaces[rows] = _workspace(prepared, rows)
     if not prepared.shape.reads_token:
+        assert space.row_part is not None
         torch.mm(x, prepared.a_and_router, out=space.product)
         space.product.mul_(space.row_part)
     else:
