@@ -14,7 +14,7 @@ import torch
 import yaml
 from test_examples import models, run  # noqa: F401  (a fixture)
 
-from peft_taskmoe.uie import build_example, read_jsonl
+from peft_taskmoe.uie import PromptFormat, build_example, load_format, read_jsonl
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "examples" / "benchmark"
@@ -93,6 +93,7 @@ def test_a_comparison_from_training_to_report_is_resumed_and_skipped(tmp_path, m
     assert "1 runs, 0 of them done before." in printed and "Run 1 of 1: task-aware_lr0.001_seed0" in printed
     folder = tmp_path / "out" / "task-aware_lr0.001_seed0"
     finished = json.loads((tmp_path / "results" / "runs" / "task-aware_lr0.001_seed0.json").read_text())
+    assert load_format(folder / "adapter") == PromptFormat(style="compact", occurrences=False)
 
     # Killed after its training and the first answers: what is there stays, what is not is made again, alike.
     (tmp_path / "results" / "runs" / "task-aware_lr0.001_seed0.json").unlink()
@@ -344,6 +345,8 @@ def fake_run(parts, name: str, rate: float, seed: int, loss: float, encoder: boo
             },
             "learning_rate": rate,
             "seed": seed,
+            "benchmark": {"epochs": 1},
+            "training": {"max_length": 512},
         },
         "versions": {},
         "figures": {
@@ -378,6 +381,16 @@ def test_comparisons_are_made_at_each_learning_rate_and_at_each_ones_best(parts)
     assert best["lora-36"][0].likelihood("zero_shot", "a") == pytest.approx(
         1.0
     )  # per token, not per document
+
+
+def test_runs_of_other_settings_are_not_compared(parts) -> None:
+    a, b = (fake_run(parts, name, 1e-3, 0, 1.0) for name in "ab")
+    parts.report.check_comparable([a, b])
+    b.settings["training"] = {"max_length": 1024}
+    with pytest.raises(
+        ValueError, match="Run b, seed 0, was made with `max_length` = 1024, run a, seed 0, with 512"
+    ):
+        parts.report.check_comparable([a, b])
 
 
 def test_only_seeds_that_both_have_are_compared(parts) -> None:

@@ -43,6 +43,7 @@ from peft_taskmoe.uie import (
     read_jsonl,
     record_from_dict,
     sample,
+    save_format,
     score,
     to_prompt_completion,
 )
@@ -301,6 +302,8 @@ def train(
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     trainer.train(resume_from_checkpoint=last)
     trainer.save_model(str(folder / "adapter"))
+    if PartialState().is_main_process:
+        save_format(args.format, folder / "adapter")  # so that `Extractor.from_pretrained` asks as in training
     trainable, total = trainer.model.get_nb_trainable_parameters()
     steps = trainer.state.global_step
     a_step = median(clock.seconds.values())

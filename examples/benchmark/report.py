@@ -61,6 +61,24 @@ def load(folder: Path) -> list[Finished]:
     return [Finished(json.loads(path.read_text())) for path in sorted((folder / "runs").glob("*.json"))]
 
 
+def check_comparable(runs: Sequence[Finished]) -> None:
+    """Refuse to compare runs on other data or with other training settings.
+
+    Raises:
+        ValueError: Naming the first run and setting that differ.
+    """
+    for run in runs[1:]:
+        for part in ("benchmark", "training"):
+            ours, theirs = runs[0].settings[part], run.settings[part]
+            for name in sorted({*ours, *theirs}):
+                if ours.get(name) != theirs.get(name):
+                    raise ValueError(
+                        f"Run {run.configuration}, seed {run.seed}, was made with `{name}` = {theirs.get(name)!r}, run "
+                        f"{runs[0].configuration}, seed {runs[0].seed}, with {ours.get(name)!r}. They cannot be compared: move "
+                        "one of them to a results folder of its own."
+                    )
+
+
 def selections(runs: Sequence[Finished], order: Sequence[str]) -> dict[str, Chosen]:
     """The comparisons to make: at each learning rate that several configurations share, and each one's best.
 
@@ -127,6 +145,7 @@ def write(folder: Path, baseline: str, order: Sequence[str], command: str) -> st
     runs = [run for run in load(folder) if run.configuration in order]
     if not runs:
         raise SystemExit(f"There is no finished run in {folder / 'runs'}.")
+    check_comparable(runs)
     lines = ["# Results", "", f"`{command}`", ""]
     lines += _what_was_run(runs)
     figures: dict[str, Any] = {}
