@@ -195,6 +195,20 @@ def test_an_invalid_free_answer_is_not_possible(answer):
     assert {problem.kind for problem in found.problems} & OF_FORM <= cut
 
 
+def test_a_row_that_is_stopped_for_repeating_itself_is_let_go_in_silence(recwarn):
+    def answer(prompt: str) -> str:
+        loops = ' [class_("He"), ' + 'class_("Then"), ' * 100
+        names = ", ".join(f'class_("{word}")' for word in names_text.split())
+        return loops if "שלום" in prompt else f" [{names}]"
+
+    names_text = " ".join(f"Name{number:02}" for number in range(30))
+    looped, whole = extract(answer, [TEXT, names_text], SCHEMA, constrained=True, max_new_tokens=900)
+    assert [record.span.text for record in looped.records] == ["He", "Then"]
+    assert any(problem.message.endswith("because it repeats itself.") for problem in looped.problems)
+    assert [record.span.text for record in whole.records] == names_text.split() and whole.answers[0].complete
+    assert not [warning for warning in recwarn if "goes on without constraint" in str(warning.message)]
+
+
 def test_a_real_model_in_a_batch_and_by_itself():
     model, texts = tiny_llama(), ["Ada met Bob.", "a longer text, about Kourou", "x"]
     results = [

@@ -144,17 +144,25 @@ class _Masks(LogitsProcessor):
     def __init__(self, constraint: Constraint, grammars: Sequence[str]) -> None:
         self.constraint, self.grammars = constraint, grammars
         self.matchers: list[Any] = []
+        self.padded: set[int] = set()
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         vocabulary = scores.shape[1]
         if not self.matchers:
             self.matchers = [self.constraint.matcher(grammar, vocabulary) for grammar in self.grammars]
         else:
-            for matcher, token in zip(self.matchers, input_ids[:, -1].tolist(), strict=True):
-                if not matcher.is_stopped():
+            for i, token in enumerate(input_ids[:, -1].tolist()):
+                matcher = self.matchers[i]
+                if i in self.padded or matcher.is_stopped():
+                    continue
+                if matcher.validate_tokens([token]):
                     matcher.consume_token(token)
+                else:  # never chosen under the mask: the row was stopped from outside, as one that repeats itself is
+                    self.padded.add(i)
         allowed = np.ones((len(self.matchers), vocabulary), dtype=bool)
-        for row, matcher in zip(allowed, self.matchers, strict=True):
+        for i, (row, matcher) in enumerate(zip(allowed, self.matchers, strict=True)):
+            if i in self.padded:
+                continue
             if matcher.is_error():
                 warnings.warn(
                     f"An answer goes on without constraint, because its grammar is too much for llguidance: {matcher.get_error()}",
