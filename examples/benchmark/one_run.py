@@ -465,7 +465,7 @@ class Measure:
 
 
 def _shared(items: list[Any], work: Callable[[list[Any]], list[tuple[str, Any]]]) -> dict[str, Any]:
-    """Let every process work on its share, and give all of them everything, in the items' order."""
+    """Let every process work on its share, and give all of them everything, by document."""
     state = PartialState()
     found = work(items[state.process_index :: state.num_processes])
     return dict(gather_object(found) if state.num_processes > 1 else found)
