@@ -121,6 +121,7 @@ def test_a_comparison_from_training_to_report_is_resumed_and_skipped(tmp_path, m
         f"learning_rate_0-001_{name}.png" for name in ("f1", "gain", "similarity")
     }
     text = (results / "README.md").read_text()
+    assert "## task-aware, seed 0" in (results / "learning_rate_0-001_labels.md").read_text()
     for words in (
         "| task-aware - lora-36 | 1 |",
         "| task-aware - token-only | 1 |",

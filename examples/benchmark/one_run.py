@@ -303,7 +303,9 @@ def train(
     trainer.train(resume_from_checkpoint=last)
     trainer.save_model(str(folder / "adapter"))
     if PartialState().is_main_process:
-        save_format(args.format, folder / "adapter")  # so that `Extractor.from_pretrained` asks as in training
+        save_format(
+            args.format, folder / "adapter"
+        )  # so that `Extractor.from_pretrained` asks as in training
     trainable, total = trainer.model.get_nb_trainable_parameters()
     steps = trainer.state.global_step
     a_step = median(clock.seconds.values())

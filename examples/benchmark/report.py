@@ -162,6 +162,7 @@ def write(folder: Path, baseline: str, order: Sequence[str], command: str) -> st
             lines += _plots(chosen, baseline, folder, slug)
         lines += _router(chosen)
         lines += _costs(chosen)
+        lines += _labels(chosen, folder / f"{slug}_labels.md")
     lines += ["", "## Made with", "", table(["package", "version"], sorted(runs[0].versions.items()))]
     report = "\n".join(lines) + "\n"
     (folder / "README.md").write_text(report)
@@ -426,6 +427,17 @@ def _costs(chosen: Chosen) -> list[str]:
         )
     header = ["configuration", "trainable parameters", "training, min", "training tokens/s", "answers, min"]
     return ["Cost (training: median step times steps):", "", table(header, rows), ""]
+
+
+def _labels(chosen: Chosen, path: Path) -> list[str]:
+    """A file with precision, recall and F1 by label and argument role, run by run."""
+    parts = [
+        f"## {name}, seed {run.seed}\n\n{run.scores.to_markdown(labels=True)}\n"
+        for name, runs in chosen.items()
+        for run in runs
+    ]
+    path.write_text("# Scores by label\n\n" + "\n".join(parts))
+    return [f"By label and argument role, run by run: [{path.name}]({path.name}).", ""]
 
 
 def _plots(chosen: Chosen, baseline: str, folder: Path, slug: str) -> list[str]:
