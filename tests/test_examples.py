@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -140,3 +141,19 @@ def test_trained_interrupted_resumed_scored_pushed_and_reloaded(tmp_path, models
         "extract.py", "--adapter", output, "--text", "Ada met Bo.", "--max_new_tokens", 4, **offline
     )
     assert "Ada met Bo." in printed and "The model wrote:" in printed
+
+
+@pytest.mark.parametrize("preset", ["demo", "codellama-7b"])
+def test_every_field_of_a_preset_is_known(preset) -> None:
+    spec = importlib.util.spec_from_file_location("sft_uie", ROOT / "examples" / "sft_uie.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    sys.modules["sft_uie"] = script  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(script)
+        fields = (script.DataArguments, script.TaskMoEArguments, script.SFTConfig, script.ModelConfig)
+        arguments = ["--config", str(ROOT / "examples" / f"{preset}.yaml"), "--bf16", "false"]
+        _, adapter, training, _ = script.TrlParser(fields).parse_args_and_config(arguments)
+        assert (adapter.num_experts, adapter.expert_r) == (8, 4) and training.learning_rate > 0
+    finally:
+        del sys.modules["sft_uie"]
