@@ -17,7 +17,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from adapters import LINEARS, TASK_DIM, Method, build, interleaved
+from adapters import LINEARS, TASK_DIM, build, interleaved, train_step
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -73,14 +73,6 @@ class Packed(nn.Module):
         return self.model(position_ids=self.positions, **call)
 
 
-def step(method: Method, embeds: torch.Tensor, labels: torch.Tensor) -> None:
-    """Forward and backward, as in `adapters.py`."""
-    leaf = embeds.detach().requires_grad_()
-    method.model(inputs_embeds=leaf, labels=labels, **method.call).loss.backward()
-    for parameter in method.model.parameters():
-        parameter.grad = None
-
-
 def measure(axis: str, value: int, args: argparse.Namespace) -> dict[str, float]:
     """Time one point: median over rounds of the ratios to the frozen model and to LoRA of the same rank."""
     now = copy.copy(args)
@@ -98,7 +90,7 @@ def measure(axis: str, value: int, args: argparse.Namespace) -> dict[str, float]
         if axis == "documents in a row":
             positions = torch.arange(now.length) % (now.length // documents)
             method.model = Packed(method.model, positions.expand(now.batch, -1))
-    seconds = interleaved(methods, lambda method: step(method, embeds, labels), args.rounds, "cpu")
+    seconds = interleaved(methods, lambda method: train_step(method, embeds, labels), args.rounds, "cpu")
     base, lora, ours = (seconds[name] for name in names)
     median = statistics.median
     return {

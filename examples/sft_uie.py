@@ -42,9 +42,7 @@ from peft_taskmoe.uie import (
     Regularisers,
     ScoreReport,
     mix,
-    read_hub,
-    read_jsonl,
-    sample,
+    read_datasets,
     save_format,
     score,
     to_prompt_completion,
@@ -118,24 +116,6 @@ class TaskMoEArguments:
     )
     top_k: int | None = field(default=None, metadata={"help": "Keep only this many gates of a token."})
     router_balance_coef: float = field(default=0.0, metadata={"help": "Weight of the load-balancing loss."})
-
-
-def dataset_name(source: str) -> str:
-    """`conll04/train.jsonl` -> `conll04`; `demo/test_seen.jsonl` -> `test_seen`; `user/set` stays."""
-    path = Path(source)
-    if path.suffix != ".jsonl":
-        return source
-    return path.parent.name if path.stem in ("train", "test", "dev", "validation") else path.stem
-
-
-def load_documents(sources: list[str], split: str, limit: int | None, seed: int) -> dict[str, list[Document]]:
-    """Read data sets; what is wrong in one is named with its line and stops the run."""
-    found: dict[str, list[Document]] = {}
-    for source in sources:
-        report = read_jsonl(source) if Path(source).suffix == ".jsonl" else read_hub(source, split=split)
-        documents = report.documents if limit is None else sample(report.documents, limit, seed)
-        found.setdefault(dataset_name(source), []).extend(documents)
-    return found
 
 
 def score_by_generation(
@@ -220,8 +200,12 @@ def main(
     start = time.perf_counter()
     output = Path(training_args.output_dir)
     format = PromptFormat(style=data_args.prompt_style, occurrences=data_args.occurrences)
-    train = load_documents(data_args.train_data, "train", data_args.max_train_documents, training_args.seed)
-    evaluation = load_documents(data_args.eval_data, "test", data_args.max_eval_documents, training_args.seed)
+    train = read_datasets(
+        data_args.train_data, split="train", limit=data_args.max_train_documents, seed=training_args.seed
+    )
+    evaluation = read_datasets(
+        data_args.eval_data, split="test", limit=data_args.max_eval_documents, seed=training_args.seed
+    )
     regularisers = Regularisers(
         shuffle=data_args.shuffle_labels, dropout=data_args.label_dropout, mask=data_args.mask_labels
     )

@@ -14,7 +14,7 @@ import torch
 import yaml
 from test_examples import models, run  # noqa: F401  (a fixture)
 
-from peft_taskmoe.uie import PromptFormat, build_example, load_format, read_jsonl
+from peft_taskmoe.uie import PromptFormat, build_example, load_format, read_datasets, read_jsonl
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "examples" / "benchmark"
@@ -65,38 +65,35 @@ def arguments_of(parts, preset: str, **changes):
     )
 
 
-def test_a_comparison_from_training_to_report_is_resumed_and_skipped(tmp_path, models) -> None:  # noqa: F811
+def smoke(tmp_path, models, where: str, **options: object) -> tuple[tuple, dict[str, str]]:  # noqa: F811
+    """Arguments and environment of the smoke preset with tiny models and few documents, writing below `where`."""
     language_model, encoder = models
-    common = (
-        *(
-            "--config",
-            FOLDER / "smoke.yaml",
-            "--model_name_or_path",
-            language_model,
-            "--task_encoder",
-            encoder,
-        ),
-        *("--output_dir", tmp_path / "out", "--results_dir", tmp_path / "results", "--max_new_tokens", 4),
-        *(
-            "--train_documents",
-            8,
-            "--zero_shot_documents",
-            3,
-            "--supervised_documents",
-            2,
-            "--dev_documents",
-            2,
-        ),
-    )
-    home = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    options = {
+        "config": FOLDER / "smoke.yaml",
+        "model_name_or_path": language_model,
+        "task_encoder": encoder,
+        "output_dir": tmp_path / where,
+        "results_dir": tmp_path / f"{where}-results",
+        "zero_shot_documents": 3,
+        "supervised_documents": 2,
+        "dev_documents": 2,
+        **options,
+    }
+    arguments = tuple(word for name, value in options.items() for word in (f"--{name}", value))
+    return arguments, {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+
+
+def test_a_comparison_from_training_to_report_is_resumed_and_skipped(tmp_path, models) -> None:  # noqa: F811
+    common, home = smoke(tmp_path, models, "out", train_documents=8, max_new_tokens=4)
+    results = tmp_path / "out-results"
     printed = run("benchmark/run.py", *common, "--only", "task-aware", **home)
     assert "1 runs, 0 of them done before." in printed and "Run 1 of 1: task-aware_lr0.001_seed0" in printed
     folder = tmp_path / "out" / "task-aware_lr0.001_seed0"
-    finished = json.loads((tmp_path / "results" / "runs" / "task-aware_lr0.001_seed0.json").read_text())
+    finished = json.loads((results / "runs" / "task-aware_lr0.001_seed0.json").read_text())
     assert load_format(folder / "adapter") == PromptFormat(style="compact", occurrences=False)
 
     # Killed after its training and the first answers: what is there stays, what is not is made again, alike.
-    (tmp_path / "results" / "runs" / "task-aware_lr0.001_seed0.json").unlink()
+    (results / "runs" / "task-aware_lr0.001_seed0.json").unlink()
     answers = folder / "answers" / "test_unseen.json"
     answers.unlink()
     kept = {
@@ -108,12 +105,11 @@ def test_a_comparison_from_training_to_report_is_resumed_and_skipped(tmp_path, m
     printed = run("benchmark/run.py", *common, **home)
     assert "3 runs, 0 of them done before." in printed and "min left" in printed
     assert {path: path.stat().st_mtime_ns for path in kept} == kept and answers.is_file()
-    again = json.loads((tmp_path / "results" / "runs" / "task-aware_lr0.001_seed0.json").read_text())
+    again = json.loads((results / "runs" / "task-aware_lr0.001_seed0.json").read_text())
     for figures in (finished["figures"], again["figures"]):
         figures.pop("generation_seconds")
     assert again == finished
 
-    results = tmp_path / "results"
     assert {path.stem for path in (results / "runs").glob("*.json")} == {
         f"{name}_lr0.001_seed0" for name in ("lora-36", "token-only", "task-aware")
     }
@@ -153,39 +149,8 @@ def test_a_comparison_from_training_to_report_is_resumed_and_skipped(tmp_path, m
 
 
 def test_a_killed_training_goes_on_from_its_checkpoint(tmp_path, models) -> None:  # noqa: F811
-    language_model, encoder = models
-    home = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-
     def train(where: str, kill: bool = False) -> dict:
-        common = (
-            *(
-                "--config",
-                FOLDER / "smoke.yaml",
-                "--model_name_or_path",
-                language_model,
-                "--task_encoder",
-                encoder,
-            ),
-            *(
-                "--output_dir",
-                tmp_path / where,
-                "--results_dir",
-                tmp_path / f"{where}-results",
-                "--max_new_tokens",
-                2,
-            ),
-            *(
-                "--train_documents",
-                32,
-                "--zero_shot_documents",
-                2,
-                "--supervised_documents",
-                2,
-                "--dev_documents",
-                2,
-            ),
-            *("--only", "task-aware"),
-        )
+        common, home = smoke(tmp_path, models, where, train_documents=32, max_new_tokens=2, only="task-aware")
         if kill:
             killing = f"""
 import os, runpy, sys
@@ -259,7 +224,7 @@ def test_likelihoods_are_those_of_each_document_alone(parts, models) -> None:  #
     args, _ = arguments_of(parts, "smoke", likelihood_batch_size=3)
     model = AutoModelForCausalLM.from_pretrained(language_model).eval()
     tokenizer = AutoTokenizer.from_pretrained(language_model)
-    documents = parts.one_run._read(args.zero_shot_data, "test", 7)["test_unseen"]
+    documents = read_datasets(args.zero_shot_data, split="test", limit=7)["test_unseen"]
     found = parts.one_run.Measure(model, tokenizer, None, args).likelihoods(documents)
     assert set(found) == {document.id for document in documents}
     for document in documents:

@@ -14,6 +14,7 @@ from peft_taskmoe.uie.data import (
     mix,
     read_brat,
     read_conll,
+    read_datasets,
     read_hub,
     read_iepile,
     read_jsonl,
@@ -668,6 +669,43 @@ def test_hub_calls_that_cannot_work(hub):
             split="test",
             **hub,
         )
+
+
+def test_datasets_of_a_command_line(tmp_path):
+    """Files of one folder are one data set; `limit` is per data set, and draws as `sample` does."""
+    rows = [changed(NER, id=f"n{i}") for i in range(6)]
+    for folder, file, part in (
+        ("a", "train", rows[:3]),
+        ("a", "dev", rows[3:]),
+        ("demo", "test_seen", rows[:2]),
+    ):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        jsonl(tmp_path / folder / f"{file}.jsonl", *part)
+    sources = [
+        tmp_path / "a" / "train.jsonl",
+        str(tmp_path / "a" / "dev.jsonl"),
+        tmp_path / "demo" / "test_seen.jsonl",
+    ]
+    whole = read_datasets(sources, split="train")
+    assert {name: [one.id for one in documents] for name, documents in whole.items()} == {
+        "a": [row["id"] for row in rows],
+        "test_seen": ["n0", "n1"],
+    }
+    drawn = read_datasets(sources, split="train", limit=4, seed=7)
+    assert drawn == {"a": sample(whole["a"], 4, 7), "test_seen": whole["test_seen"]}
+    assert drawn["a"] != sample(whole["a"], 4, 0)
+
+
+def test_datasets_of_the_hub(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    (tmp_path / "user" / "set").mkdir(parents=True)
+    jsonl(tmp_path / "user" / "set" / "test.jsonl", NER)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    found = read_datasets(["user/set"], split="test")
+    assert {name: [one.to_dict() for one in documents] for name, documents in found.items()} == {
+        "user/set": [NER]
+    }
 
 
 # Conversion and training examples -------------------------------------------------------------------------------------

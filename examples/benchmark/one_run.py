@@ -39,8 +39,7 @@ from peft_taskmoe.uie import (
     Problem,
     build_example,
     mix,
-    read_hub,
-    read_jsonl,
+    read_datasets,
     record_from_dict,
     sample,
     save_format,
@@ -65,15 +64,15 @@ class Data:
     @classmethod
     def read(cls, args: BenchmarkArguments) -> Data:
         """Read all data sets; a bad line stops the run with its file and number."""
-        pool = _read(args.train_data, "train", None)
+        pool = read_datasets(args.train_data, split="train")
         dev = {name: sample(documents, args.dev_documents, 0) for name, documents in pool.items()}
         kept = {name: {document.id for document in documents} for name, documents in dev.items()}
         train = {name: [d for d in documents if d.id not in kept[name]] for name, documents in pool.items()}
         return cls(
             train,
             dev,
-            _read(args.zero_shot_data, "test", args.zero_shot_documents),
-            _read(args.supervised_data, "test", args.supervised_documents),
+            read_datasets(args.zero_shot_data, split="test", limit=args.zero_shot_documents),
+            read_datasets(args.supervised_data, split="test", limit=args.supervised_documents),
         )
 
     def training_documents(self, args: BenchmarkArguments, seed: int) -> Documents:
@@ -88,16 +87,6 @@ class Data:
     def measured(self) -> Documents:
         """All data sets that answers are scored on; a supervised set goes by its own name."""
         return {**self.supervised, **self.zero_shot}
-
-
-def _read(sources: list[str], split: str, limit: int | None) -> Documents:
-    found: Documents = {}
-    for source in sources:
-        path = Path(source)
-        report = read_jsonl(path) if path.suffix == ".jsonl" else read_hub(source, split=split)
-        name = path.parent.name if path.stem in ("train", "test", "dev") else path.stem
-        found.setdefault(name, []).extend(report.documents)
-    return {name: docs if limit is None else sample(docs, limit, 0) for name, docs in found.items()}
 
 
 class Encoders:

@@ -11,12 +11,14 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 from scipy.stats import spearmanr
+from settings import first_difference
 
 from peft_taskmoe.uie import Comparison, ScoreReport, compare, compare_values
 
@@ -70,13 +72,12 @@ def check_comparable(runs: Sequence[Finished]) -> None:
     for run in runs[1:]:
         for part in ("benchmark", "training"):
             ours, theirs = runs[0].settings[part], run.settings[part]
-            for name in sorted({*ours, *theirs}):
-                if ours.get(name) != theirs.get(name):
-                    raise ValueError(
-                        f"Run {run.configuration}, seed {run.seed}, was made with `{name}` = {theirs.get(name)!r}, run "
-                        f"{runs[0].configuration}, seed {runs[0].seed}, with {ours.get(name)!r}. They cannot be compared: move "
-                        "one of them to a results folder of its own."
-                    )
+            if name := first_difference(ours, theirs):
+                raise ValueError(
+                    f"Run {run.configuration}, seed {run.seed}, was made with `{name}` = {theirs.get(name)!r}, run "
+                    f"{runs[0].configuration}, seed {runs[0].seed}, with {ours.get(name)!r}. They cannot be compared: move "
+                    "one of them to a results folder of its own."
+                )
 
 
 def selections(runs: Sequence[Finished], order: Sequence[str]) -> dict[str, Chosen]:
@@ -158,8 +159,11 @@ def write(folder: Path, baseline: str, order: Sequence[str], command: str) -> st
             if next(iter(chosen.values()))[0].sets(part):
                 lines += _by_dataset(chosen, part)
         if baseline in chosen:
-            lines += _comparisons(chosen, baseline, figures[title])
-            lines += _plots(chosen, baseline, folder, slug)
+            compared = _compared(chosen, baseline)
+            for (a, b), one in compared.items():
+                figures[title][f"{a} - {b}"] = {"f1": one.f1.to_dict(), "nll": one.likelihood.to_dict()}
+            lines += _comparisons(compared)
+            lines += _plots(chosen, baseline, compared, folder, slug)
         lines += _router(chosen)
         lines += _costs(chosen)
         lines += _labels(chosen, folder / f"{slug}_labels.md")
@@ -310,32 +314,41 @@ def _by_dataset(chosen: Chosen, part: str) -> list[str]:
     ]
 
 
-def _comparisons(chosen: Chosen, baseline: str, figures: dict[str, Any]) -> list[str]:
+@dataclass(frozen=True)
+class _Compared:
+    """Two configurations on the zero-shot data sets, with the runs of the seeds that both have."""
+
+    runs: list[Finished]
+    f1: Comparison
+    likelihood: Comparison
+
+
+def _compared(chosen: Chosen, baseline: str) -> dict[tuple[str, str], _Compared]:
     """Every configuration against the baseline and, of those that read the task, against the one that reads tokens only."""
     pairs = [(name, baseline) for name in chosen if name != baseline]
     token_only = [name for name in chosen if _router_inputs(chosen[name][0]) == "token"]
-    pairs += [
-        (name, other)
-        for other in token_only
-        for name in chosen
-        if chosen[name][0].settings["configuration"]["encoder"]
-    ]
-    rows = []
+    pairs += [(name, other) for other in token_only for name in chosen if _reads_task(chosen[name][0])]
+    found = {}
     for a, b in pairs:
         runs = pair(chosen[a], chosen[b])
-        if not runs[0]:
-            continue
-        f1, likelihood = compare_f1(*runs, "zero_shot"), compare_likelihood(*runs, "zero_shot")
-        figures[f"{a} - {b}"] = {"f1": f1.to_dict(), "nll": likelihood.to_dict()}
-        cells = [f"{a} - {b}", len(runs[0])]
+        if runs[0]:
+            f1, likelihood = compare_f1(*runs, "zero_shot"), compare_likelihood(*runs, "zero_shot")
+            found[a, b] = _Compared(runs[0], f1, likelihood)
+    return found
+
+
+def _comparisons(compared: dict[tuple[str, str], _Compared]) -> list[str]:
+    rows = []
+    for (a, b), one in compared.items():
+        cells = [f"{a} - {b}", len(one.runs)]
         for split in ("all", "seen", "unseen"):
             try:
-                line = f1["all", split]
+                line = one.f1["all", split]
             except KeyError:
                 cells.append("-")
                 continue
             cells.append(f"{100 * line.difference:+.1f} [{100 * line.low:+.1f}, {100 * line.high:+.1f}]")
-        line = likelihood["all"]
+        line = one.likelihood["all"]
         rows.append([*cells, f"{line.difference:+.4f} [{line.low:+.4f}, {line.high:+.4f}]"])
     if not rows:
         return []
@@ -355,6 +368,10 @@ def _router_inputs(run: Finished) -> str | None:
         if configuration["method"] == "moelora"
         else None
     )
+
+
+def _reads_task(run: Finished) -> bool:
+    return run.settings["configuration"]["encoder"] is not None
 
 
 def _router(chosen: Chosen) -> list[str]:
@@ -440,16 +457,18 @@ def _labels(chosen: Chosen, path: Path) -> list[str]:
     return [f"By label and argument role, run by run: [{path.name}]({path.name}).", ""]
 
 
-def _plots(chosen: Chosen, baseline: str, folder: Path, slug: str) -> list[str]:
+def _plots(
+    chosen: Chosen, baseline: str, compared: dict[tuple[str, str], _Compared], folder: Path, slug: str
+) -> list[str]:
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
     names = list(chosen)
     for i, name in enumerate(names):
         runs = chosen[name]
-        interval = compare_f1(runs, runs, "zero_shot")["all"]
-        values = [100 * run.scores_of("zero_shot").average_f1() for run in runs]
-        intervals = [run.scores_of("zero_shot").with_intervals().intervals[("all",), "all"] for run in runs]
+        reports = [run.scores_of("zero_shot") for run in runs]
+        values = [100 * one.average_f1() for one in reports]
+        intervals = [one.with_intervals().intervals[("all",), "all"] for one in reports]
         low, high = (100 * _mean(getattr(one, end) for one in intervals) for end in ("low", "high"))
-        axes[0].bar(i, 100 * interval.a, color="tab:blue", alpha=0.6)
+        axes[0].bar(i, _mean(values), color="tab:blue", alpha=0.6)
         axes[0].vlines(i, low, high, color="black")
         axes[0].plot([i] * len(values), values, "k.")
         axes[1].plot([i] * len(runs), [run.mean_likelihood("zero_shot") for run in runs], "ko")
@@ -462,21 +481,12 @@ def _plots(chosen: Chosen, baseline: str, folder: Path, slug: str) -> list[str]:
         axis.set_title(title, fontsize=9)
     found = [_save(figure, folder, f"{slug}_f1.png")]
 
-    others = [name for name in names if name != baseline]
+    others = {name: one for (name, other), one in compared.items() if other == baseline}
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
-    for j, name in enumerate(others):
-        runs = pair(chosen[name], chosen[baseline])
-        if not runs[0]:
-            continue
-        for axis, comparison, unit in (
-            (axes[0], compare_f1(*runs, "zero_shot"), 100.0),
-            (axes[1], compare_likelihood(*runs, "zero_shot"), 1.0),
-        ):
-            lines = [
-                line
-                for line in comparison.differences
-                if line.split == "all" and line.row[0] in runs[0][0].sets("zero_shot")
-            ]
+    for j, (name, one) in enumerate(others.items()):
+        sets = one.runs[0].sets("zero_shot")
+        for axis, comparison, unit in ((axes[0], one.f1, 100.0), (axes[1], one.likelihood, 1.0)):
+            lines = [line for line in comparison.differences if line.split == "all" and line.row[0] in sets]
             at = [i + 0.8 * (j + 0.5) / len(others) - 0.4 for i in range(len(lines))]
             middle = [unit * line.difference for line in lines]
             error = [
@@ -495,19 +505,13 @@ def _plots(chosen: Chosen, baseline: str, folder: Path, slug: str) -> list[str]:
 
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
     shown = False
-    for name in others:
-        runs = pair(chosen[name], chosen[baseline])
-        if (
-            not runs[0]
-            or "gates" not in runs[0][0].figures
-            or not chosen[name][0].settings["configuration"]["encoder"]
-        ):
+    for name, one in others.items():
+        if "gates" not in one.runs[0].figures or not _reads_task(one.runs[0]):
             continue
-        near = [nearest(run) for run in runs[0]]
-        likelihood = compare_likelihood(*runs, "zero_shot")
-        sets = [s for s in runs[0][0].sets("zero_shot") if s in near[0]]
-        x = [_mean(one[s][0] for one in near) for s in sets]
-        y = [-likelihood[s].difference for s in sets]
+        near = [nearest(run) for run in one.runs]
+        sets = [s for s in one.runs[0].sets("zero_shot") if s in near[0]]
+        x = [_mean(of_run[s][0] for of_run in near) for s in sets]
+        y = [-one.likelihood[s].difference for s in sets]
         rho = (
             f"Spearman {spearmanr(x, y).statistic:+.2f}"
             if len(sets) > 2

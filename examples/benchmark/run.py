@@ -28,24 +28,25 @@ from accelerate import PartialState
 from one_run import Data, Encoders, carry_out, write_json
 from rich.console import Console
 from rich.markdown import Markdown
-from settings import BenchmarkArguments, Run
+from settings import BenchmarkArguments, Run, first_difference
 from trl import SFTConfig, TrlParser
 
 import peft_taskmoe
 
 PACKAGES = ("peft", "transformers", "trl", "torch", "datasets", "accelerate")
 TRAINING_SETTINGS = (
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps"),
-    *(
-        "weight_decay",
-        "max_grad_norm",
-        "max_length",
-        "max_steps",
-        "bf16",
-        "fp16",
-        "gradient_checkpointing",
-        "optim",
-    ),
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "max_length",
+    "max_steps",
+    "bf16",
+    "fp16",
+    "gradient_checkpointing",
+    "optim",
 )
 
 
@@ -56,15 +57,15 @@ def main(args: BenchmarkArguments, sft: SFTConfig, command: str) -> None:
     results = Path(args.results_dir)
     data = Data.read(args)
     encoders = Encoders()
-    runs = args.plan()
     training = {name: getattr(sft, name, None) for name in TRAINING_SETTINGS} | {
         "world_size": state.num_processes
     }
     training["lr_scheduler_type"] = str(getattr(sft.lr_scheduler_type, "value", sft.lr_scheduler_type))
-    missing = [run for run in runs if not is_done(run, run.settings(args, training), results)]
+    runs = [(run, run.settings(args, training)) for run in args.plan()]
+    missing = [(run, settings) for run, settings in runs if not is_done(run, settings, results)]
     console.print(f"{len(runs)} runs, {len(runs) - len(missing)} of them done before.")
     started = time.perf_counter()
-    for number, run in enumerate(missing):
+    for number, (run, settings) in enumerate(missing):
         spent = (time.perf_counter() - started) / 60
         left = (
             f"about {spent / number * (len(missing) - number):.0f} min left"
@@ -72,7 +73,6 @@ def main(args: BenchmarkArguments, sft: SFTConfig, command: str) -> None:
             else "time left unknown yet"
         )
         console.rule(f"Run {number + 1} of {len(missing)}: {run.name} ({left})")
-        settings = run.settings(args, training)
         check_folder(run, settings, Path(sft.output_dir))
         figures = carry_out(run, args, sft, data, encoders, console)
         if state.is_main_process:
@@ -114,16 +114,18 @@ def check_same(run: Run, settings: dict[str, Any], found: dict[str, Any], path: 
         ValueError: Naming the first setting that differs.
     """
     ours, theirs = (json.loads(json.dumps(one)) for one in (settings, found))
-    for part in sorted({*ours, *theirs}):
-        a, b = ours.get(part, {}), theirs.get(part, {})
-        if a != b:
-            if isinstance(a, dict) and isinstance(b, dict):
-                name = next(name for name in sorted({*a, *b}) if a.get(name, a) != b.get(name, b))
-                part, a, b = f"{part}.{name}", a.get(name), b.get(name)
-            raise ValueError(
-                f"{path} was made with `{part}` = {b!r}, and now it is {a!r}. Figures of different settings cannot be "
-                f"compared. Set it back, choose another `results_dir` and `output_dir`, or delete the run `{run.name}`."
-            )
+    part = first_difference(ours, theirs)
+    if part is None:
+        return
+    a, b = ours.get(part, {}), theirs.get(part, {})
+    if isinstance(a, dict) and isinstance(b, dict):
+        name = first_difference(a, b)
+        assert name is not None
+        part, a, b = f"{part}.{name}", a.get(name), b.get(name)
+    raise ValueError(
+        f"{path} was made with `{part}` = {b!r}, and now it is {a!r}. Figures of different settings cannot be "
+        f"compared. Set it back, choose another `results_dir` and `output_dir`, or delete the run `{run.name}`."
+    )
 
 
 def versions() -> dict[str, str]:

@@ -231,6 +231,14 @@ class Run:
         return {**run, "benchmark": ours, "training": training}
 
 
+def first_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
+    """The first setting, by name, that is not the same in both; None if all are."""
+    for name in sorted({*ours, *theirs}):
+        if (name in ours, ours.get(name)) != (name in theirs, theirs.get(name)):
+            return name
+    return None
+
+
 def _named(source: str) -> str:
     """A model or data set without the place it has on this machine: two parts of a path, or a Hub id as it is."""
     path = Path(source)

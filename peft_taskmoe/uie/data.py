@@ -1104,6 +1104,39 @@ def convert(source: str | Path, target: str | Path, source_format: str, **option
     return report
 
 
+def read_datasets(
+    sources: Iterable[str | Path], *, split: str, limit: int | None = None, seed: int = 0
+) -> dict[str, list[Document]]:
+    """Read several data sets, each from a JSONL file or of the Hub, as a command line names them.
+
+    `conll04/train.jsonl` is of the data set `conll04`, as are all files whose names say only which split they hold
+    (train, test, dev, validation); any other file is a data set of its own name. What does not end in `.jsonl` is the id
+    of a Hub data set whose rows are in the JSONL format.
+
+    Args:
+        sources: the files and ids.
+        split: the split to read of Hub data sets.
+        limit: draw at most so many documents of each data set.
+        seed: of that draw.
+
+    Returns:
+        For each data set, its documents.
+
+    Raises:
+        ReadError: at the first error in a data set.
+    """
+    found: dict[str, list[Document]] = {}
+    for source in sources:
+        path = Path(source)
+        if path.suffix == ".jsonl":
+            name = path.parent.name if path.stem in ("train", "test", "dev", "validation") else path.stem
+            report = read_jsonl(path)
+        else:
+            name, report = str(source), read_hub(str(source), split=split)
+        found.setdefault(name, []).extend(report.documents)
+    return {name: docs if limit is None else sample(docs, limit, seed) for name, docs in found.items()}
+
+
 # Training examples ----------------------------------------------------------------------------------------------------
 
 
