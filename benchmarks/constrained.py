@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from peft_taskmoe.uie import Document, Extraction, Extractor, load_format, read_jsonl, sample, score
+from peft_taskmoe.uie import Document, Extraction, Extractor, load_format, read_datasets, score
 from peft_taskmoe.uie.constrained import answer_grammar
 from peft_taskmoe.uie.extractor import question_of
 
@@ -82,10 +82,7 @@ def measure(
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """All figures."""
     extractors = load(args)
-    sets = {}
-    for path in map(Path, args.files):
-        name = path.parent.name if path.stem in ("train", "test", "dev") and path.parent.name else path.stem
-        sets[name] = sample(read_jsonl(path).documents, args.limit, seed=args.seed)
+    sets = read_datasets(args.files, split="test", limit=args.limit, seed=args.seed)
     warm_up = next(iter(sets.values()))[:1]
     for extractor in extractors.values():  # masks of the whole vocabulary are made once
         extractor.documents(warm_up, progress=False)

@@ -91,6 +91,11 @@ def _parser() -> argparse.ArgumentParser:
     extract.add_argument(
         "--constrained", action="store_true", help="let the model write only what can be read"
     )
+    extract.add_argument(
+        "--prefix-caching",
+        action="store_true",
+        help="read the schema that the texts of a batch share once; not where the encoder reads whole prompts",
+    )
     extract.set_defaults(run=_extract)
 
     score = commands.add_parser("score", help="score records against gold documents", epilog=codes)
@@ -194,6 +199,7 @@ def _load(args: argparse.Namespace) -> Extractor:
         max_new_tokens=args.max_new_tokens,
         max_prompt_tokens=args.max_prompt_tokens,
         constrained=args.constrained,
+        prefix_caching=args.prefix_caching,
     )
 
 

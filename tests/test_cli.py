@@ -345,3 +345,17 @@ def test_from_the_shell_with_an_adapter_from_disk(tmp_path):
     assert [row["text"] for row in found] == ["Ada", "Bob"] and all(row["answers"] for row in found)
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
     assert project["project"]["scripts"] == {"peft-taskmoe": "peft_taskmoe.cli:main"}
+
+
+def test_every_option_of_the_model_reaches_the_extractor(monkeypatch):
+    monkeypatch.setattr(Extractor, "from_pretrained", lambda adapter, **options: (adapter, options))
+    required = ["extract", "--adapter", "a", "--input", "i", "--output", "o"]
+    bare = {"model_kwargs": {}, "batch_size": 8, "max_new_tokens": 256, "max_prompt_tokens": None}
+    flags = {"constrained": False, "prefix_caching": False}
+    assert cli._load(cli._parser().parse_args(required)) == ("a", bare | flags)
+    options = "--batch-size 2 --max-new-tokens 3 --max-prompt-tokens 4 --constrained --prefix-caching --dtype bfloat16 --device cuda"
+    assert cli._load(cli._parser().parse_args([*required, *options.split()])) == (
+        "a",
+        {"model_kwargs": {"dtype": "bfloat16", "device_map": "cuda"}, "batch_size": 2, "max_new_tokens": 3}
+        | {"max_prompt_tokens": 4, "constrained": True, "prefix_caching": True},
+    )

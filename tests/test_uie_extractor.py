@@ -168,11 +168,11 @@ def tiny_encoder(**settings) -> TaskEncoder:
     return TaskEncoder(transformers.BertModel(config), tokenizer=byte_tokenizer(), **settings)
 
 
-def moe_model():
-    model = get_peft_model(
-        tiny_llama(),
-        TaskMoELoraConfig(task_type="CAUSAL_LM", task_dim=6, num_experts=3, r=2, lora_dropout=0.0),
+def moe_model(**settings):
+    config = TaskMoELoraConfig(
+        task_type="CAUSAL_LM", task_dim=6, num_experts=3, r=2, lora_dropout=0.0, **settings
     )
+    model = get_peft_model(tiny_llama(), config)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in sorted(model.named_parameters()):
         if "taskmoe_lora_" in name:
@@ -207,6 +207,124 @@ def test_one_schema_over_many_texts_costs_one_forward_of_the_encoder(tokenizer):
     assert encoder.cache_info().misses == 1
     extractor(["another text"], {"Other": "something else"})
     assert len(forwards) == 2
+
+
+# --- prefix caching ------------------------------------------------------------------------------------------------
+
+
+def adapted(reads: str):
+    """A tiny model in float64 and its encoder: unadapted, with LoRA, or with a router that reads tokens or the schema."""
+    if reads == "nothing":
+        return tiny_llama().double(), None
+    if reads == "lora":
+        config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
+        return get_peft_model(tiny_llama(), config).double(), None
+    inputs = {"token": "token", "schema": "token+task"}[reads]
+    return moe_model(router_inputs=inputs).double(), tiny_encoder(
+        text="schema"
+    ) if reads == "schema" else None
+
+
+def read_by(model, ask) -> int:
+    """How many tokens the model embeds while it is asked."""
+    tokens = []
+    table = model.get_input_embeddings()
+    hook = table.register_forward_pre_hook(lambda module, args: tokens.append(args[0].numel()))
+    try:
+        ask()
+    finally:
+        hook.remove()
+    return sum(tokens)
+
+
+@pytest.mark.parametrize("style", ["dataclass", "compact"])
+@pytest.mark.parametrize("reads", ["nothing", "lora", "token", "schema"])
+def test_prefix_caching_reads_the_schema_once_and_changes_no_answer(tokenizer, monkeypatch, reads, style):
+    model, encoder = adapted(reads)
+    written = []
+    read = Extractor._read
+
+    def spy(self, job, tokens, log_probs):
+        written.append((tokens, log_probs))
+        return read(self, job, tokens, log_probs)
+
+    monkeypatch.setattr(Extractor, "_read", spy)
+    options = {"format": PromptFormat(style=style), "batch_size": len(TEXTS), "max_new_tokens": 6}
+    cost = {}
+    for caching in (False, True):
+        extractor = Extractor(model, tokenizer, encoder, prefix_caching=caching, **options)
+        cost[caching] = read_by(model, lambda asked=extractor: asked(TEXTS, WORDS))
+    (plain, cached) = written[: len(TEXTS)], written[len(TEXTS) :]
+    assert [tokens for tokens, _ in cached] == [tokens for tokens, _ in plain]
+    for (_, a), (_, b) in zip(plain, cached, strict=True):
+        assert b == pytest.approx(a, abs=1e-9)
+    prompt = prompt_text("", WORDS, format=options["format"])
+    shared = prompt.index('text = "') + len('text = "')  # one token a character; the texts begin differently
+    assert cost[False] - cost[True] == shared * (len(TEXTS) - 1)
+
+
+def test_prefix_caching_keeps_the_schemas_of_a_batch_apart(tokenizer):
+    """A router that reads the schema routes even what two prompts share by each schema, so they share no batch."""
+    model, encoder = adapted("schema")
+    asked = [{"Capital": "words with a capital letter"}, {"Capital": "a town", "Other": "else"}]
+    answers = []
+    for caching in (False, True):
+        extractor = Extractor(
+            model, tokenizer, encoder, prefix_caching=caching, batch_size=4, max_new_tokens=6
+        )
+        found = extractor(TEXTS[:3], asked)
+        answers.append([[one.parsed.raw for one in item.answers] for item in found])
+    assert answers[0] == answers[1]
+    assert [len(one) for one in answers[0]] == [2, 2, 2]
+
+
+def test_prefix_caching_of_one_text_and_of_prompts_that_are_alike(tokenizer):
+    """At least the last token of every prompt is left to be read."""
+    model, encoder = adapted("schema")
+    for texts in (TEXTS[:1], [TEXTS[0]] * 3):
+        plain, cached = (
+            Extractor(model, tokenizer, encoder, prefix_caching=on, max_new_tokens=6)(texts, WORDS)
+            for on in (False, True)
+        )
+        assert [a.answers[0].parsed.raw for a in plain] == [b.answers[0].parsed.raw for b in cached]
+
+
+def test_prefix_caching_leaves_prompts_alone_that_are_longer_than_a_sliding_window(tokenizer):
+    """The padding behind a shared prefix would take up room in the window."""
+    config = transformers.MistralConfig(
+        **{
+            name: getattr(tiny_llama().config, name)
+            for name in ("vocab_size", "hidden_size", "intermediate_size")
+        },
+        **{"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "sliding_window": 300},
+    )
+    model = transformers.MistralForCausalLM(config).eval()
+    short, long = ["Ada", "Zoe met Bob."], ["Ada", "x" * 300]
+    cost = {}
+    for texts in (short, long):
+        for caching in (False, True):
+            extractor = Extractor(model, tokenizer, prefix_caching=caching, max_new_tokens=2)
+            cost[texts[1], caching] = read_by(model, lambda asked=extractor, what=texts: asked(what, WORDS))
+    assert cost[short[1], True] < cost[short[1], False]
+    assert cost[long[1], True] == cost[long[1], False]
+
+
+def test_prefix_caching_of_a_model_without_keys_and_values_is_refused(tokenizer):
+    model = transformers.MambaForCausalLM(
+        transformers.MambaConfig(vocab_size=VOCAB, hidden_size=8, num_hidden_layers=1, state_size=4)
+    )
+    extractor = Extractor(model, tokenizer, prefix_caching=True, max_new_tokens=2, max_prompt_tokens=500)
+    with pytest.raises(
+        ValueError, match=r"a `mamba` model keeps something else from one token to the next.*Leave it out"
+    ):
+        extractor(TEXTS[:2], WORDS)
+
+
+def test_prefix_caching_is_refused_where_the_router_reads_the_text_as_well(tokenizer):
+    with pytest.raises(
+        ValueError, match=r'task encoder reads the whole prompt \(`text="prompt"`\).*`prefix_caching`'
+    ):
+        Extractor(moe_model(), tokenizer, tiny_encoder(), prefix_caching=True)
 
 
 # --- windows -------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from ..automatic import PromptEncoder
 from ..encoder import TaskEncoder
 from ..model import attach_task_encoder, base_model_of, conditioner_of
 from .jobs import Item, checksum, lines_done, write_lines
@@ -294,6 +295,12 @@ class Extractor:
         overlap: Characters that neighbouring windows share.
         constrained: Let the model write only what can be read: labels and slots of the schema, and mentions that are
             substrings of the text. Needs `pip install 'peft_taskmoe[constrained]'` and a fast tokenizer.
+        prefix_caching: Read what the prompts of a batch begin with, the schema above all, once for all of them. Answers stay the
+            same but for rounding. Not where the router reads the whole prompt, which routes every token of it anew, nor for
+            models that keep anything but keys and values; prompts beyond a model's sliding window are read as ever.
+
+    Raises:
+        ValueError: A length that cannot be, or `prefix_caching` where it cannot be.
 
     Example:
         ```python
@@ -315,6 +322,7 @@ class Extractor:
         max_prompt_tokens: int | None = None,
         overlap: int = 100,
         constrained: bool = False,
+        prefix_caching: bool = False,
     ) -> None:
         counts = {
             "batch_size": batch_size,
@@ -344,7 +352,14 @@ class Extractor:
             from .constrained import Constraint
 
             self._constraint = Constraint(tokenizer, sorted(self._ends))
-        self._attach(encoder)
+        self._prompt_encoder = self._attach(encoder)
+        self.prefix_caching = prefix_caching
+        if prefix_caching and self._prompt_encoder and self._prompt_encoder.encoder.config.text == "prompt":
+            raise ValueError(
+                'The task encoder reads the whole prompt (`text="prompt"`), so the router treats the tokens of a schema differently '
+                "before every text, and what the model computed for one text cannot serve another. Leave out `prefix_caching`, or "
+                'train an adapter whose encoder reads the schema alone (`TaskEncoder(..., text="schema")`).'
+            )
 
     @classmethod
     def from_pretrained(
@@ -406,17 +421,19 @@ class Extractor:
             options["format"] = load_format(adapter, **where)
         return cls(model, tokenizer, encoder, **options)
 
-    def _attach(self, encoder: TaskEncoder | None) -> None:
+    def _attach(self, encoder: TaskEncoder | None) -> PromptEncoder | None:
+        """See to it that routers that read the task get it; returns who reads the prompts for them, if any."""
         try:
             conditioner = conditioner_of(base_model_of(self.model))
         except ValueError:
             if encoder is not None:
                 raise
-            return  # no router to serve
+            return None  # no router to serve
         assert conditioner is not None
         reads_task = any(shape.reads_task for layer in conditioner.layers for shape in layer.shapes.values())
         if reads_task and (encoder is not None or conditioner.prompt_encoder is None):
             attach_task_encoder(self.model, encoder, self.tokenizer)
+        return conditioner.prompt_encoder if reads_task else None
 
     def __call__(
         self,
@@ -622,6 +639,8 @@ class Extractor:
         answers: list[dict[int, Answer]] = [{} for _ in groups]
         seconds = [0.0] * len(groups)
         order = sorted(range(len(jobs)), key=lambda i: -len(jobs[i].ids))
+        if self.prefix_caching:  # those with one schema together
+            order.sort(key=lambda i: jobs[i].question.schema.fingerprint())
         next_group = 0
         for first in range(0, len(order), self.batch_size):
             batch = order[first : first + self.batch_size]
@@ -723,12 +742,19 @@ class Extractor:
     def _generate(self, jobs: Sequence[_Job]) -> list[Answer]:
         """Greedy answers to a batch of prompts."""
         prompts = [job.ids for job in jobs]
+        shared = self._shared(jobs) if self.prefix_caching else 0
         length = max(map(len, prompts))
         pad = self.tokenizer.pad_token_id
         pad = next(iter(sorted(self._ends)), 0) if pad is None else pad
         device = next(self.model.parameters()).device
-        input_ids = torch.tensor([[pad] * (length - len(ids)) + ids for ids in prompts], device=device)
-        mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+        padding = [length - len(ids) for ids in prompts]
+        input_ids = torch.tensor(
+            [ids[:shared] + [pad] * n + ids[shared:] for n, ids in zip(padding, prompts, strict=True)],
+            device=device,
+        )
+        mask = torch.tensor(
+            [[1] * shared + [0] * n + [1] * (length - shared - n) for n in padding], device=device
+        )
         chosen = _ChosenTokens()
         # The constraint comes behind: probabilities are the model's own.
         processors: list[LogitsProcessor] = [chosen]
@@ -741,6 +767,7 @@ class Extractor:
             output = self.model.generate(
                 input_ids=input_ids,
                 attention_mask=mask,
+                past_key_values=self._read_once(jobs[0].ids, shared, len(jobs)) if shared else None,
                 max_new_tokens=self.max_new_tokens,
                 do_sample=False,
                 num_beams=1,
@@ -760,6 +787,33 @@ class Extractor:
         return [
             self._read(job, tokens, row) for job, tokens, row in zip(jobs, written, log_probs, strict=True)
         ]
+
+    def _shared(self, jobs: Sequence[_Job]) -> int:
+        """How many tokens the prompts have in common at their beginning and are computed alike, but for the last of each."""
+        window = getattr(self.model.config.get_text_config(), "sliding_window", None)
+        if window and max(len(job.ids) for job in jobs) + self.max_new_tokens > window:
+            return 0  # the padding behind the prefix would shorten the window
+        if self._prompt_encoder is not None and len({job.question.schema.fingerprint() for job in jobs}) > 1:
+            return 0  # the schemas are routed differently
+        columns = zip(*(job.ids[:-1] for job in jobs), strict=False)
+        same = itertools.takewhile(lambda column: len({*column}) == 1, columns)
+        return len(list(same)) if len(jobs) > 1 else 0
+
+    def _read_once(self, prompt: list[int], shared: int, rows: int) -> Any:
+        """The keys and values of a prompt's first tokens, for all rows of a batch."""
+        ids = torch.tensor([prompt], device=next(self.model.parameters()).device)
+        task = {}
+        if self._prompt_encoder is not None:
+            task["task_embeds"] = self._prompt_encoder.tasks_of(ids, answers=False).task_embeds
+        output = self.model(input_ids=ids[:, :shared], use_cache=True, logits_to_keep=1, **task)
+        cache: Any = getattr(output, "past_key_values", None)
+        if not all(hasattr(layer, "batch_repeat_interleave") for layer in getattr(cache, "layers", [None])):
+            raise ValueError(
+                f"`prefix_caching` needs the keys and values of attention, but a `{self.model.config.model_type}` model keeps "
+                "something else from one token to the next, which cannot be shared by several texts. Leave it out."
+            )
+        cache.batch_repeat_interleave(rows)
+        return cache
 
     def _read(self, job: _Job, tokens: list[int], log_probs: list[float]) -> Answer:
         window = job.window.window
