@@ -17,10 +17,10 @@ import pytest
 import torch
 import transformers
 from loopback_hub import LoopbackHub
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from scripted import EOS, PAD, VOCAB, Scripted, byte_tokenizer, probability, text_in, tiny_llama
 
-from peft_taskmoe import TaskEncoder, TaskMoELoraConfig
+from peft_taskmoe import TaskEncoder, TaskMoELoraConfig, attach_task_encoder, record_gates, task_context
 from peft_taskmoe.conditioning import current_state
 from peft_taskmoe.uie import (
     Argument,
@@ -42,6 +42,7 @@ from peft_taskmoe.uie import extractor as extractor_module
 from peft_taskmoe.uie.extractor import FORMAT_FILE, Question, load_format
 
 WORDS = Schema.from_dict("NER", {"Capital": "words with a capital letter"})
+EVENTS = Schema.from_dict("EE", {"Attack": {"description": "", "roles": ["attacker"]}})
 TEXTS = [
     "Ada met Bob.",
     "nothing",
@@ -237,76 +238,172 @@ def read_by(model, ask) -> int:
     return sum(tokens)
 
 
-@pytest.mark.parametrize("style", ["dataclass", "compact"])
-@pytest.mark.parametrize("reads", ["nothing", "lora", "token", "schema"])
-def test_prefix_caching_reads_the_schema_once_and_changes_no_answer(tokenizer, monkeypatch, reads, style):
-    model, encoder = adapted(reads)
-    written = []
+def written(monkeypatch, extractor: Extractor, texts, schema, **options) -> dict:
+    """The tokens of each prompt's answer and their log-probabilities, by prompt."""
+    found = {}
     read = Extractor._read
 
     def spy(self, job, tokens, log_probs):
-        written.append((tokens, log_probs))
+        found[job.window.prompt] = (tokens, log_probs)
         return read(self, job, tokens, log_probs)
 
-    monkeypatch.setattr(Extractor, "_read", spy)
-    options = {"format": PromptFormat(style=style), "batch_size": len(TEXTS), "max_new_tokens": 6}
-    cost = {}
-    for caching in (False, True):
-        extractor = Extractor(model, tokenizer, encoder, prefix_caching=caching, **options)
-        cost[caching] = read_by(model, lambda asked=extractor: asked(TEXTS, WORDS))
-    (plain, cached) = written[: len(TEXTS)], written[len(TEXTS) :]
-    assert [tokens for tokens, _ in cached] == [tokens for tokens, _ in plain]
-    for (_, a), (_, b) in zip(plain, cached, strict=True):
-        assert b == pytest.approx(a, abs=1e-9)
-    prompt = prompt_text("", WORDS, format=options["format"])
+    with monkeypatch.context() as patch:
+        patch.setattr(Extractor, "_read", spy)
+        extractor(texts, schema, **options)
+    return found
+
+
+def assert_alike(monkeypatch, model, encoder=None, texts=TEXTS, schema=WORDS, options=None, **asked) -> None:
+    """With and without prefix caching the same tokens come out, at the same log-probabilities."""
+    options = {"batch_size": len(TEXTS), "max_new_tokens": 6, **(options or {})}
+    plain, cached = (
+        written(
+            monkeypatch,
+            Extractor(model, byte_tokenizer(), encoder, prefix_caching=on, **options),
+            texts,
+            schema,
+            **asked,
+        )
+        for on in (False, True)
+    )
+    assert set(plain) == set(cached) and len(plain) >= len(texts)
+    for prompt, (tokens, log_probs) in plain.items():
+        assert cached[prompt][0] == tokens
+        assert cached[prompt][1] == pytest.approx(log_probs, abs=1e-9)
+
+
+def costs(model, encoder=None, texts=TEXTS, schema=WORDS, **options) -> dict[bool, int]:
+    """Tokens that the model embeds without and with prefix caching."""
+    options = {"batch_size": len(TEXTS), "max_new_tokens": 2, **options}
+    return {
+        on: read_by(
+            model,
+            lambda on=on: Extractor(model, byte_tokenizer(), encoder, prefix_caching=on, **options)(
+                texts, schema
+            ),
+        )
+        for on in (False, True)
+    }
+
+
+@pytest.mark.parametrize("style", ["dataclass", "compact"])
+@pytest.mark.parametrize("reads", ["nothing", "lora", "token", "schema"])
+def test_prefix_caching_reads_the_schema_once_and_changes_no_answer(monkeypatch, reads, style):
+    model, encoder = adapted(reads)
+    format = PromptFormat(style=style)
+    assert_alike(monkeypatch, model, encoder, options={"format": format})
+    prompt = prompt_text("", WORDS, format=format)
     shared = prompt.index('text = "') + len('text = "')  # one token a character; the texts begin differently
+    cost = costs(model, encoder, format=format)
     assert cost[False] - cost[True] == shared * (len(TEXTS) - 1)
 
 
-def test_prefix_caching_keeps_the_schemas_of_a_batch_apart(tokenizer):
-    """A router that reads the schema routes even what two prompts share by each schema, so they share no batch."""
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"repetition_penalty": 1.5, "pad_token_id": PAD},
+    ],
+)
+def test_prefix_caching_under_other_generation_configs(monkeypatch, changes):
+    model, _ = adapted("nothing")
+    model.generation_config.update(**changes)
+    assert_alike(monkeypatch, model)
+
+
+@pytest.mark.parametrize("window", [64, 170, 256])
+def test_prefix_caching_with_a_sliding_window(monkeypatch, window):
+    """Shorter than the schema (then nothing is shared), than the longer prompts, and longer than all."""
+    of_llama = {
+        n: getattr(tiny_llama().config, n) for n in ("vocab_size", "hidden_size", "intermediate_size")
+    }
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(**of_llama, **layers, sliding_window=window)
+    model = transformers.MistralForCausalLM(config).double().eval()
+    assert_alike(monkeypatch, model)
+    cost = costs(model)
+    assert (cost[True] < cost[False]) == (window > 64)
+
+
+def test_prefix_caching_with_given_events_windows_several_schemas_and_a_constraint(monkeypatch):
+    pytest.importorskip("llguidance")
     model, encoder = adapted("schema")
-    asked = [{"Capital": "words with a capital letter"}, {"Capital": "a town", "Other": "else"}]
-    answers = []
-    for caching in (False, True):
-        extractor = Extractor(
-            model, tokenizer, encoder, prefix_caching=caching, batch_size=4, max_new_tokens=6
-        )
-        found = extractor(TEXTS[:3], asked)
-        answers.append([[one.parsed.raw for one in item.answers] for item in found])
-    assert answers[0] == answers[1]
-    assert [len(one) for one in answers[0]] == [2, 2, 2]
+    given = [[Event("Attack", Span("hit", 4, 7))], [Event("Attack", Span("bit", 4, 7))]]
+    assert_alike(monkeypatch, model, encoder, ["Bob hit Ada.", "Eve bit me, too."], EVENTS, given=given)
+    long = ["Ada met Bob in Kourou. " * 9, "Zoe slept."]
+    assert_alike(monkeypatch, model, encoder, long, options={"max_prompt_tokens": 300, "overlap": 20})
+    other = {"Town": "names of towns", "River": "names of rivers"}
+    assert_alike(monkeypatch, model, encoder, schema=[WORDS, other], options={"batch_size": 2})
+    assert_alike(monkeypatch, model, encoder, options={"constrained": True})
 
 
-def test_prefix_caching_of_one_text_and_of_prompts_that_are_alike(tokenizer):
+def test_prefix_caching_of_one_text_and_of_prompts_that_are_alike(monkeypatch):
     """At least the last token of every prompt is left to be read."""
     model, encoder = adapted("schema")
     for texts in (TEXTS[:1], [TEXTS[0]] * 3):
-        plain, cached = (
-            Extractor(model, tokenizer, encoder, prefix_caching=on, max_new_tokens=6)(texts, WORDS)
-            for on in (False, True)
-        )
-        assert [a.answers[0].parsed.raw for a in plain] == [b.answers[0].parsed.raw for b in cached]
+        extractor = Extractor(model, byte_tokenizer(), encoder, prefix_caching=True, max_new_tokens=6)
+        alone = Extractor(model, byte_tokenizer(), encoder, max_new_tokens=6)
+        assert [a.answers[0].parsed.raw for a in extractor(texts, WORDS)] == [
+            a.answers[0].parsed.raw for a in alone(texts, WORDS)
+        ]
 
 
-def test_prefix_caching_leaves_prompts_alone_that_are_longer_than_a_sliding_window(tokenizer):
-    """The padding behind a shared prefix would take up room in the window."""
-    config = transformers.MistralConfig(
-        **{
-            name: getattr(tiny_llama().config, name)
-            for name in ("vocab_size", "hidden_size", "intermediate_size")
-        },
-        **{"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "sliding_window": 300},
-    )
-    model = transformers.MistralForCausalLM(config).eval()
-    short, long = ["Ada", "Zoe met Bob."], ["Ada", "x" * 300]
+def test_prefix_caching_costs_nothing_where_no_schema_fills_a_batch():
+    """Batches that a schema does not fill are made by length alone, as ever."""
+    model, encoder = adapted("schema")
+    groups = [
+        [Question(text, Schema.from_dict("NER", {f"Label{i}": "x" * i}))] for i, text in enumerate(TEXTS * 2)
+    ]
     cost = {}
-    for texts in (short, long):
-        for caching in (False, True):
-            extractor = Extractor(model, tokenizer, prefix_caching=caching, max_new_tokens=2)
-            cost[texts[1], caching] = read_by(model, lambda asked=extractor, what=texts: asked(what, WORDS))
-    assert cost[short[1], True] < cost[short[1], False]
-    assert cost[long[1], True] == cost[long[1], False]
+    for on in (False, True):
+        extractor = Extractor(
+            model, byte_tokenizer(), encoder, prefix_caching=on, batch_size=3, max_new_tokens=2
+        )
+        cost[on] = read_by(model, lambda asked=extractor: list(asked.answer(groups)))
+    assert cost[True] == cost[False]
+
+
+def test_prefix_caching_gives_way_to_a_task_context_and_to_recorded_gates(monkeypatch):
+    model, encoder = adapted("schema")
+    with task_context(torch.randn(len(TEXTS), 6, dtype=torch.float64)):
+        assert_alike(monkeypatch, model, encoder)
+        cost = costs(model, encoder)
+    assert cost[True] == cost[False]
+    with record_gates(model):
+        cost = costs(model, encoder)
+    assert cost[True] == cost[False]
+
+
+def test_prefix_caching_follows_an_encoder_that_is_attached_later(tokenizer):
+    model, encoder = adapted("schema")
+    plain, cached = (
+        Extractor(model, tokenizer, encoder, prefix_caching=on, batch_size=5, max_new_tokens=6)
+        for on in (False, True)
+    )
+    other = tiny_encoder(text="schema", pooling="max")
+    attach_task_encoder(model, other, tokenizer)
+    raw = [[item.answers[0].parsed.raw for item in one(TEXTS, WORDS)] for one in (plain, cached)]
+    assert raw[0] == raw[1]
+    attach_task_encoder(model, tiny_encoder(), tokenizer)
+    with pytest.raises(ValueError, match="task encoder reads the whole prompt"):
+        cached(TEXTS, WORDS)
+
+
+def test_prefix_caching_is_refused_where_prompts_with_one_schema_are_not_computed_alike(tokenizer):
+    advice = r".* Leave it out, or train an adapter for which that does not hold, such as one whose encoder reads the schema alone"
+    with pytest.raises(ValueError, match=r'task encoder reads the whole prompt \(`text="prompt"`\)' + advice):
+        Extractor(moe_model(), tokenizer, tiny_encoder(), prefix_caching=True)
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match="but PROMPT_TUNING changes what the model computes for it" + advice):
+        Extractor(get_peft_model(tiny_llama(), config), tokenizer, prefix_caching=True)
+    model = tiny_llama()
+    model.config.rope_parameters = {**model.config.rope_parameters, "rope_type": "longrope"}
+    with pytest.raises(
+        ValueError, match="a model with `longrope` positions turns the first tokens differently" + advice
+    ):
+        Extractor(model, tokenizer, prefix_caching=True)
 
 
 def test_prefix_caching_of_a_model_without_keys_and_values_is_refused(tokenizer):
@@ -320,11 +417,12 @@ def test_prefix_caching_of_a_model_without_keys_and_values_is_refused(tokenizer)
         extractor(TEXTS[:2], WORDS)
 
 
-def test_prefix_caching_is_refused_where_the_router_reads_the_text_as_well(tokenizer):
+def test_an_encoder_decoder_is_refused(tokenizer):
+    config = transformers.T5Config(vocab_size=VOCAB, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     with pytest.raises(
-        ValueError, match=r'task encoder reads the whole prompt \(`text="prompt"`\).*`prefix_caching`'
+        ValueError, match=r"A `t5` model is an encoder-decoder, .* Pass a causal language model"
     ):
-        Extractor(moe_model(), tokenizer, tiny_encoder(), prefix_caching=True)
+        Extractor(transformers.T5ForConditionalGeneration(config), tokenizer)
 
 
 # --- windows -------------------------------------------------------------------------------------------------------
@@ -395,8 +493,6 @@ def test_lengths_that_cannot_be_are_refused(options, message):
 
 
 # --- given events and several schemas ------------------------------------------------------------------------------
-
-EVENTS = Schema.from_dict("EE", {"Attack": {"description": "", "roles": ["attacker"]}})
 
 
 def arguments(prompt: str) -> str:

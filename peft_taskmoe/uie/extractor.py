@@ -22,10 +22,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..automatic import PromptEncoder
+from ..conditioning import current_state
 from ..encoder import TaskEncoder
-from ..model import attach_task_encoder, base_model_of, conditioner_of
+from ..model import Conditioner, attach_task_encoder, base_model_of, conditioner_of
 from .jobs import Item, checksum, lines_done, write_lines
 from .parse import ParsedAnswer, parse_answer
 from .prompt import PromptFormat
@@ -296,11 +298,11 @@ class Extractor:
         constrained: Let the model write only what can be read: labels and slots of the schema, and mentions that are
             substrings of the text. Needs `pip install 'peft_taskmoe[constrained]'` and a fast tokenizer.
         prefix_caching: Read what the prompts of a batch begin with, the schema above all, once for all of them. Answers stay the
-            same but for rounding. Not where the router reads the whole prompt, which routes every token of it anew, nor for
-            models that keep anything but keys and values; prompts beyond a model's sliding window are read as ever.
+            same but for rounding. Not where the router, or a prompt-learning method of PEFT, reads the whole prompt, which changes
+            every token of it, nor for models that keep anything but keys and values. It pays where a schema fills whole batches.
 
     Raises:
-        ValueError: A length that cannot be, or `prefix_caching` where it cannot be.
+        ValueError: A length that cannot be, an encoder-decoder, or `prefix_caching` where it cannot be.
 
     Example:
         ```python
@@ -332,6 +334,11 @@ class Extractor:
         for name, value in counts.items():
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` is {value}, but it counts something. Pass at least 1.")
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise ValueError(
+                f"A `{model.config.model_type}` model is an encoder-decoder, but answers are read as what continues a prompt. Pass a "
+                "causal language model."
+            )
         self.model = model
         self.tokenizer = tokenizer
         self.format = format or PromptFormat()
@@ -352,14 +359,10 @@ class Extractor:
             from .constrained import Constraint
 
             self._constraint = Constraint(tokenizer, sorted(self._ends))
-        self._prompt_encoder = self._attach(encoder)
+        self._attach(encoder)
         self.prefix_caching = prefix_caching
-        if prefix_caching and self._prompt_encoder and self._prompt_encoder.encoder.config.text == "prompt":
-            raise ValueError(
-                'The task encoder reads the whole prompt (`text="prompt"`), so the router treats the tokens of a schema differently '
-                "before every text, and what the model computed for one text cannot serve another. Leave out `prefix_caching`, or "
-                'train an adapter whose encoder reads the schema alone (`TaskEncoder(..., text="schema")`).'
-            )
+        if prefix_caching:
+            self._check_prefix_caching()
 
     @classmethod
     def from_pretrained(
@@ -421,19 +424,22 @@ class Extractor:
             options["format"] = load_format(adapter, **where)
         return cls(model, tokenizer, encoder, **options)
 
-    def _attach(self, encoder: TaskEncoder | None) -> PromptEncoder | None:
-        """See to it that routers that read the task get it; returns who reads the prompts for them, if any."""
+    def _conditioner(self) -> Conditioner | None:
+        """What gives the model's routers their task; None if it has no such adapter."""
         try:
-            conditioner = conditioner_of(base_model_of(self.model))
+            return conditioner_of(base_model_of(self.model))
         except ValueError:
+            return None
+
+    def _attach(self, encoder: TaskEncoder | None) -> None:
+        conditioner = self._conditioner()
+        if conditioner is None:
             if encoder is not None:
-                raise
-            return None  # no router to serve
-        assert conditioner is not None
+                attach_task_encoder(self.model, encoder, self.tokenizer)  # which says why that cannot be
+            return
         reads_task = any(shape.reads_task for layer in conditioner.layers for shape in layer.shapes.values())
         if reads_task and (encoder is not None or conditioner.prompt_encoder is None):
             attach_task_encoder(self.model, encoder, self.tokenizer)
-        return conditioner.prompt_encoder if reads_task else None
 
     def __call__(
         self,
@@ -515,7 +521,7 @@ class Extractor:
 
         A line is written as soon as its text is answered, so that a job that is stopped, or killed, loses at most the batches
         that were read ahead. What is continued must be the same job: texts, schema, given events, thresholds, the settings
-        of the extractor but for `batch_size`, and the weights of the model (a sample of each is compared).
+        of the extractor but for `batch_size` and `prefix_caching`, and the weights of the model (a sample of each is compared).
 
         Args:
             texts: The texts, in the same order each time; any iterable.
@@ -638,12 +644,8 @@ class Extractor:
             waiting[job.group] += 1
         answers: list[dict[int, Answer]] = [{} for _ in groups]
         seconds = [0.0] * len(groups)
-        order = sorted(range(len(jobs)), key=lambda i: -len(jobs[i].ids))
-        if self.prefix_caching:  # those with one schema together
-            order.sort(key=lambda i: jobs[i].question.schema.fingerprint())
         next_group = 0
-        for first in range(0, len(order), self.batch_size):
-            batch = order[first : first + self.batch_size]
+        for batch in self._batches(jobs):
             start = time.perf_counter()
             for i, answer in zip(batch, self._generate([jobs[i] for i in batch]), strict=True):
                 answers[jobs[i].group][i] = answer
@@ -662,6 +664,23 @@ class Extractor:
                 next_group += 1
         for i in range(next_group, len(groups)):  # there was nothing to ask
             yield self._extraction(groups[i], answers[i], problems[i], seconds[i], thresholds)
+
+    def _batches(self, jobs: Sequence[_Job]) -> Iterator[list[int]]:
+        """The jobs in batches of like length; with prefix caching those of one schema together, as long as they fill a batch."""
+        order = sorted(range(len(jobs)), key=lambda i: -len(jobs[i].ids))
+        size = self.batch_size
+        if self.prefix_caching:
+            by_schema: dict[str, list[int]] = {}
+            for i in order:
+                by_schema.setdefault(jobs[i].question.schema.fingerprint(), []).append(i)
+            for of_schema in by_schema.values():
+                while len(of_schema) >= size:
+                    yield of_schema[:size]
+                    del of_schema[:size]
+            left = {i for of_schema in by_schema.values() for i in of_schema}
+            order = [i for i in order if i in left]
+        for first in range(0, len(order), size):
+            yield order[first : first + size]
 
     def _checked(self, schema: Any, thresholds: float | Mapping[str, float] | None) -> list[Schema]:
         """The schemas that are asked for; whatever is wrong with them is an error before any work."""
@@ -742,19 +761,12 @@ class Extractor:
     def _generate(self, jobs: Sequence[_Job]) -> list[Answer]:
         """Greedy answers to a batch of prompts."""
         prompts = [job.ids for job in jobs]
-        shared = self._shared(jobs) if self.prefix_caching else 0
         length = max(map(len, prompts))
         pad = self.tokenizer.pad_token_id
         pad = next(iter(sorted(self._ends)), 0) if pad is None else pad
         device = next(self.model.parameters()).device
-        padding = [length - len(ids) for ids in prompts]
-        input_ids = torch.tensor(
-            [ids[:shared] + [pad] * n + ids[shared:] for n, ids in zip(padding, prompts, strict=True)],
-            device=device,
-        )
-        mask = torch.tensor(
-            [[1] * shared + [0] * n + [1] * (length - shared - n) for n in padding], device=device
-        )
+        input_ids = torch.tensor([[pad] * (length - len(ids)) + ids for ids in prompts], device=device)
+        mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
         chosen = _ChosenTokens()
         # The constraint comes behind: probabilities are the model's own.
         processors: list[LogitsProcessor] = [chosen]
@@ -764,10 +776,15 @@ class Extractor:
         training = self.model.training
         self.model.eval()
         try:
+            cache = self._read_once(jobs, length) if self.prefix_caching else None
             output = self.model.generate(
                 input_ids=input_ids,
                 attention_mask=mask,
-                past_key_values=self._read_once(jobs[0].ids, shared, len(jobs)) if shared else None,
+                **(
+                    {}
+                    if cache is None
+                    else {"past_key_values": cache, "use_cache": True, "cache_implementation": None}
+                ),
                 max_new_tokens=self.max_new_tokens,
                 do_sample=False,
                 num_beams=1,
@@ -788,31 +805,80 @@ class Extractor:
             self._read(job, tokens, row) for job, tokens, row in zip(jobs, written, log_probs, strict=True)
         ]
 
-    def _shared(self, jobs: Sequence[_Job]) -> int:
-        """How many tokens the prompts have in common at their beginning and are computed alike, but for the last of each."""
-        window = getattr(self.model.config.get_text_config(), "sliding_window", None)
-        if window and max(len(job.ids) for job in jobs) + self.max_new_tokens > window:
-            return 0  # the padding behind the prefix would shorten the window
-        if self._prompt_encoder is not None and len({job.question.schema.fingerprint() for job in jobs}) > 1:
-            return 0  # the schemas are routed differently
-        columns = zip(*(job.ids[:-1] for job in jobs), strict=False)
-        same = itertools.takewhile(lambda column: len({*column}) == 1, columns)
-        return len(list(same)) if len(jobs) > 1 else 0
+    def _check_prefix_caching(self) -> None:
+        config = self.model.config
+        rope = getattr(config, "rope_parameters", None) or {}
+        methods = [
+            str(getattr(one.peft_type, "value", one.peft_type))
+            for one in getattr(self.model, "peft_config", {}).values()
+            if one.is_prompt_learning or one.peft_type == "XLORA"
+        ]
+        reader = self._reader()
+        if methods:
+            why = f"{methods[0]} changes what the model computes for it with the prompt around it"
+        elif rope.get("rope_type") == "longrope":
+            why = "a model with `longrope` positions turns the first tokens differently before a long text than before a short one"
+        elif reader is not None and reader.encoder.config.text == "prompt":
+            why = (
+                'the task encoder reads the whole prompt (`text="prompt"`), so the router treats the tokens of a schema differently '
+                "before every text"
+            )
+        else:
+            return
+        raise ValueError(
+            f"`prefix_caching` computes a schema once for many texts, but {why}. Leave it out, or train an adapter for "
+            'which that does not hold, such as one whose encoder reads the schema alone (`TaskEncoder(..., text="schema")`).'
+        )
 
-    def _read_once(self, prompt: list[int], shared: int, rows: int) -> Any:
-        """The keys and values of a prompt's first tokens, for all rows of a batch."""
-        ids = torch.tensor([prompt], device=next(self.model.parameters()).device)
-        task = {}
-        if self._prompt_encoder is not None:
-            task["task_embeds"] = self._prompt_encoder.tasks_of(ids, answers=False).task_embeds
-        output = self.model(input_ids=ids[:, :shared], use_cache=True, logits_to_keep=1, **task)
-        cache: Any = getattr(output, "past_key_values", None)
-        if not all(hasattr(layer, "batch_repeat_interleave") for layer in getattr(cache, "layers", [None])):
+    def _reader(self) -> PromptEncoder | None:
+        """Who reads the prompts for the active adapters' routers; None if none of these reads the task."""
+        conditioner = self._conditioner()
+        if conditioner is None or not conditioner.adapters_that_read_the_task(None):
+            return None
+        return conditioner.prompt_encoder
+
+    def _read_once(self, jobs: Sequence[_Job], length: int) -> Any:
+        """The keys and values of what the prompts have in common at their beginning, read once; None if that cannot be shared.
+
+        The rows of a batch are padded on the left, so each row's keys and values move right by its padding. What moves beyond
+        the shared length stands at other places in other rows; `generate` reads it again.
+
+        Args:
+            jobs: The prompts.
+            length: Tokens of the longest.
+        """
+        self._check_prefix_caching()  # adapters and encoders may have changed since
+        reader, state = self._reader(), current_state()
+        if len(jobs) == 1 or (
+            state is not None and (state.task_embeds is not None or state.recorder is not None)
+        ):
+            return None
+        if reader is not None and len({job.question.schema.fingerprint() for job in jobs}) > 1:
+            return None  # the schemas are routed differently
+        columns = zip(*(job.ids[:-1] for job in jobs), strict=False)  # the last token is left to be read
+        shared = sum(1 for _ in itertools.takewhile(lambda column: len({*column}) == 1, columns))
+        if shared == 0:
+            return None
+        ids = torch.tensor([jobs[0].ids], device=next(self.model.parameters()).device)
+        extra: dict[str, Any] = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}
+        if reader is not None:
+            extra["task_embeds"] = reader.tasks_of(ids, answers=False).task_embeds
+        output = self.model(input_ids=ids[:, :shared], use_cache=True, **extra)
+        cache = getattr(output, "past_key_values", None)
+        layers = getattr(cache, "layers", [None])
+        if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
             raise ValueError(
                 f"`prefix_caching` needs the keys and values of attention, but a `{self.model.config.model_type}` model keeps "
                 "something else from one token to the next, which cannot be shared by several texts. Leave it out."
             )
-        cache.batch_repeat_interleave(rows)
+        layers = [layer for layer in layers if layer.keys is not None]
+        if any(layer.keys.shape[-2] != shared for layer in layers):
+            return None  # the schema is longer than a sliding window
+        for layer in layers:
+            layer.keys, layer.values = (
+                torch.cat([one.roll(length - len(job.ids), dims=-2) for job in jobs])
+                for one in (layer.keys, layer.values)
+            )
         return cache
 
     def _read(self, job: _Job, tokens: list[int], log_probs: list[float]) -> Answer:
