@@ -81,9 +81,9 @@ class TaskMoELoraLayer(BaseTunerLayer):
             config.num_experts, r, self.scaling[adapter_name], config.top_k, reads_token, reads_task
         )
         rank = config.num_experts * r
-        self.taskmoe_lora_A[adapter_name] = nn.Linear(self.in_features, rank, bias=False)
-        self.taskmoe_lora_B[adapter_name] = nn.Linear(rank, self.out_features, bias=False)
-        self.taskmoe_lora_router[adapter_name] = nn.Linear(router_in, config.num_experts, bias=False)
+        self.taskmoe_lora_A[adapter_name] = AdapterWeight(self.in_features, rank, bias=False)
+        self.taskmoe_lora_B[adapter_name] = AdapterWeight(rank, self.out_features, bias=False)
+        self.taskmoe_lora_router[adapter_name] = AdapterWeight(router_in, config.num_experts, bias=False)
         self.reset_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -179,8 +179,10 @@ class TaskMoELoraLayer(BaseTunerLayer):
 
     def _weights(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         parts = (self.taskmoe_lora_A, self.taskmoe_lora_B, self.taskmoe_lora_router)
-        linears = [cast(nn.Linear, part[adapter_name]) for part in parts]
-        if linears[0].weight.is_meta:
+        linears = [cast(AdapterWeight, part[adapter_name]) for part in parts]
+        if _is_sharded(linears[0]):
+            weight_a, weight_b, router_weight = (linear() for linear in linears)
+        elif linears[0].weight.is_meta:
             weight_a, weight_b, router_weight = (_onloaded(linear, adapter_name) for linear in linears)
         else:
             weight_a, weight_b, router_weight = (linear.weight for linear in linears)
@@ -200,6 +202,24 @@ class TaskMoELoraLayer(BaseTunerLayer):
         if task.shape[-1] != config.task_dim:
             raise ValueError(wrong_dimension_message(adapter_name, task.shape[-1], config.task_dim))
         return task
+
+
+class AdapterWeight(nn.Linear):
+    """A, B or the router of an adapter: a weight that the adapted layer reads without calling anything.
+
+    Called, it gives a copy of its weight. FSDP and ZeRO-3 gather what they sharded for the time of a module's call alone, and PEFT's
+    FSDP policy shards each of these by itself.
+    """
+
+    def forward(self) -> torch.Tensor:  # type: ignore[override]
+        """The weight, `(out, in)`; gradients flow through."""
+        return self.weight.clone()
+
+
+def _is_sharded(part: nn.Module) -> bool:
+    """Whether a part of an adapter is a unit of FSDP (wrapped, or by a class made for it) or one of ZeRO-3's parameters."""
+    by_fsdp = type(part) is not AdapterWeight and isinstance(getattr(part, "module", part), AdapterWeight)
+    return by_fsdp or hasattr(part.weight, "ds_id")
 
 
 def _onloaded(module: nn.Linear, adapter_name: str) -> torch.Tensor:

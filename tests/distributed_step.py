@@ -1,0 +1,126 @@
+"""Gradients of a tiny model, computed by two processes that share the batch and, by FSDP, the weights.
+
+    torchrun --nproc-per-node 2 distributed_step.py OUT
+
+Run by `test_distributed.py`. `OUT` gets, for each way of sharing, the gradient of every trained parameter by name; `"alone"` are
+those of one process with the whole batch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from peft import get_peft_model
+from peft.utils.other import fsdp_auto_wrap_policy
+from scripted import tiny_llama
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from peft_taskmoe import TaskMoELoraConfig
+
+IDS = torch.arange(4 * 12).view(4, 12) % 200 + 5
+TASK = torch.linspace(-1, 1, 4 * 6).view(4, 6)
+PREFIXES = ("_fsdp_wrapped_module.", "module.")
+
+
+def adapted(checkpointing: bool) -> nn.Module:
+    """The same model in every process."""
+    model = get_peft_model(
+        tiny_llama(),
+        TaskMoELoraConfig(task_type="CAUSAL_LM", task_dim=6, num_experts=3, r=2, lora_dropout=0.0),
+    )
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in sorted(model.named_parameters()):
+        if "taskmoe_lora_" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+    return model.train()
+
+
+def with_ddp(model: nn.Module) -> nn.Module:
+    """A copy of everything in every process."""
+    return DistributedDataParallel(model)
+
+
+def with_fsdp1(model: nn.Module) -> nn.Module:
+    """As the Trainer wraps a PEFT model: every trained leaf by itself, every layer of the model, and the rest."""
+    policy = fsdp_auto_wrap_policy(model)
+    return FullyShardedDataParallel(
+        model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
+    )
+
+
+def with_fsdp2(model: nn.Module) -> nn.Module:
+    """The same units by `fully_shard`."""
+    mesh = init_device_mesh("cpu", (2,))
+    policy = fsdp_auto_wrap_policy(model)
+    for module in reversed(list(model.modules())):
+        if module is not model and policy(module=module, recurse=False, nonwrapped_numel=0):
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def with_fsdp2_by_layer(model: nn.Module) -> nn.Module:
+    """Units are whole layers, adapters included."""
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The gradients of all trained parameters, whole."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            grad = parameter.grad
+            for prefix in PREFIXES:
+                name = name.replace(prefix, "")
+            found[name] = None if grad is None else getattr(grad, "full_tensor", lambda g=grad: g)().clone()
+    return found
+
+
+def step(wrap: Callable[[nn.Module], nn.Module] | None, checkpointing: bool) -> dict[str, torch.Tensor]:
+    """Forward and backward; without `wrap`, of the mean of both processes' losses."""
+    model = adapted(checkpointing)
+    if wrap is None:
+        losses = [model(input_ids=IDS[i::2], labels=IDS[i::2], task_embeds=TASK[i::2]).loss for i in (0, 1)]
+        (sum(losses) / 2).backward()
+        return gradients(model)
+    model = wrap(model)
+    mine = slice(dist.get_rank(), None, 2)
+    model(input_ids=IDS[mine], labels=IDS[mine], task_embeds=TASK[mine]).loss.backward()
+    if isinstance(model, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+            return gradients(model)
+    return gradients(model)
+
+
+def main(out: str) -> None:
+    """All ways, with and without gradient checkpointing."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    ways = {
+        "alone": None,
+        "ddp": with_ddp,
+        "fsdp1": with_fsdp1,
+        "fsdp2": with_fsdp2,
+        "fsdp2 by layer": with_fsdp2_by_layer,
+    }
+    found = {(name, on): step(wrap, on) for name, wrap in ways.items() for on in (False, True)}
+    if dist.get_rank() == 0:
+        torch.save(found, out)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
