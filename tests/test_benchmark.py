@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 from test_examples import models, run  # noqa: F401  (a fixture)
 
@@ -182,7 +183,7 @@ runpy.run_path({str(FOLDER / "run.py")!r}, run_name="__main__")
 
     whole, resumed = train("whole"), train("killed", kill=True)
     assert resumed["training"]["steps"] == whole["training"]["steps"] == 4
-    for part in ("nll_dev", "nll_zero_shot", "nll_swapped"):
+    for part in ("nll_dev", "nll_zero_shot"):
         assert resumed[part] == whole[part]
 
 
@@ -246,6 +247,47 @@ def test_swapped_embeddings_come_from_another_data_set(parts) -> None:
     assert len(other) == 9
     for (name, id_), document in other.items():
         assert document.id not in {one.id for one in sets[name]} and id_ != document.id
+    families = {name: documents[i : i + 2] for i, name in enumerate(("ner1", "ner2", "re1", "re2"))}
+    for (name, _), document in parts.one_run.swapped(families).items():
+        donor = next(key for key, found in families.items() if document in found and key[:2] != name[:2])
+        assert donor[:2] != name[:2]
+
+
+def test_a_checkpoint_that_a_kill_left_half_written_is_not_gone_on_from(parts, tmp_path) -> None:
+    assert parts.one_run.last_checkpoint(tmp_path / "none") is None
+    for step in (2, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-12").mkdir()
+    (tmp_path / "checkpoint-12" / "adapter_model.safetensors").write_text("half")
+    assert parts.one_run.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert not (tmp_path / "checkpoint-12").exists()
+
+
+def test_the_seconds_of_the_steps_are_kept_with_every_checkpoint(parts, tmp_path) -> None:
+    state = transformers.TrainerState(is_world_process_zero=True)
+    clock = parts.one_run.StepClock(tmp_path / "steps.json")
+    for state.global_step in (1, 2):
+        clock.on_step_begin(None, state, None)
+        clock.on_step_end(None, state, None)
+    assert not (tmp_path / "steps.json").exists()
+    clock.on_save(None, state, None)
+    resumed = parts.one_run.StepClock(tmp_path / "steps.json")
+    assert resumed.seconds == clock.seconds and set(clock.seconds) == {"1", "2"}
+
+
+def test_the_table_of_seen_labels_is_chosen_and_held_against_the_data(parts, tmp_path) -> None:
+    args, _ = arguments_of(parts, "smoke", seen_labels="none")
+    assert "crossner_ai" not in args.seen_table()
+    args, _ = arguments_of(parts, "smoke")
+    assert "crossner_ai" in args.seen_table()
+    table = {"datasets": {"test_unseen": {"seen": {"no such label": "why"}, "unseen": []}}}
+    (tmp_path / "seen.json").write_text(json.dumps(table))
+    args, sft = arguments_of(
+        parts, "smoke", seen_labels=tmp_path / "seen.json", results_dir=tmp_path / "results"
+    )
+    with pytest.raises(ValueError, match="knows data set `test_unseen` but not its label"):
+        parts.run.main(args, sft, "command")
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -267,6 +309,21 @@ def test_the_small_preset_trains_on_enough_and_never_on_what_it_tests(parts) -> 
     assert sum(few.get(name, preset["train_documents"]) for name in names) >= 1500
     assert not set(names) & {Path(path).parent.name for path in preset["zero_shot_data"]}
     assert preset["zero_shot_documents"] >= 100
+    shared = ROOT.parent / "shared"
+    if not (shared / "data" / "uie").is_dir():
+        pytest.skip("the public data sets are not here: their texts cannot be compared")
+    where = {
+        f"{part}_data": [str(shared / path) for path in preset[f"{part}_data"]]
+        for part in ("train", "zero_shot", "supervised")
+    }
+    args, _ = arguments_of(parts, "small", **where)
+    data = parts.one_run.Data.read(args)
+    trained = {
+        d.text for seed in args.seeds for ds in data.training_documents(args, seed).values() for d in ds
+    }
+    assert len(trained) > 1500
+    for documents in data.measured.values():
+        assert not trained & {document.text for document in documents}
 
 
 def test_wrong_settings_are_refused(parts) -> None:
@@ -309,9 +366,10 @@ def fake_run(parts, name: str, rate: float, seed: int, loss: float, encoder: boo
                 "adapter": {"r": 4, "lora_alpha": 4},
                 "encoder": None,
             },
+            "effective_scale": 1.0,
             "learning_rate": rate,
             "seed": seed,
-            "benchmark": {"epochs": 1},
+            "benchmark": {"epochs": 1, "model_name_or_path": "m", "dtype": "float32"},
             "training": {"max_length": 512},
         },
         "versions": {},
@@ -320,9 +378,19 @@ def fake_run(parts, name: str, rate: float, seed: int, loss: float, encoder: boo
             "nll_dev": nll,
             "nll_zero_shot": nll,
             "nll_supervised": {},
+            "generation_seconds": {"a": 60.0},
+            "training": {
+                "documents": {"x": 2},
+                "steps": 1,
+                "trainable_parameters": 10,
+                "seconds": 60.0,
+                "tokens_per_second": 5.0,
+            },
         },
     }
-    return parts.report.Finished(content)
+    found = parts.report.Finished(content)
+    found.content = content
+    return found
 
 
 def test_comparisons_are_made_at_each_learning_rate_and_at_each_ones_best(parts) -> None:
@@ -342,11 +410,53 @@ def test_comparisons_are_made_at_each_learning_rate_and_at_each_ones_best(parts)
         ("lora-36", 1e-4, [0, 1]),
         ("task-aware", 1e-3, [0, 1]),
     ]
-    line = parts.report.compare_likelihood(best["task-aware"], best["lora-36"], "zero_shot")["all"]
+    line = parts.report.compare_likelihood(best["task-aware"], best["lora-36"], "zero_shot", {})["all"]
     assert line.difference == pytest.approx(-0.5) and line.high < 0
     assert best["lora-36"][0].likelihood("zero_shot", "a") == pytest.approx(
         1.0
     )  # per token, not per document
+
+
+def test_the_best_learning_rate_is_chosen_over_the_seeds_that_every_rate_was_tried_with(parts) -> None:
+    tried = {
+        (1e-3, 0): 2.0,
+        (1e-4, 0): 1.0,
+        (1e-4, 1): 9.0,
+    }  # seed 1 is a harder draw, and only one rate has it
+    runs = [fake_run(parts, "lora-36", rate, seed, loss) for (rate, seed), loss in tried.items()]
+    best = parts.report.selections(runs, ["lora-36"])["each at its best learning rate"]["lora-36"]
+    assert [(run.learning_rate, run.seed) for run in best] == [(1e-4, 0), (1e-4, 1)]
+
+
+def test_a_report_says_which_seeds_versions_and_documents_its_figures_are_of(parts, tmp_path) -> None:
+    losses = {("lora-36", 0): 2.0, ("lora-36", 1): 3.0, ("task-aware", 1): 2.5, ("task-aware", 0): 1.9}
+    report = parts.report
+    (tmp_path / "runs").mkdir()
+    for (name, seed), loss in losses.items():
+        content = fake_run(parts, name, 1e-3, seed, loss).content
+        content["versions"] = {"torch": "2.13"}
+        content["figures"]["training"]["versions"] = {"torch": "2.13", "sources": "old" if seed else "new"}
+        (tmp_path / "runs" / f"{name}{seed}.json").write_text(json.dumps(content))
+    plan = {"baseline": "lora-36", "configurations": ["lora-36", "task-aware"], "command": "x"}
+    (tmp_path / "plan.json").write_text(json.dumps({**plan, "clusters": {"a": "(.*)-"}}))
+    text = report.write(tmp_path)
+    assert (
+        "| task-aware - lora-36 | 2 |" in text and "| -0.1000, -0.5000 |" in text
+    )  # seed by seed, in their order
+    assert (
+        "| sources | old | lora-36 seed 1, task-aware seed 1 |" in text and "| torch | 2.13 | all |" in text
+    )
+    assert "Parts of one whole are drawn together in a." in text
+    for one in fake_run(parts, "a", 1e-3, 0, 1.0).scores.scores:
+        assert f"| {one.dataset} | {one.task} | {one.total().support} |" in text
+    assert "| data set | lora-36 | task-aware |" in text
+    (tmp_path / "runs" / "task-aware0.json").unlink()
+    assert "| data set | lora-36 (seed 0, 1) | task-aware (seed 1) |" in report.write(tmp_path)
+
+    run_ = fake_run(parts, "a", 1e-3, 0, 1.0)
+    run_.figures["nll_zero_shot"]["a"] = {"x-news-E1": [1.0, 1], "x-news-E2": [1.0, 1], "alone": [1.0, 1]}
+    of_a = {"x-news-E1": "x-news", "x-news-E2": "x-news"}
+    assert report.clusters_of(run_, "zero_shot", {"a": r"(.*)-E\d+$"}) == {"a": of_a}
 
 
 def test_runs_of_other_settings_are_not_compared(parts) -> None:

@@ -659,6 +659,62 @@ def test_values_can_be_weighted():
     assert (line.a, line.b) == (7 / 4, 1)
 
 
+def repeated(times: int) -> tuple[list[Document], dict, dict]:
+    """Documents that stand there several times, their answers by two systems, and which are one."""
+    documents, answers = simulated(random.Random(3), 40, 0.5)
+    copies = [replace(d, id=f"{d.id}-{i}") for d in documents for i in range(times)]
+    return (
+        copies,
+        {d.id: answers[d.id.split("-")[0]] for d in copies},
+        {d.id: d.id.split("-")[0] for d in copies},
+    )
+
+
+def test_documents_of_one_cluster_are_drawn_together():
+    """Copies of a document bring nothing new: drawn as clusters they leave every interval as it is."""
+    documents, answers, clusters = repeated(4)
+    alone, alone_answers, _ = repeated(1)
+    half = {id_: records[:1] for id_, records in answers.items()}
+    systems = one(documents, answers), one(documents, half)
+    single = one(alone, alone_answers), one(alone, {i: r[:1] for i, r in alone_answers.items()})
+    expected = compare(*single, n_resamples=500)["set", "NER"]
+    assert compare(*systems, n_resamples=500, clusters={"set": clusters})["set", "NER"] == expected
+    by_document = compare(*systems, n_resamples=500)["set", "NER"]
+    assert by_document.high - by_document.low < 0.7 * (expected.high - expected.low)
+
+    interval = single[0].with_intervals(500).intervals[("set", "NER"), "all"]
+    assert (
+        systems[0].with_intervals(500, clusters={"set": clusters}).intervals[("set", "NER"), "all"]
+        == interval
+    )
+
+    values = {d.id: float(i // 4) for i, d in enumerate(documents)}
+    zeros = dict.fromkeys(values, 0.0)
+    whole = compare_values({"set": values}, {"set": zeros}, n_resamples=500, clusters={"set": clusters})[
+        "set"
+    ]
+    first = {d.id: float(i) for i, d in enumerate(alone)}
+    assert whole == compare_values({"set": first}, {"set": dict.fromkeys(first, 0.0)}, n_resamples=500)["set"]
+
+    with pytest.raises(ValueError, match="`clusters` has document `x` of `set`, which was not scored"):
+        compare(*systems, n_resamples=5, clusters={"set": {"x": "y"}})
+
+
+def test_a_resample_without_gold_counts_for_no_system():
+    """Else a system that predicts nothing would leave it out, and one that is wrong there would count it as 0."""
+    text = "ab"
+    documents = [document("0", text, "NER", Entity("A", at(text, 0, 1)))] + [
+        document(str(i), text, "NER", schema={"A": ""}) for i in range(1, 4)
+    ]
+    right = {d.id: d.records for d in documents}
+    wrong = {**right, "1": [Entity("A", at(text, 1, 2))]}
+    sets = {"x": documents, "y": documents[:1]}
+    a, b = (score(sets, {"x": of_x, "y": {"0": right["0"]}}, seen=NO_TABLE) for of_x in (right, wrong))
+    line = compare(a, b, n_resamples=2000, confidence=0.9999)["all"]
+    # With k times the gold document and j times the wrong answer b has 2k / (2k + j) in x, at worst 2 / 5, and 1 in y.
+    assert line.low == 0 and line.high == pytest.approx((1 - 2 / 5) / 2)
+
+
 def test_wrong_values_say_what_to_do():
     good = {"x": {"1": 1.0, "2": 2.0}}
     with pytest.raises(ValueError, match="different data sets: \\['x'\\] and \\[\\]"):

@@ -10,13 +10,18 @@ every process, and each takes its share of the documents; so it needs neither FS
 from __future__ import annotations
 
 import copy
+import gc
+import hashlib
+import importlib.metadata
 import json
+import os
+import platform
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,9 +34,11 @@ from rich.console import Console
 from settings import BenchmarkArguments, Run
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
+import peft_taskmoe
 from peft_taskmoe import TaskCollator, TaskEncoder, attach_task_encoder, record_gates
 from peft_taskmoe.uie import (
     Document,
@@ -48,6 +55,7 @@ from peft_taskmoe.uie import (
 )
 
 Documents = dict[str, list[Document]]
+PACKAGES = ("peft", "transformers", "trl", "torch", "datasets", "accelerate")
 SORTED_TOGETHER = 16
 """Batches whose documents are sorted by length together; more saves padding, fewer mix the tasks better."""
 
@@ -82,6 +90,12 @@ class Data:
             name: documents if wanted[name] is None else sample(documents, wanted[name] or 0, seed)
             for name, documents in self.train.items()
         }
+
+    def checksum(self) -> str:
+        """Tells whether two comparisons read the same documents."""
+        parts = (self.train, self.dev, self.zero_shot, self.supervised)
+        content = [[name, [d.to_dict() for d in docs]] for part in parts for name, docs in part.items()]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def measured(self) -> Documents:
@@ -123,6 +137,7 @@ def carry_out(
             folder / "training.json", lambda: train(run, args, sft, data, encoder, tokenizer, folder)
         )
     }
+    gc.collect()  # the model that was trained
     base = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=args.dtype)
     model = PeftModel.from_pretrained(base, str(folder / "adapter")).eval().to(PartialState().device)
     if encoder is not None:
@@ -135,7 +150,7 @@ def carry_out(
             name: _once(folder / f"nll_{part}" / f"{name}.json", lambda d=docs: measure.likelihoods(d))
             for name, docs in sets.items()
         }
-    if encoder is not None and args.swapped_embeddings:
+    if encoder is not None and args.swapped_embeddings and len(data.zero_shot) > 1:
         other = swapped(data.zero_shot)
         figures["nll_swapped"] = {
             name: _once(
@@ -162,7 +177,7 @@ def carry_out(
             )
             for document in docs
         }
-    figures["scores"] = score(data.measured, answers).to_dict(documents=True)
+    figures["scores"] = score(data.measured, answers, seen=args.seen_table()).to_dict(documents=True)
     figures["generation_seconds"] = seconds
     return figures
 
@@ -221,7 +236,7 @@ def training_examples(
 
 
 class StepClock(TrainerCallback):
-    """Keeps how long every step took, in a file, so that the figure survives a kill."""
+    """Keeps how long every step took, in a file that is written with every checkpoint, so that the figure survives a kill."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -233,9 +248,12 @@ class StepClock(TrainerCallback):
         self.start = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note the step's seconds; every tenth step the file is written."""
+        """Note the step's seconds."""
         self.seconds[str(state.global_step)] = time.perf_counter() - self.start
-        if state.is_world_process_zero and state.global_step % 10 == 0:
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the file."""
+        if state.is_world_process_zero:
             write_json(self.path, self.seconds)
 
 
@@ -255,10 +273,7 @@ def train(
     """
     documents = data.training_documents(args, run.seed)
     text = "prompt" if encoder is None else encoder.config.text
-    with PartialState().main_process_first():
-        examples = training_examples(documents, args, sft, run.seed, text)
-        if encoder is not None:
-            examples = encoder.encode_dataset(examples)
+    examples = training_examples(documents, args, sft, run.seed, text)
     tokens = [len(tokenizer(row["prompt"] + row["completion"]).input_ids) + 1 for row in examples]
     if sft.max_length is not None and max(tokens) > sft.max_length:
         raise ValueError(
@@ -266,7 +281,10 @@ def train(
             f"`max_length={sft.max_length}` tokens (the longest has {max(tokens)}), and their answers would be cut. "
             "Raise `max_length`, or take the compact `prompt_style`."
         )
-    columns = ["prompt", "completion"] + (["task_embeds"] if encoder is not None else [])
+    columns = ["prompt", "completion"]
+    if encoder is not None:
+        examples = encoder.encode_dataset(examples)
+        columns.append("task_embeds")
 
     config = copy.copy(sft)
     config.output_dir = str(folder / "checkpoints")
@@ -287,37 +305,66 @@ def train(
     )
     if encoder is not None:
         trainer.data_collator = TaskCollator(trainer.data_collator, task_dim=encoder.task_dim)
-    checkpoints = Path(config.output_dir)
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=last_checkpoint(Path(config.output_dir)))
     trainer.save_model(str(folder / "adapter"))
     if PartialState().is_main_process:
         save_format(
             args.format, folder / "adapter"
         )  # so that `Extractor.from_pretrained` asks as in training
     trainable, total = trainer.model.get_nb_trainable_parameters()
-    steps = trainer.state.global_step
-    a_step = median(clock.seconds.values())
+    seconds = sum(clock.seconds.values())
     return {
         "documents": {name: len(found) for name, found in documents.items()},
         "examples": len(examples),
         "tokens": sum(tokens),
-        "steps": steps,
+        "steps": trainer.state.global_step,
         "trainable_parameters": trainable,
         "all_parameters": total,
-        "seconds": a_step * steps,
-        "seconds_per_step": a_step,
-        "tokens_per_second": sum(tokens) / steps / a_step,
+        "seconds": seconds,
+        "tokens_per_second": sum(tokens) / seconds,
+        "adapter": {
+            name: value
+            for name, value in json.loads((folder / "adapter" / "adapter_config.json").read_text()).items()
+            if name not in ("base_model_name_or_path", "task_encoder")  # places of this machine
+        },
+        "versions": versions(),
         "loss": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
     }
 
 
+def last_checkpoint(folder: Path) -> str | None:
+    """The last whole checkpoint; what a kill left half-written lacks the trainer's state, which is written last, and is removed."""
+    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if not (path / TRAINER_STATE_NAME).is_file() and PartialState().is_main_process:
+            shutil.rmtree(path)
+    PartialState().wait_for_everyone()
+    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+
+
+def versions() -> dict[str, str]:
+    """What the figures were made with; `sources` tells states of the package apart that have one version."""
+    found = {"peft_taskmoe": peft_taskmoe.__version__}
+    found |= {name: importlib.metadata.version(name) for name in PACKAGES}
+    package = Path(peft_taskmoe.__file__).parent
+    sources = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(package.rglob("*.py"))))
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    return {
+        **found,
+        "sources": sources.hexdigest()[:12],
+        "python": platform.python_version(),
+        "device": device,
+    }
+
+
 def swapped(sets: Documents) -> dict[tuple[str, str], Document]:
-    """For every document another one, of the next data set: whose task embedding it gets when embeddings are swapped."""
+    """For every document another one, whose task embedding it gets when embeddings are swapped.
+
+    It is of the data set half-way round the list: data sets of one family stand side by side.
+    """
     names = list(sets)
     found = {}
     for i, name in enumerate(names):
-        other = sets[names[(i + 1) % len(names)]]
+        other = sets[names[(i + len(names) // 2) % len(names)]]
         for j, document in enumerate(sets[name]):
             found[name, document.id] = other[j % len(other)]
     return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,6 @@ from settings import first_difference
 from peft_taskmoe.uie import Comparison, ScoreReport, compare, compare_values
 
 GROUP_ROWS = ("NER", "RE", "EE", "EAE", "EE+EAE", "all")
-PARTS = ("dev", "zero_shot", "supervised")
 Chosen = dict[str, list["Finished"]]
 """Configuration -> its runs, one for each seed."""
 
@@ -83,7 +83,8 @@ def check_comparable(runs: Sequence[Finished]) -> None:
 def selections(runs: Sequence[Finished], order: Sequence[str]) -> dict[str, Chosen]:
     """The comparisons to make: at each learning rate that several configurations share, and each one's best.
 
-    The best learning rate of a configuration has the lowest likelihood loss on the documents kept back from training.
+    The best learning rate of a configuration has the lowest likelihood loss on the documents kept back from training, over the
+    seeds that it was tried with at every rate.
     """
     at: dict[float, Chosen] = {}
     for run in sorted(runs, key=lambda run: (order.index(run.configuration), run.seed)):
@@ -94,7 +95,13 @@ def selections(runs: Sequence[Finished], order: Sequence[str]) -> dict[str, Chos
         for name in order:
             tried = [chosen[name] for chosen in at.values() if name in chosen]
             if tried:
-                best[name] = min(tried, key=lambda of_rate: _mean(r.mean_likelihood("dev") for r in of_rate))
+                common = set.intersection(*({run.seed for run in of_rate} for of_rate in tried))
+                best[name] = min(
+                    tried,
+                    key=lambda of_rate, seeds=common: _mean(
+                        run.mean_likelihood("dev") for run in of_rate if run.seed in seeds or not seeds
+                    ),
+                )
         found["each at its best learning rate"] = best
     return found
 
@@ -105,13 +112,33 @@ def pair(a: Sequence[Finished], b: Sequence[Finished]) -> tuple[list[Finished], 
     return [run for run in a if run.seed in common], [run for run in b if run.seed in common]
 
 
-def compare_f1(a: Sequence[Finished], b: Sequence[Finished], part: str) -> Comparison:
+def clusters_of(run: Finished, part: str, patterns: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """What documents of a part are drawn together, by the patterns of `clusters`."""
+    return {
+        name: {
+            key: found.group(1)
+            for key in run.figures[f"nll_{part}"][name]
+            if (found := re.search(patterns[name], key))
+        }
+        for name in run.sets(part)
+        if name in patterns
+    }
+
+
+def compare_f1(
+    a: Sequence[Finished], b: Sequence[Finished], part: str, patterns: Mapping[str, str]
+) -> Comparison:
     """Paired bootstrap of F1 over documents; F1 is the mean over seeds."""
-    return compare([run.scores_of(part) for run in a], [run.scores_of(part) for run in b])
+    clusters = clusters_of(a[0], part, patterns)
+    return compare([run.scores_of(part) for run in a], [run.scores_of(part) for run in b], clusters=clusters)
 
 
 def compare_likelihood(
-    a: Sequence[Finished], b: Sequence[Finished], part: str, of_a: str | None = None
+    a: Sequence[Finished],
+    b: Sequence[Finished],
+    part: str,
+    patterns: Mapping[str, str],
+    of_a: str | None = None,
 ) -> Comparison:
     """Paired bootstrap over documents of the likelihood loss per token; each document's value is the mean over seeds."""
     tables = [
@@ -128,26 +155,22 @@ def compare_likelihood(
         name: {key: float(tokens) for key, (_, tokens) in b[0].figures[f"nll_{part}"][name].items()}
         for name in b[0].sets(part)
     }
-    return compare_values(*tables, weights=weights)
+    return compare_values(*tables, weights=weights, clusters=clusters_of(b[0], part, patterns))
 
 
-def write(folder: Path, baseline: str, order: Sequence[str], command: str) -> str:
-    """Write `README.md`, `figures.json` and the plots of a results folder from its runs.
-
-    Args:
-        folder: The results folder.
-        baseline: The configuration that the others are compared with.
-        order: The configurations in the order of the tables.
-        command: What makes these figures again.
+def write(folder: Path) -> str:
+    """Write `README.md`, `figures.json` and the plots of a results folder from its `plan.json` and its runs.
 
     Returns:
         The report, as Markdown.
     """
+    plan = json.loads((folder / "plan.json").read_text())
+    baseline, order, patterns = plan["baseline"], plan["configurations"], plan["clusters"]
     runs = [run for run in load(folder) if run.configuration in order]
     if not runs:
         raise SystemExit(f"There is no finished run in {folder / 'runs'}.")
     check_comparable(runs)
-    lines = ["# Results", "", f"`{command}`", ""]
+    lines = ["# Results", "", f"`{plan['command']}`", ""]
     lines += _what_was_run(runs)
     figures: dict[str, Any] = {}
     for title, chosen in selections(runs, order).items():
@@ -159,19 +182,42 @@ def write(folder: Path, baseline: str, order: Sequence[str], command: str) -> st
             if next(iter(chosen.values()))[0].sets(part):
                 lines += _by_dataset(chosen, part)
         if baseline in chosen:
-            compared = _compared(chosen, baseline)
+            compared = _compared(chosen, baseline, patterns)
             for (a, b), one in compared.items():
                 figures[title][f"{a} - {b}"] = {"f1": one.f1.to_dict(), "nll": one.likelihood.to_dict()}
-            lines += _comparisons(compared)
-            lines += _plots(chosen, baseline, compared, folder, slug)
-        lines += _router(chosen)
-        lines += _costs(chosen)
+            lines += _comparisons(compared, patterns)
+            lines += _plots(chosen, baseline, compared, patterns, folder, slug)
+        lines += _router(chosen, patterns)
+        lines += _costs(chosen, baseline)
         lines += _labels(chosen, folder / f"{slug}_labels.md")
-    lines += ["", "## Made with", "", table(["package", "version"], sorted(runs[0].versions.items()))]
+    lines += ["", "## Made with", "", *_made_with(runs)]
     report = "\n".join(lines) + "\n"
     (folder / "README.md").write_text(report)
     (folder / "figures.json").write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
     return report
+
+
+def _made_with(runs: Sequence[Finished]) -> list[str]:
+    """Versions, and which runs had which where they differ: of the training, where the run says so, and of what ended it."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for run in runs:
+        for versions in (run.figures["training"].get("versions", {}), run.versions):
+            for item in versions.items():
+                found.setdefault(item, []).append(f"{run.configuration} seed {run.seed}")
+    packages = [package for package, _ in found]
+    rows = [
+        [package, version, "all" if packages.count(package) == 1 else ", ".join(dict.fromkeys(of))]
+        for (package, version), of in sorted(found.items())
+    ]
+    return [table(["package", "version", "runs"], rows)]
+
+
+def _heads(chosen: Chosen) -> list[str]:
+    """The configurations as heads of columns; with their seeds, where these are not the same for all."""
+    seeds = {name: ", ".join(str(run.seed) for run in runs) for name, runs in chosen.items()}
+    if len(set(seeds.values())) == 1:
+        return list(chosen)
+    return [f"{name} (seed {seeds[name]})" for name in chosen]
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -214,6 +260,7 @@ def _what_was_run(runs: Sequence[Finished]) -> list[str]:
             ]
         )
     first = runs[0]
+    tested = {score.dataset: score.documents for score in first.scores.scores}
     documents = ", ".join(f"{name} {count}" for name, count in first.figures["training"]["documents"].items())
     header = [
         "configuration",
@@ -228,7 +275,7 @@ def _what_was_run(runs: Sequence[Finished]) -> list[str]:
     return [
         f"Base model {first.settings['benchmark']['model_name_or_path']}, {first.settings['benchmark']['dtype']}. Training "
         f"documents: {documents} ({sum(first.figures['training']['documents'].values())} in all), tested on "
-        + ", ".join(f"{score.dataset} {len(score.documents)}" for score in first.scores.scores)
+        + ", ".join(f"{name} {len(ids)}" for name, ids in tested.items())
         + ".",
         "",
         "NLL is the negative log-likelihood per token of the gold answer, in nats: lower is better. The scale that a soft "
@@ -256,7 +303,7 @@ def _paper_table(chosen: Chosen) -> list[str]:
     return [
         "Zero-shot F1, seen / unseen labels, unweighted means over data sets, then over seeds:",
         "",
-        table(["", *chosen], rows),
+        table(["", *_heads(chosen)], rows),
         "",
     ]
 
@@ -266,7 +313,7 @@ def _by_dataset(chosen: Chosen, part: str) -> list[str]:
     f1, likelihoods = [], []
     for score in first.scores_of(part).scores:
         f1.append(
-            [score.dataset, score.task]
+            [score.dataset, score.task, 0 if (gold := score.total()) is None else gold.support]
             + [
                 _spread(
                     [
@@ -280,7 +327,7 @@ def _by_dataset(chosen: Chosen, part: str) -> list[str]:
             ]
         )
     means = [_spread([100 * r.scores_of(part).average_f1() for r in of_seed]) for of_seed in chosen.values()]
-    f1.append(["mean", "", *means])
+    f1.append(["mean", "", "", *means])
     for name in first.sets(part):
         values = [
             _spread([run.likelihood(part, name) for run in of_seed], "{:.4f}") for of_seed in chosen.values()
@@ -301,15 +348,15 @@ def _by_dataset(chosen: Chosen, part: str) -> list[str]:
     return [
         f"Strict micro F1, {what} data sets: mean over seeds (lowest .. highest):",
         "",
-        table(["data set", "task", *chosen], f1),
+        table(["data set", "task", "gold items", *_heads(chosen)], f1),
         "",
         f"NLL per token, {what} data sets:",
         "",
-        table(["data set", *chosen], likelihoods),
+        table(["data set", *_heads(chosen)], likelihoods),
         "",
         f"Answers with a parse failure / records left out because a span is not in the text, {what} data sets:",
         "",
-        table(["data set", *chosen], counts),
+        table(["data set", *_heads(chosen)], counts),
         "",
     ]
 
@@ -321,9 +368,10 @@ class _Compared:
     runs: list[Finished]
     f1: Comparison
     likelihood: Comparison
+    by_seed: dict[int, float]
 
 
-def _compared(chosen: Chosen, baseline: str) -> dict[tuple[str, str], _Compared]:
+def _compared(chosen: Chosen, baseline: str, patterns: Mapping[str, str]) -> dict[tuple[str, str], _Compared]:
     """Every configuration against the baseline and, of those that read the task, against the one that reads tokens only."""
     pairs = [(name, baseline) for name in chosen if name != baseline]
     token_only = [name for name in chosen if _router_inputs(chosen[name][0]) == "token"]
@@ -332,12 +380,16 @@ def _compared(chosen: Chosen, baseline: str) -> dict[tuple[str, str], _Compared]
     for a, b in pairs:
         runs = pair(chosen[a], chosen[b])
         if runs[0]:
-            f1, likelihood = compare_f1(*runs, "zero_shot"), compare_likelihood(*runs, "zero_shot")
-            found[a, b] = _Compared(runs[0], f1, likelihood)
+            of_f1, of_likelihood = (
+                of(*runs, "zero_shot", patterns) for of in (compare_f1, compare_likelihood)
+            )
+            of_a, of_b = ({run.seed: run.mean_likelihood("zero_shot") for run in of} for of in runs)
+            by_seed = {seed: of_a[seed] - of_b[seed] for seed in sorted(of_a)}
+            found[a, b] = _Compared(runs[0], of_f1, of_likelihood, by_seed)
     return found
 
 
-def _comparisons(compared: dict[tuple[str, str], _Compared]) -> list[str]:
+def _comparisons(compared: dict[tuple[str, str], _Compared], patterns: Mapping[str, str]) -> list[str]:
     rows = []
     for (a, b), one in compared.items():
         cells = [f"{a} - {b}", len(one.runs)]
@@ -349,14 +401,17 @@ def _comparisons(compared: dict[tuple[str, str], _Compared]) -> list[str]:
                 continue
             cells.append(f"{100 * line.difference:+.1f} [{100 * line.low:+.1f}, {100 * line.high:+.1f}]")
         line = one.likelihood["all"]
-        rows.append([*cells, f"{line.difference:+.4f} [{line.low:+.4f}, {line.high:+.4f}]"])
+        cells.append(f"{line.difference:+.4f} [{line.low:+.4f}, {line.high:+.4f}]")
+        rows.append([*cells, ", ".join(f"{difference:+.4f}" for difference in one.by_seed.values())])
     if not rows:
         return []
     return [
         "Zero-shot differences with 95 % intervals (paired bootstrap over documents, 10,000 resamples; F1 times 100, higher "
-        "is better; NLL, lower is better). The intervals speak of other documents, not of other seeds:",
+        "is better; NLL, lower is better). The intervals speak of other documents, not of other seeds, whose spread the last "
+        "column shows, and are not corrected for their number."
+        + (f" Parts of one whole are drawn together in {', '.join(patterns)}." if patterns else ""),
         "",
-        table(["", "seeds", "F1, all labels", "F1, seen", "F1, unseen", "NLL"], rows),
+        table(["", "seeds", "F1, all labels", "F1, seen", "F1, unseen", "NLL", "NLL, seed by seed"], rows),
         "",
     ]
 
@@ -374,7 +429,7 @@ def _reads_task(run: Finished) -> bool:
     return run.settings["configuration"]["encoder"] is not None
 
 
-def _router(chosen: Chosen) -> list[str]:
+def _router(chosen: Chosen, patterns: Mapping[str, str]) -> list[str]:
     """What the routers do: how sure, how much by task, and what the task embedding is worth to the likelihood."""
     rows = []
     for name, runs in chosen.items():
@@ -394,7 +449,7 @@ def _router(chosen: Chosen) -> list[str]:
             "-",
         ]
         if "nll_swapped" in runs[0].figures:
-            line = compare_likelihood(runs, runs, "zero_shot", of_a="swapped")["all"]
+            line = compare_likelihood(runs, runs, "zero_shot", patterns, of_a="swapped")["all"]
             cells[-1] = f"{line.difference:+.4f} [{line.low:+.4f}, {line.high:+.4f}]"
         rows.append(cells)
     if not rows:
@@ -429,21 +484,36 @@ def nearest(run: Finished) -> dict[str, tuple[float, str]]:
     }
 
 
-def _costs(chosen: Chosen) -> list[str]:
+def _costs(chosen: Chosen, baseline: str) -> list[str]:
     rows = []
+    sizes = {name: runs[0].figures["training"]["trainable_parameters"] for name, runs in chosen.items()}
     for name, runs in chosen.items():
         training = [run.figures["training"] for run in runs]
         rows.append(
             [
                 name,
-                f"{training[0]['trainable_parameters']:,}",
+                f"{sizes[name]:,}",
+                f"{sizes[name] / sizes[baseline]:.3f}" if baseline in sizes else "-",
                 _spread([one["seconds"] / 60 for one in training]),
                 _spread([one["tokens_per_second"] for one in training], "{:.0f}"),
                 _spread([sum(run.figures["generation_seconds"].values()) / 60 for run in runs]),
             ]
         )
-    header = ["configuration", "trainable parameters", "training, min", "training tokens/s", "answers, min"]
-    return ["Cost (training: median step times steps):", "", table(header, rows), ""]
+    header = [
+        "configuration",
+        "trainable parameters",
+        f"of {baseline}",
+        "training, min",
+        "training tokens/s",
+        "answers, min",
+    ]
+    return [
+        "Cost. The times are those of the runs, with whatever else the machine did then; to compare speeds, measure the methods side "
+        "by side (`benchmarks/adapters.py`):",
+        "",
+        table(header, rows),
+        "",
+    ]
 
 
 def _labels(chosen: Chosen, path: Path) -> list[str]:
@@ -458,7 +528,12 @@ def _labels(chosen: Chosen, path: Path) -> list[str]:
 
 
 def _plots(
-    chosen: Chosen, baseline: str, compared: dict[tuple[str, str], _Compared], folder: Path, slug: str
+    chosen: Chosen,
+    baseline: str,
+    compared: dict[tuple[str, str], _Compared],
+    patterns: Mapping[str, str],
+    folder: Path,
+    slug: str,
 ) -> list[str]:
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
     names = list(chosen)
@@ -466,7 +541,8 @@ def _plots(
         runs = chosen[name]
         reports = [run.scores_of("zero_shot") for run in runs]
         values = [100 * one.average_f1() for one in reports]
-        intervals = [one.with_intervals().intervals[("all",), "all"] for one in reports]
+        clusters = clusters_of(runs[0], "zero_shot", patterns)
+        intervals = [one.with_intervals(clusters=clusters).intervals[("all",), "all"] for one in reports]
         low, high = (100 * _mean(getattr(one, end) for one in intervals) for end in ("low", "high"))
         axes[0].bar(i, _mean(values), color="tab:blue", alpha=0.6)
         axes[0].vlines(i, low, high, color="black")
@@ -474,7 +550,7 @@ def _plots(
         axes[1].plot([i] * len(runs), [run.mean_likelihood("zero_shot") for run in runs], "ko")
     for axis, title in zip(
         axes,
-        ("zero-shot F1 (dots: seeds; lines: 95 % over documents)", "zero-shot NLL per token"),
+        ("zero-shot F1 (dots: seeds; lines: mean of their 95 % intervals)", "zero-shot NLL per token"),
         strict=True,
     ):
         axis.set_xticks(range(len(names)), names, rotation=25, ha="right")
@@ -512,11 +588,10 @@ def _plots(
         sets = [s for s in one.runs[0].sets("zero_shot") if s in near[0]]
         x = [_mean(of_run[s][0] for of_run in near) for s in sets]
         y = [-one.likelihood[s].difference for s in sets]
-        rho = (
-            f"Spearman {spearmanr(x, y).statistic:+.2f}"
-            if len(sets) > 2
-            else "too few sets for a correlation"
-        )
+        rho = "too few sets for a correlation"
+        if len(sets) > 2:
+            found_rho = spearmanr(x, y)
+            rho = f"Spearman {found_rho.statistic:+.2f}, p = {found_rho.pvalue:.2f}, n = {len(sets)}"
         axis.plot(x, y, "o", label=f"{name} ({rho})")
         for at_x, at_y, dataset in zip(x, y, sets, strict=True):
             axis.annotate(dataset, (at_x, at_y), fontsize=7)
@@ -540,6 +615,4 @@ if __name__ == "__main__":
     if len(sys.argv) != 2:
         print(__doc__)
         raise SystemExit(2)
-    where = Path(sys.argv[1])
-    plan = json.loads((where / "plan.json").read_text())
-    print(write(where, plan["baseline"], plan["configurations"], plan["command"]))
+    print(write(Path(sys.argv[1])))

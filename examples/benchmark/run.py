@@ -11,11 +11,8 @@ command given again goes on where it was killed, and does nothing where all is d
 from __future__ import annotations
 
 import gc
-import importlib.metadata
 import json
 import logging
-import os
-import platform
 import shlex
 import sys
 import time
@@ -25,15 +22,14 @@ from typing import Any
 import report
 import torch
 from accelerate import PartialState
-from one_run import Data, Encoders, carry_out, write_json
+from one_run import Data, Encoders, carry_out, versions, write_json
 from rich.console import Console
 from rich.markdown import Markdown
 from settings import BenchmarkArguments, Run, first_difference
 from trl import SFTConfig, TrlParser
 
-import peft_taskmoe
+from peft_taskmoe.uie import score
 
-PACKAGES = ("peft", "transformers", "trl", "torch", "datasets", "accelerate")
 TRAINING_SETTINGS = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
@@ -43,10 +39,21 @@ TRAINING_SETTINGS = (
     "max_grad_norm",
     "max_length",
     "max_steps",
+    "packing",
+    "packing_strategy",
+    "padding_free",
+    "completion_only_loss",
+    "loss_type",
+    "label_smoothing_factor",
+    "neftune_noise_alpha",
     "bf16",
     "fp16",
     "gradient_checkpointing",
     "optim",
+    "optim_args",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
 )
 
 
@@ -57,13 +64,23 @@ def main(args: BenchmarkArguments, sft: SFTConfig, command: str) -> None:
     results = Path(args.results_dir)
     data = Data.read(args)
     encoders = Encoders()
-    training = {name: getattr(sft, name, None) for name in TRAINING_SETTINGS} | {
-        "world_size": state.num_processes
-    }
+    score(
+        data.measured, {}, seen=args.seen_table()
+    )  # a table that does not fit the data is found now, not at the end
+    training = {name: getattr(sft, name, None) for name in TRAINING_SETTINGS}
+    training |= {"world_size": state.num_processes, "data": data.checksum()}
     training["lr_scheduler_type"] = str(getattr(sft.lr_scheduler_type, "value", sft.lr_scheduler_type))
     runs = [(run, run.settings(args, training)) for run in args.plan()]
     missing = [(run, settings) for run, settings in runs if not is_done(run, settings, results)]
     console.print(f"{len(runs)} runs, {len(runs) - len(missing)} of them done before.")
+    plan = {
+        "baseline": args.baseline,
+        "configurations": list(args.configurations),
+        "clusters": args.clusters,
+        "command": command,
+    }
+    if state.is_main_process:
+        write_json(results / "plan.json", plan)  # first, so that `report.py` can report at any time
     started = time.perf_counter()
     for number, (run, settings) in enumerate(missing):
         spent = (time.perf_counter() - started) / 60
@@ -83,9 +100,7 @@ def main(args: BenchmarkArguments, sft: SFTConfig, command: str) -> None:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     if state.is_main_process:
-        plan = {"baseline": args.baseline, "configurations": list(args.configurations), "command": command}
-        write_json(results / "plan.json", plan)
-        console.print(Markdown(report.write(results, args.baseline, plan["configurations"], command)))
+        console.print(Markdown(report.write(results)))
         console.print(f"The tables, plots and figures are in {results}.")
 
 
@@ -126,14 +141,6 @@ def check_same(run: Run, settings: dict[str, Any], found: dict[str, Any], path: 
         f"{path} was made with `{part}` = {b!r}, and now it is {a!r}. Figures of different settings cannot be "
         f"compared. Set it back, choose another `results_dir` and `output_dir`, or delete the run `{run.name}`."
     )
-
-
-def versions() -> dict[str, str]:
-    """What the figures were made with."""
-    found = {"peft_taskmoe": peft_taskmoe.__version__}
-    found |= {name: importlib.metadata.version(name) for name in PACKAGES}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    return {**found, "python": platform.python_version(), "device": device}
 
 
 if __name__ == "__main__":

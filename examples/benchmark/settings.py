@@ -12,7 +12,7 @@ from typing import Any, Literal
 from peft import LoraConfig, PeftConfig
 
 from peft_taskmoe import TaskEncoderConfig, TaskMoELoraConfig
-from peft_taskmoe.uie import PromptFormat, Regularisers
+from peft_taskmoe.uie import PromptFormat, Regularisers, SeenLabels
 
 
 @dataclass
@@ -97,6 +97,20 @@ class BenchmarkArguments:
             "what the router makes of the task."
         },
     )
+    seen_labels: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON table of the labels that training has seen; default: the package's, which is for the training sets of "
+            "`small.yaml`; `none`: no split by seen labels."
+        },
+    )
+    clusters: dict[str, str] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Data set -> regular expression whose first group, in a document's id, names what several documents are parts "
+            "of: intervals then speak of other such wholes."
+        },
+    )
     results_dir: str = field(
         default="results", metadata={"help": "Where the figures, tables and plots go; small, to be kept."}
     )
@@ -127,6 +141,12 @@ class BenchmarkArguments:
     def regularisers(self) -> Regularisers:
         """What varies from one training prompt to the next."""
         return Regularisers(shuffle=self.shuffle_labels, dropout=self.label_dropout, mask=self.mask_labels)
+
+    def seen_table(self) -> SeenLabels:
+        """Which labels count as seen."""
+        if self.seen_labels == "none":
+            return SeenLabels({}, {})
+        return SeenLabels.load() if self.seen_labels is None else SeenLabels.load(self.seen_labels)
 
     def plan(self) -> list[Run]:
         """All runs, seed by seed, so that a comparison of one seed is whole before the next begins.
@@ -213,7 +233,15 @@ class Run:
     def settings(self, args: BenchmarkArguments, training: dict[str, Any]) -> dict[str, Any]:
         """All that its figures depend on, JSON-ready; a run is done only if it was made with the same."""
         ours = asdict(args)
-        for name in ("configurations", "seeds", "learning_rates", "only", "baseline", "results_dir"):
+        for name in (
+            "configurations",
+            "seeds",
+            "learning_rates",
+            "only",
+            "baseline",
+            "clusters",
+            "results_dir",
+        ):
             del ours[name]
         for name in ("model_name_or_path", "task_encoder"):
             ours[name] = _named(ours[name])

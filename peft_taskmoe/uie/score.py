@@ -67,6 +67,10 @@ _SEEN_LABELS_FILE = Path(__file__).with_name("seen_labels.json")
 _CELLS_PER_BLOCK = 4_000_000  # bounds the memory of one block of resamples (32 MB of int64)
 
 
+Clusters = Mapping[str, Mapping[str, str]]
+"""Data set -> document id -> name of what the document is a part of."""
+
+
 @runtime_checkable
 class Answer(Protocol):
     """What a model answered to one document: the records that could be read, and what was wrong with the rest."""
@@ -332,11 +336,17 @@ class ScoreReport:
             {name: counts for name, counts in self.answers.items() if name in names},
         )
 
-    def with_intervals(self, n_resamples: int = 2000, confidence: float = 0.95, seed: int = 0) -> ScoreReport:
+    def with_intervals(
+        self,
+        n_resamples: int = 2000,
+        confidence: float = 0.95,
+        seed: int = 0,
+        clusters: Clusters | None = None,
+    ) -> ScoreReport:
         """The same report with percentile bootstrap intervals for every F1 and every mean of F1.
 
         The documents of each data set are drawn with replacement, `n_resamples` times; a mean's resample is the mean
-        of its data sets' resamples. Resamples without anything to score are left out.
+        of its data sets' resamples. Resamples without a gold item are left out.
 
         Source: Efron & Tibshirani, "An Introduction to the Bootstrap" (1993), ch. 13.
 
@@ -344,9 +354,10 @@ class ScoreReport:
             n_resamples: number of resamples.
             confidence: width of the interval, between 0 and 1.
             seed: same seed, same intervals; those of a data set do not depend on the others.
+            clusters: as in `compare`.
         """
         _check_resampling(n_resamples, confidence)
-        resampled = _resampled_f1([self], n_resamples, seed)
+        resampled = _resampled_f1([self], n_resamples, seed, clusters)
         intervals = {
             key: interval
             for key, values in resampled[0].items()
@@ -807,6 +818,7 @@ def compare(
     n_resamples: int = 10_000,
     confidence: float = 0.95,
     seed: int = 0,
+    clusters: Clusters | None = None,
 ) -> Comparison:
     """Paired bootstrap test of F1 between two systems on the same documents.
 
@@ -824,9 +836,11 @@ def compare(
         n_resamples: number of resamples.
         confidence: width of the intervals, between 0 and 1.
         seed: seed of the resampling.
+        clusters: for each data set whose documents are not independent, what each document by its id is a part of, e.g. its article:
+            whole clusters are drawn then. Documents without one are drawn by themselves.
 
     Raises:
-        ValueError: if the reports are not of the same documents and gold records.
+        ValueError: if the reports are not of the same documents and gold records, or a cluster names no document.
     """
     _check_resampling(n_resamples, confidence)
     of_a = [a] if isinstance(a, ScoreReport) else list(a)
@@ -838,7 +852,7 @@ def compare(
     reports = of_a + of_b
     for report in reports[1:]:
         _check_same_documents(reports[0], report)
-    resampled = _resampled_f1(reports, n_resamples, seed)
+    resampled = _resampled_f1(reports, n_resamples, seed, clusters)
     values = [report.values() for report in reports]
     lines = []
     for row, split in values[0]:
@@ -859,6 +873,7 @@ def compare_values(
     n_resamples: int = 10_000,
     confidence: float = 0.95,
     seed: int = 0,
+    clusters: Clusters | None = None,
 ) -> Comparison:
     """Paired bootstrap test of a real number per document, e.g. the negative log-likelihood of its gold answer.
 
@@ -873,9 +888,11 @@ def compare_values(
         n_resamples: number of resamples.
         confidence: width of the intervals, between 0 and 1.
         seed: seed of the resampling.
+        clusters: as in `compare`.
 
     Raises:
-        ValueError: if the systems do not have the same documents, a value is not finite, or a weight not positive.
+        ValueError: if the systems do not have the same documents, a value is not finite, a weight not positive, or a cluster names no
+            document.
     """
     _check_resampling(n_resamples, confidence)
     if set(a) != set(b) or not a:
@@ -901,7 +918,8 @@ def compare_values(
             raise ValueError(
                 f"Document `{broken}` of `{name}` has a value that is not finite, so no mean can be taken."
             )
-        sums, total = _resampled_sums(columns, n_resamples, name, seed), columns.sum(axis=0)
+        total = columns.sum(axis=0)
+        sums = _resampled_sums(_by_cluster(columns, name, list(a[name]), clusters), n_resamples, name, seed)
         observed.append((total[1] / total[0], total[2] / total[0]))
         drawn.append((sums[:, 1] / sums[:, 0], sums[:, 2] / sums[:, 0]))
         lines.append(_difference((name,), "all", *observed[-1], drawn[-1][0] - drawn[-1][1], confidence))
@@ -953,25 +971,29 @@ def _check_same_documents(a: ScoreReport, b: ScoreReport) -> None:
 
 
 def _resampled_f1(
-    reports: Sequence[ScoreReport], n_resamples: int, seed: int
+    reports: Sequence[ScoreReport], n_resamples: int, seed: int, clusters: Clusters | None
 ) -> list[dict[tuple[tuple[str, ...], Split], NDArray[np.float64]]]:
     """For each report, n_resamples values of each F1 and mean, drawn with the same documents for all reports."""
     out: list[dict[tuple[tuple[str, ...], Split], NDArray[np.float64]]] = [{} for _ in reports]
     for name in reports[0].answers:
         keys: list[tuple[int, tuple[str, ...], Split]] = []
         columns = []
+        ids: Sequence[str] = ()
         for i, report in enumerate(reports):
             for score in report.scores:
                 for split in SPLITS:
                     if score.dataset == name and (counts := score.by_document(split)) is not None:
                         keys.append((i, (name, score.task), split))
                         columns.append(counts)
+                        ids = score.documents
         if not columns:
             continue
-        sums = _resampled_sums(np.hstack(columns), n_resamples, name, seed).reshape(n_resamples, len(keys), 3)
+        together = _by_cluster(np.hstack(columns), name, ids, clusters)
+        sums = _resampled_sums(together, n_resamples, name, seed).reshape(n_resamples, len(keys), 3)
         twice_tp = 2 * sums[..., 0]
         denominator = twice_tp + sums[..., 1] + sums[..., 2]
-        f1 = np.divide(twice_tp, denominator, out=np.full(denominator.shape, np.nan), where=denominator > 0)
+        has_gold = sums[..., 0] + sums[..., 2] > 0  # the same for all systems, whatever they predicted
+        f1 = np.divide(twice_tp, denominator, out=np.full(denominator.shape, np.nan), where=has_gold)
         for k, (i, row, split) in enumerate(keys):
             out[i][row, split] = f1[:, k]
     for report, values in zip(reports, out, strict=True):
@@ -990,6 +1012,22 @@ def _mean_without_nan(values: NDArray[np.float64]) -> NDArray[np.float64]:
     sums = np.where(defined, values, 0.0).sum(axis=0)
     n = defined.sum(axis=0)
     return np.divide(sums, n, out=np.full(sums.shape, np.nan), where=n > 0)
+
+
+def _by_cluster(
+    columns: NDArray[Any], dataset: str, ids: Sequence[str], clusters: Clusters | None
+) -> NDArray[Any]:
+    """Sum the rows `(documents, columns)` of documents that are drawn together."""
+    of_document = (clusters or {}).get(dataset, {})
+    if unknown := set(of_document) - set(ids):
+        raise ValueError(
+            f"`clusters` has document `{sorted(unknown)[0]}` of `{dataset}`, which was not scored. Name the documents that were."
+        )
+    names = [(1, of_document[id_]) if id_ in of_document else (0, id_) for id_ in ids]
+    places = {name: place for place, name in enumerate(dict.fromkeys(names))}
+    sums = np.zeros((len(places), columns.shape[1]), dtype=columns.dtype)
+    np.add.at(sums, [places[name] for name in names], columns)
+    return sums
 
 
 def _resampled_sums(columns: NDArray[Any], n_resamples: int, name: str, seed: int) -> NDArray[np.float64]:
