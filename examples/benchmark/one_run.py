@@ -19,7 +19,8 @@ import platform
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +35,7 @@ from rich.console import Console
 from settings import BenchmarkArguments, Run
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
+from transformers.integrations import deepspeed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
@@ -138,7 +140,8 @@ def carry_out(
         )
     }
     gc.collect()  # the model that was trained
-    base = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=args.dtype)
+    with unsharded():
+        base = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=args.dtype)
     model = PeftModel.from_pretrained(base, str(folder / "adapter")).eval().to(PartialState().device)
     if encoder is not None:
         attach_task_encoder(model, encoder, tokenizer)
@@ -180,6 +183,17 @@ def carry_out(
     figures["scores"] = score(data.measured, answers, seen=args.seen_table()).to_dict(documents=True)
     figures["generation_seconds"] = seconds
     return figures
+
+
+@contextmanager
+def unsharded() -> Iterator[None]:
+    """Models loaded inside are whole in every process, also where DeepSpeed's ZeRO-3 would shard them while they load."""
+    found = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = found
 
 
 def _once(path: Path, work: Callable[[], Any]) -> Any:
@@ -307,6 +321,7 @@ def train(
         trainer.data_collator = TaskCollator(trainer.data_collator, task_dim=encoder.task_dim)
     trainer.train(resume_from_checkpoint=last_checkpoint(Path(config.output_dir)))
     trainer.save_model(str(folder / "adapter"))
+    PartialState().wait_for_everyone()  # until the main process has written it
     if PartialState().is_main_process:
         save_format(
             args.format, folder / "adapter"
