@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 distributed_step.py OUT
 
-Run by `test_distributed.py`. `OUT` gets, for each way of sharing, the gradient of every trained parameter by name; `"alone"` are
-those of one process with the whole batch.
+Run by `test_distributed.py`. `OUT` gets, for each way of sharing, the gradient of every trained parameter by name, and the adapter as it is
+saved; `"alone"` are those of one process with the whole batch.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from peft import get_peft_model
+from peft import get_peft_model, get_peft_model_state_dict
 from peft.utils.other import fsdp_auto_wrap_policy
 from scripted import tiny_llama
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -89,20 +90,28 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-def step(wrap: Callable[[nn.Module], nn.Module] | None, checkpointing: bool) -> dict[str, torch.Tensor]:
-    """Forward and backward; without `wrap`, of the mean of both processes' losses."""
+def saved(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The adapter, gathered from all processes."""
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    return get_peft_model_state_dict(getattr(model, "module", model), state_dict=state)
+
+
+def step(
+    wrap: Callable[[nn.Module], nn.Module] | None, checkpointing: bool
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Gradients after forward and backward, and the adapter; without `wrap`, of the mean of both processes' losses."""
     model = adapted(checkpointing)
     if wrap is None:
         losses = [model(input_ids=IDS[i::2], labels=IDS[i::2], task_embeds=TASK[i::2]).loss for i in (0, 1)]
         (sum(losses) / 2).backward()
-        return gradients(model)
+        return gradients(model), get_peft_model_state_dict(model)
     model = wrap(model)
     mine = slice(dist.get_rank(), None, 2)
     model(input_ids=IDS[mine], labels=IDS[mine], task_embeds=TASK[mine]).loss.backward()
     if isinstance(model, FullyShardedDataParallel):
         with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
-            return gradients(model)
-    return gradients(model)
+            return gradients(model), {}  # its state dict needs an accelerator
+    return gradients(model), saved(model)
 
 
 def main(out: str) -> None:

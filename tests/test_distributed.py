@@ -1,4 +1,4 @@
-"""DDP and FSDP: the gradients of two processes that share batch and weights are those of one."""
+"""DDP and FSDP: two processes that share batch and weights get the gradients of one, and save the same adapter."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
+WAYS = ("ddp", "fsdp1", "fsdp2", "fsdp2 by layer")
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +33,24 @@ def found(tmp_path_factory) -> dict:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("way", ["ddp", "fsdp1", "fsdp2", "fsdp2 by layer"])
+@pytest.mark.parametrize("way", WAYS)
 def test_the_gradients_are_those_of_one_process(found, way, checkpointing) -> None:
-    expected = found["alone", False]
+    expected, _ = found["alone", False]
+    gradients, _ = found[way, checkpointing]
     assert len(expected) == 42 and all(grad.abs().max() > 0 for grad in expected.values())
-    assert set(found[way, checkpointing]) == set(expected)
-    for name, grad in found[way, checkpointing].items():
+    assert set(gradients) == set(expected)
+    for name, grad in gradients.items():
         torch.testing.assert_close(
             grad, expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@pytest.mark.parametrize(
+    "way", [way for way in WAYS if way != "fsdp1"]
+)  # whose state dict needs an accelerator
+def test_the_adapter_that_is_saved_is_that_of_one_process(found, way) -> None:
+    _, expected = found["alone", False]
+    _, state = found[way, False]
+    assert len(expected) == 42 and set(state) == set(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(state[name], tensor), name
