@@ -70,8 +70,9 @@ def _gates(
     groups, length = size
     logits = None if token is None else token.to(torch.promote_types(token.dtype, torch.float32))
     if per_task is not None:
-        if token_tasks is None and groups % per_task.shape[0] == 0:
-            of_group = per_task.repeat_interleave(groups // per_task.shape[0], dim=0).unsqueeze(-1)
+        n = per_task.shape[0]
+        if token_tasks is None and groups % n == 0:
+            of_group = per_task.unsqueeze(1).expand(-1, groups // n, -1).reshape(groups, -1, 1)
         else:
             spread = spread_over_tokens(per_task, groups * length, token_tasks)
             of_group = spread.view(groups, length, spread.shape[-1]).transpose(1, 2)
@@ -164,8 +165,9 @@ class FusedUpdate(torch.autograd.Function):
         dy = grad_out.reshape(groups, length, grad_out.shape[-1])
         w_x = router_weight[:, :in_features] if ctx.reads_token else None
 
-        dz = _features_first((weight_b * ctx.scaling).t(), dy)
-        grad_b = torch.bmm(_mix(h, gates), dy).sum(0).mul_(ctx.scaling).t()
+        b_t = weight_b.t().expand(groups, -1, -1)
+        dz = torch.baddbmm(h, b_t, dy.transpose(1, 2), beta=0, alpha=ctx.scaling)
+        grad_b = torch.bmm(dy.transpose(1, 2), _mix(h, gates).transpose(1, 2)).sum(0).mul_(ctx.scaling)
         d_gates = (dz * h).view(groups, num_experts, rank // num_experts, length).sum(2).to(gates.dtype)
         d_logits = torch._softmax_backward_data(d_gates, gates, 1, gates.dtype)
         dh = _mix(dz, gates)
@@ -203,7 +205,7 @@ class FusedUpdate(torch.autograd.Function):
         if task is not None:
             n = task.shape[0]
             if token_tasks is None and groups % n == 0:
-                per_task = d_logits.sum(2).view(n, groups // n, num_experts).sum(1)
+                per_task = d_logits.view(n, groups // n, num_experts, length).sum((1, 3))
             else:
                 of_token = d_logits.transpose(1, 2).reshape(groups * length, num_experts)
                 if token_tasks is None:
