@@ -261,7 +261,6 @@ def test_a_checkpoint_that_a_kill_left_half_written_is_not_gone_on_from(parts, t
     (tmp_path / "checkpoint-12").mkdir()
     (tmp_path / "checkpoint-12" / "adapter_model.safetensors").write_text("half")
     assert parts.one_run.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
-    assert not (tmp_path / "checkpoint-12").exists()
 
 
 def test_the_seconds_of_the_steps_are_kept_with_every_checkpoint(parts, tmp_path) -> None:

@@ -17,7 +17,6 @@ import json
 import os
 import platform
 import random
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,7 +36,6 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
 from transformers.integrations import deepspeed
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 import peft_taskmoe
@@ -348,12 +346,9 @@ def train(
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The last whole checkpoint; what a kill left half-written lacks the trainer's state, which is written last, and is removed."""
-    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        if not (path / TRAINER_STATE_NAME).is_file() and PartialState().is_main_process:
-            shutil.rmtree(path)
-    PartialState().wait_for_everyone()
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    """The last whole checkpoint: a kill may have left one without the trainer's state, which is written last."""
+    whole = [path for path in folder.glob("checkpoint-*") if (path / TRAINER_STATE_NAME).is_file()]
+    return max(map(str, whole), key=lambda path: int(path.rpartition("-")[2]), default=None)
 
 
 def versions() -> dict[str, str]:
