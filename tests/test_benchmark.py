@@ -149,6 +149,23 @@ def test_a_comparison_from_training_to_report_is_resumed_and_skipped(tmp_path, m
         run("benchmark/run.py", *common, "--max_new_tokens", 5, **home)
 
 
+def test_learning_rates_can_be_chosen_before_the_rest_is_measured(tmp_path, models) -> None:  # noqa: F811
+    common, home = smoke(tmp_path, models, "out", train_documents=8, max_new_tokens=4, only="lora-36")
+    printed = run("benchmark/run.py", *common, "--measure", "dev", "--learning_rates", "1e-3", "1e-2", **home)
+    folders = [tmp_path / "out" / f"lora-36_lr{rate}_seed0" for rate in ("0.001", "0.01")]
+    assert all(
+        sorted(path.name for path in (folder / "nll_dev").iterdir()) == ["demo.json"] for folder in folders
+    )
+    assert not any((folder / "nll_zero_shot").exists() for folder in folders)
+    for folder in folders:
+        losses = json.loads((folder / "nll_dev" / "demo.json").read_text()).values()
+        assert f"{sum(loss for loss, _ in losses) / sum(tokens for _, tokens in losses):.4f}" in printed
+    trained = (folders[0] / "training.json").stat().st_mtime_ns
+    run("benchmark/run.py", *common, "--learning_rates", "1e-3", **home)
+    assert (folders[0] / "training.json").stat().st_mtime_ns == trained
+    assert [path.stem for path in (tmp_path / "out-results" / "runs").iterdir()] == ["lora-36_lr0.001_seed0"]
+
+
 def test_a_killed_training_goes_on_from_its_checkpoint(tmp_path, models) -> None:  # noqa: F811
     def train(where: str, kill: bool = False) -> dict:
         common, home = smoke(tmp_path, models, where, train_documents=32, max_new_tokens=2, only="task-aware")

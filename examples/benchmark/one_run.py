@@ -123,7 +123,7 @@ class Encoders:
 def carry_out(
     run: Run, args: BenchmarkArguments, sft: SFTConfig, data: Data, encoders: Encoders, console: Console
 ) -> dict[str, Any]:
-    """Train and measure; what was done before is not done again.
+    """Train and measure, as far as `args.measure` says; what was done before is not done again.
 
     Returns:
         The run's figures, JSON-ready; the same on every process.
@@ -151,6 +151,8 @@ def carry_out(
             name: _once(folder / f"nll_{part}" / f"{name}.json", lambda d=docs: measure.likelihoods(d))
             for name, docs in sets.items()
         }
+        if args.measure == "dev":
+            return figures
     if encoder is not None and args.swapped_embeddings and len(data.zero_shot) > 1:
         other = swapped(data.zero_shot)
         figures["nll_swapped"] = {

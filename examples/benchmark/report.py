@@ -46,8 +46,7 @@ class Finished:
 
     def likelihood(self, part: str, dataset: str) -> float:
         """Negative log-likelihood per token of a data set's gold answers, in nats."""
-        losses, tokens = np.array(list(self.figures[f"nll_{part}"][dataset].values())).sum(0)
-        return float(losses / tokens)
+        return per_token(self.figures[f"nll_{part}"][dataset])
 
     def mean_likelihood(self, part: str) -> float:
         """The unweighted mean over a part's data sets."""
@@ -56,6 +55,12 @@ class Finished:
     def scores_of(self, part: str) -> ScoreReport:
         """The scores of a part's data sets."""
         return self.scores.select(self.sets(part))
+
+
+def per_token(losses: Mapping[str, Sequence[float]]) -> float:
+    """A data set's loss per token, from document -> (loss, tokens)."""
+    loss, tokens = np.array(list(losses.values())).sum(0)
+    return float(loss / tokens)
 
 
 def load(folder: Path) -> list[Finished]:

@@ -17,6 +17,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import report
@@ -64,9 +65,7 @@ def main(args: BenchmarkArguments, sft: SFTConfig, command: str) -> None:
     results = Path(args.results_dir)
     data = Data.read(args)
     encoders = Encoders()
-    score(
-        data.measured, {}, seen=args.seen_table()
-    )  # a table that does not fit the data is found now, not at the end
+    score(data.measured, {}, seen=args.seen_table())  # one that does not fit the data is found now
     training = {name: getattr(sft, name, None) for name in TRAINING_SETTINGS}
     training |= {"world_size": state.num_processes, "data": data.checksum()}
     training["lr_scheduler_type"] = str(getattr(sft.lr_scheduler_type, "value", sft.lr_scheduler_type))
@@ -81,6 +80,7 @@ def main(args: BenchmarkArguments, sft: SFTConfig, command: str) -> None:
     }
     if state.is_main_process:
         write_json(results / "plan.json", plan)  # first, so that `report.py` can report at any time
+    on_dev = []
     started = time.perf_counter()
     for number, (run, settings) in enumerate(missing):
         spent = (time.perf_counter() - started) / 60
@@ -92,14 +92,19 @@ def main(args: BenchmarkArguments, sft: SFTConfig, command: str) -> None:
         console.rule(f"Run {number + 1} of {len(missing)}: {run.name} ({left})")
         check_folder(run, settings, Path(sft.output_dir))
         figures = carry_out(run, args, sft, data, encoders, console)
-        if state.is_main_process:
+        if args.measure == "dev":
+            loss = mean(report.per_token(of_set) for of_set in figures["nll_dev"].values())
+            on_dev.append([run.configuration.name, f"{run.learning_rate:g}", run.seed, f"{loss:.4f}"])
+        elif state.is_main_process:
             content = {"settings": settings, "versions": versions(), "figures": figures}
             write_json(results / "runs" / f"{run.name}.json", content)
         state.wait_for_everyone()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    if state.is_main_process:
+    if args.measure == "dev":
+        console.print(Markdown(report.table(["configuration", "learning rate", "seed", "dev NLL"], on_dev)))
+    elif state.is_main_process:
         console.print(Markdown(report.write(results)))
         console.print(f"The tables, plots and figures are in {results}.")
 

@@ -65,6 +65,13 @@ class BenchmarkArguments:
     learning_rates: list[float] = field(
         default_factory=lambda: [3e-4], metadata={"help": "One run for each; the best is chosen afterwards."}
     )
+    measure: Literal["all", "dev"] = field(
+        default="all",
+        metadata={
+            "help": "`dev`: train and measure the likelihood of the documents kept back, and no more, to choose learning rates first; "
+            "`all` goes on from there."
+        },
+    )
     only: list[str] = field(
         default_factory=list, metadata={"help": "Names of the configurations to run now; default: all."}
     )
@@ -238,6 +245,7 @@ class Run:
             "seeds",
             "learning_rates",
             "only",
+            "measure",
             "baseline",
             "clusters",
             "results_dir",
