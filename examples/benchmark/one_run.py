@@ -510,6 +510,7 @@ class Measure:
             format=self.args.format,
             batch_size=self.args.eval_batch_size,
             max_new_tokens=self.args.max_new_tokens,
+            prefix_caching=self.encoder is None or self.encoder.config.text == "schema",
         )
         return [(name, one.to_dict()) for name, one in extractor.documents(documents, progress=True).items()]
 
