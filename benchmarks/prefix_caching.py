@@ -51,9 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--model", required=True, help="folder or Hub id of the base model")
     parser.add_argument("--task-encoder", required=True, help="folder or Hub id of the encoder")
-    parser.add_argument(
-        "--files", nargs="+", required=True, help="JSONL documents; of each file one schema is asked"
-    )
+    parser.add_argument("--files", nargs="+", required=True, help="JSONL documents, or Hub data sets")
     parser.add_argument("--limit", type=int, default=32, help="documents of each file (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=32)
@@ -87,9 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 )
                 for way in WAYS
             }
-            for (
-                extractor
-            ) in extractors.values():  # the encoder's first text, and what a tokenizer is asked once
+            # A warm-up: the encoder's first text, and what a tokenizer is asked once.
+            for extractor in extractors.values():
                 extractor.documents(documents[:1], progress=False)
             ratios, different = measure(extractors, documents)
             figures = (statistics.median(ratios), min(ratios), max(ratios))

@@ -322,10 +322,8 @@ def train(
     trainer.train(resume_from_checkpoint=last_checkpoint(Path(config.output_dir)))
     trainer.save_model(str(folder / "adapter"))
     PartialState().wait_for_everyone()  # until the main process has written it
-    if PartialState().is_main_process:
-        save_format(
-            args.format, folder / "adapter"
-        )  # so that `Extractor.from_pretrained` asks as in training
+    if PartialState().is_main_process:  # so that `Extractor.from_pretrained` asks as in training
+        save_format(args.format, folder / "adapter")
     trainable, total = trainer.model.get_nb_trainable_parameters()
     seconds = sum(clock.seconds.values())
     return {

@@ -776,15 +776,11 @@ class Extractor:
         training = self.model.training
         self.model.eval()
         try:
-            cache = self._read_once(jobs, length) if self.prefix_caching else None
+            cached = self._read_once(jobs, length) if self.prefix_caching else {}
             output = self.model.generate(
                 input_ids=input_ids,
                 attention_mask=mask,
-                **(
-                    {}
-                    if cache is None
-                    else {"past_key_values": cache, "use_cache": True, "cache_implementation": None}
-                ),
+                **cached,
                 max_new_tokens=self.max_new_tokens,
                 do_sample=False,
                 num_beams=1,
@@ -837,8 +833,8 @@ class Extractor:
             return None
         return conditioner.prompt_encoder
 
-    def _read_once(self, jobs: Sequence[_Job], length: int) -> Any:
-        """The keys and values of what the prompts have in common at their beginning, read once; None if that cannot be shared.
+    def _read_once(self, jobs: Sequence[_Job], length: int) -> dict[str, Any]:
+        """Read once what the prompts have in common at their beginning.
 
         The rows of a batch are padded on the left, so each row's keys and values move right by its padding. What moves beyond
         the shared length stands at other places in other rows; `generate` reads it again.
@@ -846,19 +842,22 @@ class Extractor:
         Args:
             jobs: The prompts.
             length: Tokens of the longest.
+
+        Returns:
+            The arguments of `generate` that pass its keys and values; none if they cannot be shared.
         """
         self._check_prefix_caching()  # adapters and encoders may have changed since
         reader, state = self._reader(), current_state()
         if len(jobs) == 1 or (
             state is not None and (state.task_embeds is not None or state.recorder is not None)
         ):
-            return None
+            return {}
         if reader is not None and len({job.question.schema.fingerprint() for job in jobs}) > 1:
-            return None  # the schemas are routed differently
+            return {}  # the schemas are routed differently
         columns = zip(*(job.ids[:-1] for job in jobs), strict=False)  # the last token is left to be read
         shared = sum(1 for _ in itertools.takewhile(lambda column: len({*column}) == 1, columns))
         if shared == 0:
-            return None
+            return {}
         ids = torch.tensor([jobs[0].ids], device=next(self.model.parameters()).device)
         extra: dict[str, Any] = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}
         if reader is not None:
@@ -873,13 +872,13 @@ class Extractor:
             )
         layers = [layer for layer in layers if layer.keys is not None]
         if any(layer.keys.shape[-2] != shared for layer in layers):
-            return None  # the schema is longer than a sliding window
+            return {}  # the schema is longer than a sliding window
         for layer in layers:
             layer.keys, layer.values = (
                 torch.cat([one.roll(length - len(job.ids), dims=-2) for job in jobs])
                 for one in (layer.keys, layer.values)
             )
-        return cache
+        return {"past_key_values": cache, "use_cache": True, "cache_implementation": None}
 
     def _read(self, job: _Job, tokens: list[int], log_probs: list[float]) -> Answer:
         window = job.window.window
