@@ -115,6 +115,11 @@ def _parser() -> argparse.ArgumentParser:
         "--seen", type=Path, help="JSON table of seen labels (default: the one of the package)"
     )
     score.add_argument("--labels", action="store_true", help="a row for each label and argument role")
+    score.add_argument(
+        "--identification",
+        action="store_true",
+        help="compare mentions without their labels and roles: what was found, whatever it was called",
+    )
     score.add_argument("--intervals", action="store_true", help="bootstrap intervals of 95 %%")
     score.add_argument(
         "--reliability",
@@ -274,7 +279,13 @@ def _score(args: argparse.Namespace, console: Console) -> int:
         bad += len(errors)
         for number, message in errors:
             _say(console, f"{predicted}:{number}: {message}", "red")
-    report = score(gold, answers, match=args.match, seen=SeenLabels.load(args.seen) if args.seen else None)
+    report = score(
+        gold,
+        answers,
+        match=args.match,
+        seen=SeenLabels.load(args.seen) if args.seen else None,
+        identification=args.identification,
+    )
     if args.intervals:
         report = report.with_intervals()
     curve = None

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,15 @@ import transformers
 import yaml
 from test_examples import models, run  # noqa: F401  (a fixture)
 
-from peft_taskmoe.uie import PromptFormat, build_example, load_format, read_datasets, read_jsonl
+from peft_taskmoe.uie import (
+    Entity,
+    PromptFormat,
+    build_example,
+    load_format,
+    read_datasets,
+    read_jsonl,
+    score,
+)
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "examples" / "benchmark"
@@ -364,13 +373,24 @@ def test_wrong_settings_are_refused(parts) -> None:
             arguments(**{**good, **changes})
 
 
-def fake_run(parts, name: str, rate: float, seed: int, loss: float, encoder: bool = False):
-    """A finished run with two zero-shot sets, whose gold answers have a given loss per token."""
-    from peft_taskmoe.uie import score
+def fake_run(parts, name: str, rate: float, seed: int, loss: float, label: str | None = None):
+    """A finished run with two zero-shot sets, whose gold answers have a given loss per token and are found all.
 
+    `label`: what every entity is called; None: what it is called in the gold records.
+    """
     documents = read_jsonl(ROOT / "examples" / "data" / "demo" / "test_unseen.jsonl").documents[:6]
     sets = {"a": documents[:3], "b": documents[3:]}
-    scores = score(sets, {key: {one.id: one.records for one in found} for key, found in sets.items()})
+    answers = {
+        key: {
+            one.id: [
+                replace(record, label=label) if label and isinstance(record, Entity) else record
+                for record in one.records
+            ]
+            for one in found
+        }
+        for key, found in sets.items()
+    }
+    scores, identification = (score(sets, answers, identification=one) for one in (False, True))
     nll = {
         key: {one.id: [loss * (i + 1), i + 1] for i, one in enumerate(found)} for key, found in sets.items()
     }
@@ -391,6 +411,7 @@ def fake_run(parts, name: str, rate: float, seed: int, loss: float, encoder: boo
         "versions": {},
         "figures": {
             "scores": scores.to_dict(documents=True),
+            "identification": identification.to_dict(documents=True),
             "nll_dev": nll,
             "nll_zero_shot": nll,
             "nll_supervised": {},
@@ -473,6 +494,41 @@ def test_a_report_says_which_seeds_versions_and_documents_its_figures_are_of(par
     run_.figures["nll_zero_shot"]["a"] = {"x-news-E1": [1.0, 1], "x-news-E2": [1.0, 1], "alone": [1.0, 1]}
     of_a = {"x-news-E1": "x-news", "x-news-E2": "x-news"}
     assert report.clusters_of(run_, "zero_shot", {"a": r"(.*)-E\d+$"}) == {"a": of_a}
+
+
+def test_a_report_tells_mentions_not_found_from_mentions_called_by_another_name(parts, tmp_path) -> None:
+    (tmp_path / "runs").mkdir()
+    for name, label in (("lora-36", None), ("task-aware", "thing")):
+        content = fake_run(parts, name, 1e-3, 0, 1.0, label=label).content
+        for counts in content["figures"]["scores"]["answers"].values():
+            counts |= {
+                "parse_failures": 1,
+                "hallucinated": 2,
+                "problems": {"repeated": 7, "unknown_label": 5},
+            }
+        (tmp_path / "runs" / f"{name}.json").write_text(json.dumps(content))
+    plan = {
+        "baseline": "lora-36",
+        "configurations": ["lora-36", "task-aware"],
+        "command": "x",
+        "clusters": {},
+    }
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    text = parts.report.write(tmp_path)
+    strict, identified, labels = (
+        text.split(heading)[1].split("\n\n")[1]
+        for heading in ("Strict micro F1, zero", "F1 of identification (", "The label that most")
+    )
+    of_entities = [one for one in fake_run(parts, "x", 1e-3, 0, 1.0).scores.scores if one.task == "NER"]
+    assert of_entities
+    for one in of_entities:
+        cells = f"| {one.dataset} | NER | {one.total().support} | 100.0 |"
+        assert f"{cells} 0.0 |" in strict and f"{cells} 100.0 |" in identified
+    assert "| thing 100 % |" in labels
+    assert "| a | 1 / 2 / 5 / 7 | 1 / 2 / 5 / 7 |" in text
+    (row,) = (line for line in text.splitlines() if line.startswith("| task-aware - lora-36 |"))
+    cells = row.split(" | ")
+    assert cells[2].startswith("-") and cells[5] == "+0.0 [+0.0, +0.0]"
 
 
 def test_runs_of_other_settings_are_not_compared(parts) -> None:

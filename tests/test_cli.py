@@ -246,6 +246,8 @@ def test_documents_with_their_own_schemas_and_scores(work, capsys):
     Path("out.jsonl").write_text("\n".join(lines) + "\n")
     assert cli.main([*command, "--intervals", "--labels", "--match", "offsets"]) == cli.DONE
     assert "Capital" in capsys.readouterr().out
+    assert cli.main([*command, "--identification"]) == cli.DONE
+    assert json.loads(Path("scores.json").read_text())["identification"]
     assert (
         cli.main(["score", "--gold", "gold.jsonl", "gold.jsonl", "--predicted", "out.jsonl"])
         == cli.NOTHING_DONE

@@ -78,7 +78,7 @@ def random_case(rng, task, n=12):
     return documents, answers
 
 
-def brute_force(documents, answers, task, match):
+def brute_force(documents, answers, task, match, identification=False):
     """Cross out equal pairs one by one, on lists of JSON-like items; returns (tp, fp, fn) by label."""
 
     def rows(records):
@@ -97,6 +97,8 @@ def brute_force(documents, answers, task, match):
 
         places, found = [], []
         for row in rows(records):
+            if identification:
+                row = ["", *(part for part in row if isinstance(part, dict))]
             if shown(row, "start", "end") not in places:
                 places.append(shown(row, "start", "end"))
                 found.append(shown(row, *(["text"] if match == "text" else ["start", "end"])))
@@ -117,17 +119,18 @@ def brute_force(documents, answers, task, match):
     return tally
 
 
+@pytest.mark.parametrize("identification", [False, True])
 @pytest.mark.parametrize("match", ["text", "offsets"])
 @pytest.mark.parametrize(
     ("of_documents", "task"), [("NER", "NER"), ("RE", "RE"), ("EE", "EE"), ("EE", "EAE"), ("EAE", "EAE")]
 )
-def test_agrees_with_brute_force(of_documents, task, match):
+def test_agrees_with_brute_force(of_documents, task, match, identification):
     rng = random.Random(7)
     for _ in range(25):
         documents, answers = random_case(rng, of_documents)
-        report = one(documents, answers, match=match)
+        report = one(documents, answers, match=match, identification=identification)
         of_task = next(s for s in report.scores if s.task == task)
-        expected = brute_force(documents, answers, task, match)
+        expected = brute_force(documents, answers, task, match, identification)
         assert {k: [c.tp, c.fp, c.fn] for k, c in of_task.by_label().items()} == expected
         total = np.sum(list(expected.values()) or [[0, 0, 0]], axis=0).tolist()
         assert [of_task.total().tp, of_task.total().fp, of_task.total().fn] == total
@@ -161,6 +164,15 @@ def test_agrees_with_nervaluate_strict():
         assert (theirs.precision, theirs.recall, theirs.f1) == pytest.approx(
             (total.precision, total.recall, total.f1)
         )
+        found = counts(one(documents, answers, match="offsets", identification=True), "NER")
+        exact = nervaluate.Evaluator(
+            *([[span | {"label": "A"} for span in of] for of in both] for both in (gold, predicted)),
+            tags=["A"],
+            loader="dict",
+        ).evaluate()["overall"]["strict"]
+        assert (exact.precision, exact.recall, exact.f1) == pytest.approx(
+            (found.precision, found.recall, found.f1)
+        )
         for label, of_label in one(documents, answers, match="offsets").scores[0].by_label().items():
             assert strict["entities"][label]["strict"].f1 == pytest.approx(of_label.f1 if of_label.tp else 0)
 
@@ -180,6 +192,34 @@ def test_figures_by_hand():
     assert total == Counts(tp=1, fp=1, fn=2)
     assert (total.precision, total.recall, total.f1, total.support) == (1 / 2, 1 / 3, 2 / 5, 3)
     assert report.scores[0].by_label() == {"A": Counts(1, 1, 1), "B": Counts(0, 0, 1)}
+
+
+def test_identification_ignores_what_things_are_called():
+    text = "Ann met Bob and Ann."
+    gold = document("1", text, "NER", Entity("A", at(text, 0, 3)), Entity("B", at(text, 8, 11)))
+    answers = {"1": [Entity("B", at(text, 0, 3)), Entity("A", at(text, 8, 11)), Entity("C", at(text, 8, 11))]}
+    assert counts(one([gold], answers), "NER") == Counts(0, 3, 2)
+    report = one(
+        [gold], answers, identification=True, seen=SeenLabels({"set": {"A": "why"}}, {"set": ("B",)})
+    )
+    assert counts(report, "NER") == Counts(2, 0, 0)  # a place that is called two things is found once
+    assert report.scores[0].labels == ("",)
+    assert report.scores[0].seen is None
+    assert report.select(["set"]).identification
+    assert ScoreReport.from_dict(json.loads(report.to_json(documents=True))).identification
+    assert "F1 of identification" in report.table().title
+
+    event = Event("A", at(text, 4, 7), (Argument("x", at(text, 0, 3)),))
+    other = Event("B", at(text, 4, 7), (Argument("y", at(text, 0, 3)), Argument("y", at(text, 8, 11))))
+    report = one([document("1", text, "EE", event)], {"1": [other]}, identification=True)
+    assert counts(report, "EE") == Counts(1, 0, 0)
+    assert counts(report, "EAE") == Counts(1, 1, 0)
+    assert not report.scores[1].roles
+
+    with pytest.raises(
+        ValueError, match=r"Only one report is of identification, without labels\. Score both"
+    ):
+        compare(one([gold], answers, identification=True), one([gold], answers))
 
 
 def test_a_repeated_mention_has_to_be_found_as_often():

@@ -181,6 +181,7 @@ def carry_out(
             for document in docs
         }
     figures["scores"] = score(data.measured, answers, seen=args.seen_table()).to_dict(documents=True)
+    figures["identification"] = score(data.measured, answers, identification=True).to_dict(documents=True)
     figures["generation_seconds"] = seconds
     return figures
 

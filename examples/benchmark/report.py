@@ -22,6 +22,7 @@ from scipy.stats import spearmanr
 from settings import first_difference
 
 from peft_taskmoe.uie import Comparison, ScoreReport, compare, compare_values
+from peft_taskmoe.uie.score import Counts
 
 GROUP_ROWS = ("NER", "RE", "EE", "EAE", "EE+EAE", "all")
 Chosen = dict[str, list["Finished"]]
@@ -39,6 +40,7 @@ class Finished:
         self.learning_rate: float = self.settings["learning_rate"]
         self.seed: int = self.settings["seed"]
         self.scores = ScoreReport.from_dict(self.figures["scores"])
+        self.identification = ScoreReport.from_dict(self.figures["identification"])
 
     def sets(self, part: str) -> list[str]:
         """The data sets of a part: "dev", "zero_shot", "supervised" or "swapped"."""
@@ -131,11 +133,18 @@ def clusters_of(run: Finished, part: str, patterns: Mapping[str, str]) -> dict[s
 
 
 def compare_f1(
-    a: Sequence[Finished], b: Sequence[Finished], part: str, patterns: Mapping[str, str]
+    a: Sequence[Finished],
+    b: Sequence[Finished],
+    part: str,
+    patterns: Mapping[str, str],
+    identification: bool = False,
 ) -> Comparison:
-    """Paired bootstrap of F1 over documents; F1 is the mean over seeds."""
-    clusters = clusters_of(a[0], part, patterns)
-    return compare([run.scores_of(part) for run in a], [run.scores_of(part) for run in b], clusters=clusters)
+    """Paired bootstrap of F1, or of that of identification, over documents; F1 is the mean over seeds."""
+    reports = (
+        [run.identification.select(run.sets(part)) if identification else run.scores_of(part) for run in runs]
+        for runs in (a, b)
+    )
+    return compare(*reports, clusters=clusters_of(a[0], part, patterns))
 
 
 def compare_likelihood(
@@ -189,7 +198,11 @@ def write(folder: Path) -> str:
         if baseline in chosen:
             compared = _compared(chosen, baseline, patterns)
             for (a, b), one in compared.items():
-                figures[title][f"{a} - {b}"] = {"f1": one.f1.to_dict(), "nll": one.likelihood.to_dict()}
+                figures[title][f"{a} - {b}"] = {
+                    "f1": one.f1.to_dict(),
+                    "identification": one.identification.to_dict(),
+                    "nll": one.likelihood.to_dict(),
+                }
             lines += _comparisons(compared, patterns)
             lines += _plots(chosen, baseline, compared, patterns, folder, slug)
         lines += _router(chosen, patterns)
@@ -315,24 +328,13 @@ def _paper_table(chosen: Chosen) -> list[str]:
 
 def _by_dataset(chosen: Chosen, part: str) -> list[str]:
     first = next(iter(chosen.values()))[0]
-    f1, likelihoods = [], []
-    for score in first.scores_of(part).scores:
-        f1.append(
-            [score.dataset, score.task, 0 if (gold := score.total()) is None else gold.support]
-            + [
-                _spread(
-                    [
-                        100 * total.f1
-                        for run in of_seed
-                        for one in run.scores.scores
-                        if (one.dataset, one.task) == (score.dataset, score.task) and (total := one.total())
-                    ]
-                )
-                for of_seed in chosen.values()
-            ]
+    strict, identified = (
+        _f1_rows(
+            [[getattr(run, of).select(run.sets(part)) for run in of_seed] for of_seed in chosen.values()]
         )
-    means = [_spread([100 * r.scores_of(part).average_f1() for r in of_seed]) for of_seed in chosen.values()]
-    f1.append(["mean", "", "", *means])
+        for of in ("scores", "identification")
+    )
+    likelihoods = []
     for name in first.sets(part):
         values = [
             _spread([run.likelihood(part, name) for run in of_seed], "{:.4f}") for of_seed in chosen.values()
@@ -345,25 +347,77 @@ def _by_dataset(chosen: Chosen, part: str) -> list[str]:
         cells = [name]
         for of_seed in chosen.values():
             found = [run.scores.answers[name] for run in of_seed]
-            cells.append(
-                f"{_mean(one.parse_failures for one in found):g} / {_mean(one.hallucinated for one in found):g}"
-            )
+            kinds = [
+                [one.parse_failures, one.hallucinated, *(one.problems.get(kind, 0) for kind in _PROBLEMS)]
+                for one in found
+            ]
+            cells.append(" / ".join(f"{_mean(of_kind):g}" for of_kind in zip(*kinds, strict=True)))
         counts.append(cells)
     what = part.replace("_", "-")
     return [
         f"Strict micro F1, {what} data sets: mean over seeds (lowest .. highest):",
         "",
-        table(["data set", "task", "gold items", *_heads(chosen)], f1),
+        table(["data set", "task", "gold items", *_heads(chosen)], strict),
+        "",
+        f"F1 of identification (mentions without labels and roles: found, whatever they were called), {what} data sets:",
+        "",
+        table(["data set", "task", "gold items", *_heads(chosen)], identified),
+        "",
+        f"The label that most records have, and its share of them, {what} data sets, one label for each seed:",
+        "",
+        table(["data set", "task", "gold", *_heads(chosen)], _commonest(chosen, part)),
         "",
         f"NLL per token, {what} data sets:",
         "",
         table(["data set", *_heads(chosen)], likelihoods),
         "",
-        f"Answers with a parse failure / records left out because a span is not in the text, {what} data sets:",
+        "Answers with a parse failure / records left out because a span is not in the text / because the schema does not have "
+        f"the label / because they repeat one, {what} data sets:",
         "",
         table(["data set", *_heads(chosen)], counts),
         "",
     ]
+
+
+_PROBLEMS = ("unknown_label", "repeated")
+
+
+def _f1_rows(reports: Sequence[Sequence[ScoreReport]]) -> list[list[Any]]:
+    """A row for each data set and task and their mean: F1 of each configuration, over its seeds."""
+    rows: list[list[Any]] = []
+    for i, score in enumerate(reports[0][0].scores):
+        totals = [[one.scores[i].total() or Counts() for one in of_seed] for of_seed in reports]
+        cells = [_spread([100 * total.f1 for total in of_seed]) for of_seed in totals]
+        rows.append([score.dataset, score.task, totals[0][0].support, *cells])
+    means = [_spread([100 * one.average_f1() for one in of_seed]) for of_seed in reports]
+    return [*rows, ["mean", "", "", *means]]
+
+
+def _commonest(chosen: Chosen, part: str) -> list[list[str]]:
+    """For each data set and task the label of most gold records and of most predicted ones, with its share."""
+
+    def commonest(counts: Mapping[str, int]) -> str:
+        total = sum(counts.values())
+        label = max(counts, key=lambda one: counts[one], default="")
+        return f"{label} {100 * counts[label] / total:.0f} %" if total else "-"
+
+    rows = []
+    for i, score in enumerate(next(iter(chosen.values()))[0].scores_of(part).scores):
+        gold = commonest({label: one.support for label, one in score.by_label().items()})
+        cells = [
+            ", ".join(
+                commonest(
+                    {
+                        label: one.tp + one.fp
+                        for label, one in run.scores_of(part).scores[i].by_label().items()
+                    }
+                )
+                for run in of_seed
+            )
+            for of_seed in chosen.values()
+        ]
+        rows.append([score.dataset, score.task, gold, *cells])
+    return rows
 
 
 @dataclass(frozen=True)
@@ -372,6 +426,7 @@ class _Compared:
 
     runs: list[Finished]
     f1: Comparison
+    identification: Comparison
     likelihood: Comparison
     by_seed: dict[int, float]
 
@@ -385,12 +440,12 @@ def _compared(chosen: Chosen, baseline: str, patterns: Mapping[str, str]) -> dic
     for a, b in pairs:
         runs = pair(chosen[a], chosen[b])
         if runs[0]:
-            of_f1, of_likelihood = (
-                of(*runs, "zero_shot", patterns) for of in (compare_f1, compare_likelihood)
-            )
+            of_f1 = compare_f1(*runs, "zero_shot", patterns)
+            found_at_all = compare_f1(*runs, "zero_shot", patterns, identification=True)
+            of_likelihood = compare_likelihood(*runs, "zero_shot", patterns)
             of_a, of_b = ({run.seed: run.mean_likelihood("zero_shot") for run in of} for of in runs)
             by_seed = {seed: of_a[seed] - of_b[seed] for seed in sorted(of_a)}
-            found[a, b] = _Compared(runs[0], of_f1, of_likelihood, by_seed)
+            found[a, b] = _Compared(runs[0], of_f1, found_at_all, of_likelihood, by_seed)
     return found
 
 
@@ -398,9 +453,9 @@ def _comparisons(compared: dict[tuple[str, str], _Compared], patterns: Mapping[s
     rows = []
     for (a, b), one in compared.items():
         cells = [f"{a} - {b}", len(one.runs)]
-        for split in ("all", "seen", "unseen"):
+        for f1, split in ((one.f1, "all"), (one.f1, "seen"), (one.f1, "unseen"), (one.identification, "all")):
             try:
-                line = one.f1["all", split]
+                line = f1["all", split]
             except KeyError:
                 cells.append("-")
                 continue
@@ -416,7 +471,19 @@ def _comparisons(compared: dict[tuple[str, str], _Compared], patterns: Mapping[s
         "column shows, and are not corrected for their number."
         + (f" Parts of one whole are drawn together in {', '.join(patterns)}." if patterns else ""),
         "",
-        table(["", "seeds", "F1, all labels", "F1, seen", "F1, unseen", "NLL", "NLL, seed by seed"], rows),
+        table(
+            [
+                "",
+                "seeds",
+                "F1, all labels",
+                "F1, seen",
+                "F1, unseen",
+                "F1 of identification",
+                "NLL",
+                "NLL, seed by seed",
+            ],
+            rows,
+        ),
         "",
     ]
 

@@ -20,6 +20,8 @@ What counts as one item, and when two are equal
     The same item at the same place counts once in both, in gold and predicted records alike.
     The documents of an EE data set are scored as EE and as EAE, and count as two data sets in a mean; those of several
     tasks ("UIE") under each of them.
+    `identification=True`: the items without their labels and roles, so NER (mention), RE (head mention, tail mention),
+    EE (trigger mention), EAE (trigger mention, argument mention): what was found, whatever it was called.
 
 Predictions with a span that is not in the text are dropped and counted as hallucinated, as in the paper: they cost
 recall, not precision. A hallucinated argument drops that argument, a hallucinated trigger the whole event.
@@ -284,12 +286,14 @@ class ScoreReport:
         scores: one entry for each data set and task.
         answers: for each data set, what became of the answers.
         intervals: by (row, split), where `with_intervals` was called; the rows are `(dataset, task)` and `(group,)`.
+        identification: items were compared without their labels; all are counted under the label "".
     """
 
     match: Match
     scores: tuple[DatasetScore, ...]
     answers: Mapping[str, AnswerCounts]
     intervals: Mapping[tuple[tuple[str, ...], Split], Interval] = field(default_factory=dict)
+    identification: bool = False
 
     def average_f1(self, group: str = "all", split: Split = "all") -> float:
         """Unweighted mean F1 over the data sets of a group of tasks.
@@ -334,6 +338,7 @@ class ScoreReport:
             self.match,
             tuple(score for score in self.scores if score.dataset in names),
             {name: counts for name, counts in self.answers.items() if name in names},
+            identification=self.identification,
         )
 
     def with_intervals(
@@ -390,7 +395,8 @@ class ScoreReport:
             interval = self.intervals.get((row, split))
             return figures | ({"f1_interval": [interval.low, interval.high]} if interval else {})
 
-        out: dict[str, Any] = {"match": self.match, "datasets": [], "average_f1": {}, "answers": {}}
+        out: dict[str, Any] = {"match": self.match, "identification": self.identification}
+        out |= {"datasets": [], "average_f1": {}, "answers": {}}
         if self.intervals:
             out["confidence"] = next(iter(self.intervals.values())).confidence
         for score in self.scores:
@@ -461,6 +467,7 @@ class ScoreReport:
             figures["match"],
             tuple(scores),
             {name: AnswerCounts(**counts) for name, counts in figures["answers"].items()},
+            identification=figures.get("identification", False),
         )
 
     def to_json(self, documents: bool = False) -> str:
@@ -502,7 +509,11 @@ class ScoreReport:
         for group in self.groups():
             splits = [f1((group,), split, self.average_f1(group, split)) for split in SPLITS]
             rows.append([group, "mean", "", "", "", *splits, "", "", ""])
-        return f"Strict F1, match by {self.match}", header, rows
+        return f"{self._measure}, match by {self.match}", header, rows
+
+    @property
+    def _measure(self) -> str:
+        return "F1 of identification" if self.identification else "Strict F1"
 
     def _label_rows(self) -> tuple[str, list[str], list[list[str]]]:
         rows = []
@@ -517,7 +528,7 @@ class ScoreReport:
                 ratios = [_percent(value) for value in (counts.precision, counts.recall, counts.f1)]
                 rows.append([score.task, score.dataset, label, known, str(counts.support), *ratios])
         header = ["task", "data set", "label", "seen", "gold", "P", "R", "F1"]
-        return f"Strict F1 by label, match by {self.match}", header, rows
+        return f"{self._measure} by label, match by {self.match}", header, rows
 
 
 def score(
@@ -526,6 +537,7 @@ def score(
     *,
     match: Match = "text",
     seen: SeenLabels | None = None,
+    identification: bool = False,
 ) -> ScoreReport:
     """Score the answers of one system against the gold records of some data sets.
 
@@ -535,6 +547,8 @@ def score(
             or records alone. Documents without one count as unanswered, and their gold records as missed.
         match: compare mentions by "text" or by "offsets"; the module's docstring says what is compared.
         seen: the table of seen labels; None: the one in the package. Data sets it does not have get no split.
+        identification: compare items without labels and roles. Low F1 with high identification means that the
+            mentions are found and called by other names. There is no split by seen labels then.
 
     Returns:
         The report: `report.average_f1()`, `report.table()`, `report.to_json()`.
@@ -549,13 +563,15 @@ def score(
         raise ValueError(
             f"There are answers for data set `{unknown[0]}`, but no documents of it. Pass its documents."
         )
-    table = SeenLabels.load() if seen is None else seen
+    table = SeenLabels({}, {}) if identification else SeenLabels.load() if seen is None else seen
     scores: list[DatasetScore] = []
     counted: dict[str, AnswerCounts] = {}
     for name, gold in documents.items():
-        of_dataset, counted[name] = _score_dataset(name, gold, answers.get(name, {}), match, table)
+        of_dataset, counted[name] = _score_dataset(
+            name, gold, answers.get(name, {}), match, table, identification
+        )
         scores += of_dataset
-    return ScoreReport(match, tuple(scores), counted)
+    return ScoreReport(match, tuple(scores), counted, identification=identification)
 
 
 def _score_dataset(
@@ -564,6 +580,7 @@ def _score_dataset(
     answers: Mapping[str, Answer | Sequence[Record]],
     match: Match,
     table: SeenLabels,
+    identification: bool,
 ) -> tuple[list[DatasetScore], AnswerCounts]:
     ids = tuple(document.id for document in documents)
     if len(set(ids)) < len(ids):
@@ -593,16 +610,19 @@ def _score_dataset(
         if of_other_task:
             problems["wrong_task"] += of_other_task
         for task in _tasks(document):
+            named_roles = task == "EAE" and not identification
             of_task = cells.setdefault(task, {})
             labels = gold_labels.setdefault(task, {})
-            gold_items = _items(document.records, task, match, document.id)
-            items = _items(kept, task, match, document.id)
+            gold_items, items = (
+                _items(records, task, match, document.id, identification)
+                for records in (document.records, kept)
+            )
             for item in gold_items | items:
                 label = str(item[0])
                 n_gold, n_predicted = gold_items[item], items[item]
                 tp = min(n_gold, n_predicted)
                 cell = of_task.setdefault((row, label), [0, 0, 0])
-                of_role = roles.setdefault(str(item[2]), [0, 0, 0]) if task == "EAE" else [0, 0, 0]
+                of_role = roles.setdefault(str(item[2]), [0, 0, 0]) if named_roles else [0, 0, 0]
                 for i, n in enumerate((tp, n_predicted - tp, n_gold - tp)):
                     cell[i] += n
                     of_role[i] += n
@@ -681,14 +701,16 @@ def _usable(
 
 
 def _items(
-    records: Iterable[Record], task: str, match: Match, document: str
+    records: Iterable[Record], task: str, match: Match, document: str, identification: bool = False
 ) -> Counter[tuple[Hashable, ...]]:
-    """The multiset of items of a task, each place once; the label comes first in each item."""
+    """The multiset of items of a task, each place once; the label comes first in each item, "" for identification."""
     items: Counter[tuple[Hashable, ...]] = Counter()
     places: set[tuple[Hashable, ...]] = set()
 
     def add(*parts: str | Span) -> None:
         spans = [part for part in parts if isinstance(part, Span)]
+        if identification:
+            parts = ("", *spans)
         if all(span.start is not None for span in spans):
             place = tuple((part.start, part.end) if isinstance(part, Span) else part for part in parts)
             if place in places:
@@ -954,6 +976,8 @@ def _check_same_documents(a: ScoreReport, b: ScoreReport) -> None:
     advice = "Score both systems on the same documents in the same way."
     if a.match != b.match:
         raise ValueError(f"One report matches by {a.match}, the other by {b.match}. {advice}")
+    if a.identification != b.identification:
+        raise ValueError(f"Only one report is of identification, without labels. {advice}")
     rows_a = {(score.dataset, score.task): score for score in a.scores}
     rows_b = {(score.dataset, score.task): score for score in b.scores}
     if set(rows_a) != set(rows_b):
