@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from peft_taskmoe.uie import Document, Extraction, Extractor, load_format, read_datasets, score
+from peft_taskmoe.uie import Document, Extraction, Extractor, read_datasets, score
 from peft_taskmoe.uie.constrained import answer_grammar
 from peft_taskmoe.uie.extractor import question_of
 
@@ -34,16 +34,7 @@ def load(args: argparse.Namespace) -> dict[str, Extractor]:
     """The two extractors, which share model and encoder."""
     options = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
     dtype = {} if args.dtype is None else {"dtype": args.dtype}
-    if args.base is None:
-        free = Extractor.from_pretrained(args.adapter, model_kwargs=dtype, **options)
-    else:
-        from peft import PeftModel
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        base = AutoModelForCausalLM.from_pretrained(args.base, **dtype)
-        model = PeftModel.from_pretrained(base, args.adapter).eval()
-        tokenizer = AutoTokenizer.from_pretrained(args.base)
-        free = Extractor(model, tokenizer, format=load_format(args.adapter), **options)
+    free = Extractor.from_pretrained(args.adapter, base_model=args.base, model_kwargs=dtype, **options)
     free.model.to(args.device)
     held = Extractor(free.model, free.tokenizer, format=free.format, constrained=True, **options)
     return dict(zip(WAYS, (free, held), strict=True))

@@ -19,10 +19,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from peft_taskmoe import attach_task_encoder
 from peft_taskmoe.conditioning import current_state
 from peft_taskmoe.layer import TaskMoELoraLayer
-from peft_taskmoe.uie import Extractor, build_example, load_format, read_datasets
+from peft_taskmoe.uie import Extractor, build_example, read_datasets
 
 
 def parts(model: Any, tokenizer: Any, prompts: Sequence[str]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -71,23 +70,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
-    if args.base is None:
-        extractor = Extractor.from_pretrained(args.adapter)
-        model, tokenizer = extractor.model, extractor.tokenizer
-    else:
-        from peft import PeftModel
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(args.base)
-        model = PeftModel.from_pretrained(
-            AutoModelForCausalLM.from_pretrained(args.base), args.adapter
-        ).eval()
-        attach_task_encoder(model, None, tokenizer)
-    format = load_format(args.adapter)
+    extractor = Extractor.from_pretrained(args.adapter, base_model=args.base)
     sets = read_datasets(args.files, split="test", limit=args.limit)
-    prompts = [build_example(one, format).prompt for documents in sets.values() for one in documents]
+    prompts = [
+        build_example(one, extractor.format).prompt for documents in sets.values() for one in documents
+    ]
     by_kind: dict[str, list[list[float]]] = defaultdict(list)
-    for name, (token, task) in parts(model, tokenizer, prompts).items():
+    for name, (token, task) in parts(extractor.model, extractor.tokenizer, prompts).items():
         varying = spread(token - token.mean(0)), spread(task - task.mean(0))
         row = [spread(token), spread(task), spread(task) / spread(token), *varying, varying[1] / varying[0]]
         by_kind[name.rsplit(".", 1)[-1]].append(row)

@@ -63,6 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     extract = commands.add_parser("extract", help="extract records from texts", epilog=codes)
     extract.add_argument("--adapter", required=True, help="folder or Hub id of the adapter")
     extract.add_argument(
+        "--base-model", help="folder or Hub id of the base model (default: the one that the adapter names)"
+    )
+    extract.add_argument(
         "--schema", type=Path, help="JSON file with the schema; without it, every line needs its own"
     )
     extract.add_argument(
@@ -197,6 +200,7 @@ def _load(args: argparse.Namespace) -> Extractor:
 
     return Extractor.from_pretrained(
         args.adapter,
+        base_model=args.base_model,
         model_kwargs={
             key: value for key, value in (("dtype", args.dtype), ("device_map", args.device)) if value
         },

@@ -352,12 +352,19 @@ def test_from_the_shell_with_an_adapter_from_disk(tmp_path):
 def test_every_option_of_the_model_reaches_the_extractor(monkeypatch):
     monkeypatch.setattr(Extractor, "from_pretrained", lambda adapter, **options: (adapter, options))
     required = ["extract", "--adapter", "a", "--input", "i", "--output", "o"]
-    bare = {"model_kwargs": {}, "batch_size": 8, "max_new_tokens": 256, "max_prompt_tokens": None}
+    bare = {
+        "base_model": None,
+        "model_kwargs": {},
+        "batch_size": 8,
+        "max_new_tokens": 256,
+        "max_prompt_tokens": None,
+    }
     flags = {"constrained": False, "prefix_caching": False}
     assert cli._load(cli._parser().parse_args(required)) == ("a", bare | flags)
-    options = "--batch-size 2 --max-new-tokens 3 --max-prompt-tokens 4 --constrained --prefix-caching --dtype bfloat16 --device cuda"
+    options = "--base-model b --batch-size 2 --max-new-tokens 3 --max-prompt-tokens 4 --constrained --prefix-caching --dtype bfloat16 --device cuda"
     assert cli._load(cli._parser().parse_args([*required, *options.split()])) == (
         "a",
-        {"model_kwargs": {"dtype": "bfloat16", "device_map": "cuda"}, "batch_size": 2, "max_new_tokens": 3}
+        {"base_model": "b", "batch_size": 2, "max_new_tokens": 3}
+        | {"model_kwargs": {"dtype": "bfloat16", "device_map": "cuda"}}
         | {"max_prompt_tokens": 4, "constrained": True, "prefix_caching": True},
     )

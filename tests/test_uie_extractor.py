@@ -896,8 +896,19 @@ def test_a_format_file_with_anything_unknown_is_an_error(tmp_path, content, mess
 def test_an_adapter_that_names_no_base_model_says_what_to_do(saved):
     config = json.loads((saved / "adapter_config.json").read_text())
     (saved / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
-    with pytest.raises(ValueError, match="names no base model"):
+    with pytest.raises(ValueError, match=r"names no base model .* Pass its Hub id or folder as `base_model`"):
         Extractor.from_pretrained(saved)
+
+
+def test_a_base_model_that_lies_elsewhere_is_passed(saved, tmp_path):
+    save_format(PromptFormat(), saved)
+    expected = Extractor.from_pretrained(saved, max_new_tokens=3)(["Ada met Bob."], WORDS)
+    (tmp_path / "base").rename(tmp_path / "moved")
+    config = json.loads((saved / "adapter_config.json").read_text())
+    (saved / "adapter_config.json").write_text(json.dumps({**config, "revision": "of the other place"}))
+    moved = Extractor.from_pretrained(saved, base_model=tmp_path / "moved", max_new_tokens=3)
+    found = moved(["Ada met Bob."], WORDS)
+    assert [one.answers[0].parsed.raw for one in found] == [one.answers[0].parsed.raw for one in expected]
 
 
 def test_the_extractor_asks_for_nothing_from_the_hub_when_all_is_local(saved, monkeypatch):

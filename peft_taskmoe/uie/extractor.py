@@ -369,6 +369,7 @@ class Extractor:
         cls,
         adapter: str | Path,
         *,
+        base_model: str | Path | None = None,
         encoder: TaskEncoder | None = None,
         revision: str | None = None,
         subfolder: str | None = None,
@@ -383,6 +384,8 @@ class Extractor:
 
         Args:
             adapter: Hub id or folder of the adapter: Task-Aware MoELoRA, plain LoRA or any other of PEFT's.
+            base_model: Hub id or folder of the base model; None: the one that the adapter's config names. For adapters
+                that were trained from a folder of another machine.
             encoder: The task encoder; None loads the one that the adapter's config names.
             revision: Branch, tag or commit of the adapter.
             subfolder: Folder inside the repository.
@@ -402,21 +405,23 @@ class Extractor:
             if v is not None
         }
         config = PeftConfig.from_pretrained(str(adapter), **where)
-        name = config.base_model_name_or_path
+        name, its_revision = config.base_model_name_or_path, config.revision
+        if base_model is not None:
+            name, its_revision = str(base_model), None
         if not name:
             raise ValueError(
-                f"The config of {str(adapter)!r} names no base model (`base_model_name_or_path`). Load the model and the adapter "
-                "yourself and pass them: `Extractor(PeftModel.from_pretrained(model, adapter), tokenizer)`."
+                f"The config of {str(adapter)!r} names no base model (`base_model_name_or_path`). Pass its Hub id or folder as "
+                "`base_model`."
             )
         access = {} if token is None else {"token": token}
         base = AutoModelForCausalLM.from_pretrained(
-            name, revision=config.revision, **access, **(model_kwargs or {})
+            name, revision=its_revision, **access, **(model_kwargs or {})
         )
         tokenizer = options.pop("tokenizer", None)
         if tokenizer is None and _find(adapter, "tokenizer_config.json", **where) is not None:
             tokenizer = AutoTokenizer.from_pretrained(str(adapter), **where)
         elif tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=config.revision, **access)
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=its_revision, **access)
         if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:  # tokens were added in training
             base.resize_token_embeddings(len(tokenizer))
         model = PeftModel.from_pretrained(base, str(adapter), config=config, **where).eval()
