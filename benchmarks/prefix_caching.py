@@ -28,7 +28,7 @@ WAYS = (False, True)
 
 
 def measure(extractors: dict[bool, Extractor], documents: Sequence[Document]) -> tuple[list[float], int]:
-    """Seconds with the prefix shared over seconds without, by batch, and how many answers differ."""
+    """Seconds of the way `True` over seconds of `False`, by batch, and how many answers differ."""
     size = extractors[True].batch_size
     ratios, different = [], 0
     for number, first in enumerate(range(0, len(documents), size)):

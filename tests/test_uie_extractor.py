@@ -210,6 +210,126 @@ def test_one_schema_over_many_texts_costs_one_forward_of_the_encoder(tokenizer):
     assert len(forwards) == 2
 
 
+# --- rows that are done ---------------------------------------------------------------------------------------------
+
+
+def ends_often(model):
+    """Many tokens end an answer, so that the answers of a random model have many lengths."""
+    model.generation_config.eos_token_id = [EOS, *range(3, 259, 7)]
+    return model
+
+
+def until_the_end(extractor: Extractor, found: dict) -> dict:
+    """What `written` found, without what stands behind the ends."""
+    cut = {}
+    for prompt, (tokens, log_probs) in found.items():
+        stop = next((i + 1 for i, token in enumerate(tokens) if token in extractor._ends), len(tokens))
+        cut[prompt] = (tokens[:stop], log_probs[:stop])
+    return cut
+
+
+def assert_leaving_changes_nothing(
+    monkeypatch, model, encoder=None, less=True, texts=None, **options
+) -> None:
+    """With and without rows that leave, the same tokens come out, at the same log-probabilities; `less` work is done, or as much."""
+    texts = [f"{text} {i}" for i, text in enumerate(TEXTS * 3)] if texts is None else texts
+    found, cost = [], []
+    for share in (2.0, 0.25, 0.01):
+        monkeypatch.setattr(extractor_module, "_LEAVING", share)
+        extractor = Extractor(
+            ends_often(model), byte_tokenizer(), encoder, **{"batch_size": 8, "max_new_tokens": 20, **options}
+        )
+        cost.append(
+            read_by(
+                model,
+                lambda it=extractor: found.append(until_the_end(it, written(monkeypatch, it, texts, WORDS))),
+            )
+        )
+    lengths = {len(tokens) for tokens, _ in found[0].values()}
+    assert len(lengths) > 2
+    for others in found[1:]:
+        assert set(others) == set(found[0])
+        for prompt, (tokens, log_probs) in found[0].items():
+            assert others[prompt][0] == tokens
+            assert others[prompt][1] == pytest.approx(log_probs, abs=1e-9)
+    assert cost[0] >= cost[1] >= cost[2] and (cost[0] > cost[2]) == less
+
+
+@pytest.mark.parametrize(
+    ("reads", "caching"),
+    [*itertools.product(["nothing", "lora", "token", "schema"], [False, True]), ("prompt", False)],
+)
+def test_rows_that_are_done_leave_and_no_answer_changes(monkeypatch, reads, caching):
+    model, encoder = (moe_model().double(), tiny_encoder()) if reads == "prompt" else adapted(reads)
+    assert_leaving_changes_nothing(monkeypatch, model, encoder, prefix_caching=caching)
+    model.train()
+    assert_leaving_changes_nothing(monkeypatch, model, encoder, prefix_caching=caching)
+    assert model.training
+
+
+@pytest.mark.parametrize("window", [64, 256])
+def test_rows_leave_a_model_with_a_sliding_window(monkeypatch, window):
+    assert_leaving_changes_nothing(monkeypatch, sliding(window))
+
+
+def test_rows_leave_a_constrained_generation(monkeypatch):
+    pytest.importorskip("llguidance")
+    model, encoder = moe_model().double(), tiny_encoder()
+    assert_leaving_changes_nothing(monkeypatch, model, encoder, constrained=True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"min_new_tokens": 5},
+        {"begin_suppress_tokens": [70, 80]},
+        {"encoder_repetition_penalty": 1.5},
+        {"exponential_decay_length_penalty": (4, 1.5)},
+    ],
+)
+def test_rows_stay_where_the_generation_config_looks_at_the_call(monkeypatch, changes):
+    model = ends_often(tiny_llama().double())
+    model.generation_config.update(**changes)
+    assert_leaving_changes_nothing(monkeypatch, model, less=False)
+
+
+def test_rows_leave_under_a_repetition_penalty(monkeypatch):
+    model = tiny_llama().double()
+    model.generation_config.update(repetition_penalty=1.3)
+    assert_leaving_changes_nothing(monkeypatch, model)
+
+
+def test_rows_stay_in_a_task_context_under_recorded_gates_and_with_states_of_another_kind(monkeypatch):
+    model, encoder = moe_model().double(), tiny_encoder()
+    texts = [f"{text} {i}" for i, text in enumerate(TEXTS * 2)][:8]
+    with task_context(torch.randn(8, 6, dtype=torch.float64)):
+        assert_leaving_changes_nothing(monkeypatch, model, encoder, less=False, texts=texts)
+    with record_gates(model):
+        assert_leaving_changes_nothing(monkeypatch, model, encoder, less=False)
+    config = transformers.MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, state_size=4)
+    torch.manual_seed(0)
+    mamba = transformers.MambaForCausalLM(config).double().eval()
+    for parameter in mamba.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.5)
+    assert_leaving_changes_nothing(monkeypatch, mamba, less=False, max_prompt_tokens=500)
+
+
+def test_rows_leave_a_cache_that_cannot_be_cut(monkeypatch):
+    """What is left is read again, and answered alike."""
+    model = ends_often(tiny_llama().double())
+    texts = [f"{text} {i}" for i, text in enumerate(TEXTS * 3)]
+    extractor = Extractor(model, byte_tokenizer(), batch_size=8, max_new_tokens=20)
+    expected = until_the_end(extractor, written(monkeypatch, extractor, texts, WORDS))
+    monkeypatch.setattr(extractor_module, "_OF_ATTENTION", ())
+    assert until_the_end(extractor, written(monkeypatch, extractor, texts, WORDS)) == {
+        prompt: (tokens, pytest.approx(log_probs, abs=1e-9))
+        for prompt, (tokens, log_probs) in expected.items()
+    }
+
+
 # --- prefix caching ------------------------------------------------------------------------------------------------
 
 
@@ -312,9 +432,8 @@ def test_prefix_caching_under_other_generation_configs(monkeypatch, changes):
     assert_alike(monkeypatch, model)
 
 
-@pytest.mark.parametrize("window", [64, 170, 256])
-def test_prefix_caching_with_a_sliding_window(monkeypatch, window):
-    """Shorter than the schema (then nothing is shared), than the longer prompts, and longer than all."""
+def sliding(window: int):
+    """A tiny model that attends to so many tokens."""
     of_llama = {
         n: getattr(tiny_llama().config, n) for n in ("vocab_size", "hidden_size", "intermediate_size")
     }
@@ -322,6 +441,16 @@ def test_prefix_caching_with_a_sliding_window(monkeypatch, window):
     torch.manual_seed(0)
     config = transformers.MistralConfig(**of_llama, **layers, sliding_window=window)
     model = transformers.MistralForCausalLM(config).double().eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("window", [64, 170, 256])
+def test_prefix_caching_with_a_sliding_window(monkeypatch, window):
+    """Shorter than the schema (then nothing is shared), than the longer prompts, and longer than all."""
+    model = sliding(window)
     assert_alike(monkeypatch, model)
     cost = costs(model)
     assert (cost[True] < cost[False]) == (window > 64)

@@ -118,7 +118,7 @@ class Constraint:
         self._tokenizer, self._ends = tokenizer, list(ends)
         self._wrapped: dict[int, Any] = {}
 
-    def processor(self, questions: Iterable[tuple[Schema, str, Sequence[Event]]]) -> LogitsProcessor:
+    def processor(self, questions: Iterable[tuple[Schema, str, Sequence[Event]]]) -> Masks:
         """The processor for one generation.
 
         Args:
@@ -127,7 +127,7 @@ class Constraint:
         Returns:
             A processor that sets the logits of all tokens to -inf that the row's grammar does not allow next.
         """
-        return _Masks(self, [answer_grammar(*question) for question in questions])
+        return Masks(self, [answer_grammar(*question) for question in questions])
 
     def matcher(self, grammar: str, vocabulary: int) -> Any:
         """The state of one answer, for logits of so many tokens."""
@@ -138,7 +138,7 @@ class Constraint:
         return llguidance.LLMatcher(self._wrapped[vocabulary], grammar, log_level=0)
 
 
-class _Masks(LogitsProcessor):
+class Masks(LogitsProcessor):
     """Follows the answers of a batch and masks what they cannot go on with."""
 
     def __init__(self, constraint: Constraint, grammars: Sequence[str]) -> None:
@@ -146,7 +146,13 @@ class _Masks(LogitsProcessor):
         self.matchers: list[Any] = []
         self.padded: set[int] = set()
 
+    def keep(self, rows: Sequence[int]) -> None:
+        """Follow only these rows from now on; those that were stopped from outside are not among them."""
+        self.matchers = [self.matchers[i] for i in rows]
+        self.padded.clear()
+
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Mask the logits of every row."""
         vocabulary = scores.shape[1]
         if not self.matchers:
             self.matchers = [self.constraint.matcher(grammar, vocabulary) for grammar in self.grammars]

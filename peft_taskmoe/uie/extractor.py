@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -45,8 +46,21 @@ FORMAT_FILE = "uie_config.json"
 """Written beside an adapter: the prompt format it was trained with."""
 
 _LOOKAHEAD_BATCHES = 32
+_OF_ATTENTION = (DynamicLayer, DynamicSlidingWindowLayer)  # caches that can be cut by rows, and by tokens
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*+"?')
 _SHOWN_IN_NOTEBOOK = 20
+_LEAVING = 0.25  # of a batch's rows; as soon as so many are done, they leave
+_DEPENDS_ON_THE_CALL = (  # settings by which `generate` treats the first tokens of a call, or its cache, in a way of their own
+    "begin_suppress_tokens",
+    "cache_implementation",
+    "encoder_no_repeat_ngram_size",
+    "encoder_repetition_penalty",
+    "exponential_decay_length_penalty",
+    "guidance_scale",
+    "max_time",
+    "min_new_tokens",
+    "prompt_lookup_num_tokens",
+)
 _LOOP = 96  # tokens; three rounds of the longest loop that is looked for
 
 
@@ -247,18 +261,31 @@ class _EndOfAnswer(StoppingCriteria):
     """An answer is one list, so a row is done with the first line feed behind the list's end.
 
     So is one that goes round in circles: greedy decoding hardly ever leaves a loop, and what it repeats counts once.
+
+    Attributes:
+        done: `(b,)` bool, the rows that are done; None before the first token.
     """
 
-    def __init__(self, extractor: Extractor, prompt_length: int) -> None:
+    def __init__(self, extractor: Extractor, prompt_length: int, rows_leave: bool) -> None:
         self.extractor = extractor
         self.prompt_length = prompt_length
+        self.rows_leave = rows_leave
+        self.done: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        done = [
-            last in self.extractor._line_feeds and self.extractor._closes(row[self.prompt_length :].tolist())
-            for last, row in zip(input_ids[:, -1].tolist(), input_ids, strict=True)
-        ]
-        return torch.tensor(done, device=input_ids.device) | _repeats(input_ids[:, self.prompt_length :])
+        extractor = self.extractor
+        done = torch.tensor(
+            [
+                last in extractor._ends
+                or (last in extractor._line_feeds and extractor._closes(row[self.prompt_length :].tolist()))
+                for last, row in zip(input_ids[:, -1].tolist(), input_ids, strict=True)
+            ],
+            device=input_ids.device,
+        ) | _repeats(input_ids[:, self.prompt_length :])
+        self.done = done if self.done is None else self.done | done
+        if self.rows_leave and int(self.done.sum()) >= _LEAVING * len(done):
+            return torch.ones_like(done)  # ends this call of `generate`; the others go on in another
+        return self.done
 
 
 def _cut_short(problems: tuple[Problem, ...], why: str) -> tuple[Problem, ...]:
@@ -764,7 +791,11 @@ class Extractor:
 
     @torch.no_grad()
     def _generate(self, jobs: Sequence[_Job]) -> list[Answer]:
-        """Greedy answers to a batch of prompts."""
+        """Greedy answers to a batch of prompts.
+
+        A batch would last as long as its longest answer. So rows that are done leave it, a quarter at a time, and the others go on
+        with their keys and values.
+        """
         prompts = [job.ids for job in jobs]
         length = max(map(len, prompts))
         pad = self.tokenizer.pad_token_id
@@ -772,48 +803,93 @@ class Extractor:
         device = next(self.model.parameters()).device
         input_ids = torch.tensor([[pad] * (length - len(ids)) + ids for ids in prompts], device=device)
         mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-        chosen = _ChosenTokens()
-        # The constraint comes behind: probabilities are the model's own.
-        processors: list[LogitsProcessor] = [chosen]
+        constraint = None
         if self._constraint is not None:
             asked = [(job.question.schema, job.window.window.text, job.window.given) for job in jobs]
-            processors.append(self._constraint.processor(asked))
+            constraint = self._constraint.processor(asked)
+        rows = list(range(len(jobs)))  # of the jobs that are not done
+        written: list[list[int]] = [[] for _ in jobs]
+        log_probs: list[list[float]] = [[] for _ in jobs]
         training = self.model.training
         self.model.eval()
         try:
-            cached = self._read_once(jobs, length) if self.prefix_caching else {}
-            output = self.model.generate(
-                input_ids=input_ids,
-                attention_mask=mask,
-                **cached,
-                max_new_tokens=self.max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                pad_token_id=pad,
-                eos_token_id=sorted(self._ends) or None,
-                logits_processor=LogitsProcessorList(processors),
-                stopping_criteria=StoppingCriteriaList([_EndOfAnswer(self, length)]),
-            )
+            passed = self._read_once(jobs, length) if self.prefix_caching else {}
+            rows_leave = self._rows_may_leave(jobs)
+            reader = self._reader() if rows_leave else None
+            if (
+                reader is not None
+            ):  # or the prompts would be embedded again, with the beginnings of their answers
+                passed["task_embeds"] = reader.tasks_of(
+                    input_ids, attention_mask=mask, answers=False
+                ).task_embeds
+            while True:
+                chosen = _ChosenTokens()
+                end = _EndOfAnswer(self, length, rows_leave)
+                output = self.model.generate(
+                    input_ids=input_ids,
+                    attention_mask=mask,
+                    **passed,
+                    max_new_tokens=self.max_new_tokens - (input_ids.shape[1] - length),
+                    do_sample=False,
+                    num_beams=1,
+                    temperature=None,
+                    top_p=None,
+                    top_k=None,
+                    pad_token_id=pad,
+                    eos_token_id=sorted(self._ends) or None,
+                    # The constraint comes behind: probabilities are the model's own.
+                    logits_processor=LogitsProcessorList([chosen, constraint] if constraint else [chosen]),
+                    stopping_criteria=StoppingCriteriaList([end]),
+                    return_dict_in_generate=True,
+                )
+                input_ids = output.sequences
+                chosen.see(input_ids[:, -1])
+                of_rows = torch.stack(chosen.log_probs, 1).tolist()
+                for row, tokens, values in zip(rows, input_ids[:, length:].tolist(), of_rows, strict=True):
+                    written[row] = tokens
+                    log_probs[row] += values
+                assert end.done is not None
+                left = (~end.done).nonzero().flatten()
+                if not rows_leave or len(left) == 0 or input_ids.shape[1] - length == self.max_new_tokens:
+                    break
+                rows = [rows[i] for i in left.tolist()]
+                input_ids = input_ids[left]
+                mask = F.pad(mask[left], (0, input_ids.shape[1] - mask.shape[1]), value=1)
+                if constraint is not None:
+                    constraint.keep(left.tolist())
+                embeds = passed.get("task_embeds")
+                passed = {} if embeds is None else {"task_embeds": embeds[left]}
+                passed |= _keys_and_values_of(output, left)
         finally:
             self.model.train(training)
-        chosen.see(output[:, -1])
-        written = output[:, length:].tolist()
-        log_probs = torch.stack(chosen.log_probs, 1).tolist()
         return [
             self._read(job, tokens, row) for job, tokens, row in zip(jobs, written, log_probs, strict=True)
+        ]
+
+    def _rows_may_leave(self, jobs: Sequence[_Job]) -> bool:
+        """Whether a generation may be continued by another call of `generate` with fewer rows."""
+        config = self.model.generation_config
+        return (
+            len(jobs) > 1
+            and not _scope_is_taken()
+            and not self._methods_of_whole_prompts()
+            and not self.model._is_stateful
+            and config.use_cache is not False
+            and all(getattr(config, name, None) is None for name in _DEPENDS_ON_THE_CALL)
+        )
+
+    def _methods_of_whole_prompts(self) -> list[str]:
+        """The model's PEFT methods that change what is computed for a token with the prompt around it."""
+        return [
+            str(getattr(one.peft_type, "value", one.peft_type))
+            for one in getattr(self.model, "peft_config", {}).values()
+            if one.is_prompt_learning or one.peft_type == "XLORA"
         ]
 
     def _check_prefix_caching(self) -> None:
         config = self.model.config
         rope = getattr(config, "rope_parameters", None) or {}
-        methods = [
-            str(getattr(one.peft_type, "value", one.peft_type))
-            for one in getattr(self.model, "peft_config", {}).values()
-            if one.is_prompt_learning or one.peft_type == "XLORA"
-        ]
+        methods = self._methods_of_whole_prompts()
         reader = self._reader()
         if methods:
             why = f"{methods[0]} changes what the model computes for it with the prompt around it"
@@ -852,10 +928,8 @@ class Extractor:
             The arguments of `generate` that pass its keys and values; none if they cannot be shared.
         """
         self._check_prefix_caching()  # adapters and encoders may have changed since
-        reader, state = self._reader(), current_state()
-        if len(jobs) == 1 or (
-            state is not None and (state.task_embeds is not None or state.recorder is not None)
-        ):
+        reader = self._reader()
+        if len(jobs) == 1 or _scope_is_taken():
             return {}
         if reader is not None and len({job.question.schema.fingerprint() for job in jobs}) > 1:
             return {}  # the schemas are routed differently
@@ -870,7 +944,7 @@ class Extractor:
         output = self.model(input_ids=ids[:, :shared], use_cache=True, **extra)
         cache = getattr(output, "past_key_values", None)
         layers = getattr(cache, "layers", [None])
-        if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+        if not all(type(layer) in _OF_ATTENTION for layer in layers):
             raise ValueError(
                 f"`prefix_caching` needs the keys and values of attention, but a `{self.model.config.model_type}` model keeps "
                 "something else from one token to the next, which cannot be shared by several texts. Leave it out."
@@ -927,6 +1001,21 @@ class Extractor:
             confidence = float(torch.tensor(inside).mean().exp()) if inside else None
             records.append(replace(record, confidence=confidence))
         return replace(parsed, records=tuple(records))
+
+
+def _scope_is_taken() -> bool:
+    """Whether somebody outside gives the task of every row, or looks at the gates."""
+    state = current_state()
+    return state is not None and (state.task_embeds is not None or state.recorder is not None)
+
+
+def _keys_and_values_of(output: Any, rows: torch.Tensor) -> dict[str, Any]:
+    """The arguments of `generate` that pass what was computed for some rows; none if that cannot be taken apart."""
+    cache = output.past_key_values
+    if not all(type(layer) in _OF_ATTENTION for layer in getattr(cache, "layers", [None])):
+        return {}
+    cache.batch_select_indices(rows)
+    return {"past_key_values": cache, "use_cache": True}
 
 
 def save_format(format: PromptFormat, folder: str | Path) -> None:
