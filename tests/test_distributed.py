@@ -22,7 +22,10 @@ def found(tmp_path_factory) -> dict:
             *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"),
             *(str(HERE / "distributed_step.py"), str(out)),
         ],
-        env={**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            **{"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
+        },
         cwd=HERE,
         capture_output=True,
         text=True,
