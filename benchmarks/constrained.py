@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from on_adapter import load, parser
 from rich.console import Console
 from rich.table import Table
 
@@ -30,12 +30,11 @@ from peft_taskmoe.uie.extractor import question_of
 WAYS = ("free", "constrained")
 
 
-def load(args: argparse.Namespace) -> dict[str, Extractor]:
+def both(args: argparse.Namespace) -> dict[str, Extractor]:
     """The two extractors, which share model and encoder."""
     options = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
     dtype = {} if args.dtype is None else {"dtype": args.dtype}
-    free = Extractor.from_pretrained(args.adapter, base_model=args.base, model_kwargs=dtype, **options)
-    free.model.to(args.device)
+    free = load(args, model_kwargs=dtype, **options)
     held = Extractor(free.model, free.tokenizer, format=free.format, constrained=True, **options)
     return dict(zip(WAYS, (free, held), strict=True))
 
@@ -72,7 +71,7 @@ def measure(
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """All figures."""
-    extractors = load(args)
+    extractors = both(args)
     sets = read_datasets(args.files, split="test", limit=args.limit, seed=args.seed)
     warm_up = next(iter(sets.values()))[:1]
     for extractor in extractors.values():  # masks of the whole vocabulary are made once
@@ -123,22 +122,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure and print the table; returns the figures."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--adapter", required=True, help="folder or Hub id")
-    parser.add_argument("--base", help="base model (default: the one that the adapter names)")
-    parser.add_argument("--files", nargs="+", required=True, help="JSONL documents with gold records")
-    parser.add_argument("--limit", type=int, default=50, help="documents of each file (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", help="precision of the base model (default: as it is stored)")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0, help="of the sample")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    args = parser.parse_args(arguments)
-    torch.set_num_threads(args.threads)
+    asked = parser(__doc__, limit=50)
+    asked.add_argument("--batch-size", type=int, default=8)
+    asked.add_argument("--max-new-tokens", type=int, default=256)
+    asked.add_argument("--dtype", help="precision of the base model (default: as it is stored)")
+    asked.add_argument("--seed", type=int, default=0, help="of the sample")
+    asked.add_argument("--json", type=Path, help="also write the figures to this file")
+    args = asked.parse_args(arguments)
     figures = run(args)
     table = Table(
         title=f"{figures['documents']} documents, {args.device}, {args.threads} threads, batches of {args.batch_size}"

@@ -8,13 +8,10 @@ in an order that alternates; the ratio is the median over batches.
 
 from __future__ import annotations
 
-import argparse
-import statistics
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from prefix_caching import measure
+from on_adapter import load, parser, time_ratio
 from rich.console import Console
 from rich.table import Table
 
@@ -30,22 +27,12 @@ class Waiting(Extractor):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--adapter", required=True, help="folder or Hub id")
-    parser.add_argument("--base", help="base model (default: the one that the adapter names)")
-    parser.add_argument("--files", nargs="+", required=True, help="JSONL documents, or Hub data sets")
-    parser.add_argument("--limit", type=int, default=48, help="documents of each file (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args(arguments)
-    torch.set_num_threads(args.threads)
+    asked = parser(__doc__, limit=48)
+    asked.add_argument("--batch-size", type=int, default=16)
+    asked.add_argument("--max-new-tokens", type=int, default=256)
+    args = asked.parse_args(arguments)
     options = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
-    leaving = Extractor.from_pretrained(args.adapter, base_model=args.base, **options)
-    leaving.model.to(args.device)
+    leaving = load(args, **options)
     waiting = Waiting(leaving.model, leaving.tokenizer, format=leaving.format, **options)
     table = Table(
         title=f"Time with rows that leave / without, batches of {args.batch_size}, {args.threads} threads"
@@ -54,11 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         table.add_column(column)
     for name, documents in read_datasets(args.files, split="test", limit=args.limit).items():
         documents = sorted(documents, key=lambda document: len(document.text))
-        for extractor in (leaving, waiting):
-            extractor.documents(documents[:1], progress=False)
-        ratios, different = measure({True: leaving, False: waiting}, documents)
-        figures = (statistics.median(ratios), min(ratios), max(ratios))
-        table.add_row(name, *(f"{one:.2f}" for one in figures), f"{different} of {len(documents)}")
+        table.add_row(name, *time_ratio({True: leaving, False: waiting}, documents))
     Console(width=110).print(table)
 
 

@@ -11,37 +11,17 @@ alternates; the ratio is the median over batches.
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Sequence
 
 import torch
+from on_adapter import WAYS, time_ratio
 from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_taskmoe import TaskEncoder, TaskMoELoraConfig
-from peft_taskmoe.uie import Document, Extractor, PromptFormat, read_datasets
-
-WAYS = (False, True)
-
-
-def measure(extractors: dict[bool, Extractor], documents: Sequence[Document]) -> tuple[list[float], int]:
-    """Seconds of the way `True` over seconds of `False`, by batch, and how many answers differ."""
-    size = extractors[True].batch_size
-    ratios, different = [], 0
-    for number, first in enumerate(range(0, len(documents), size)):
-        batch = documents[first : first + size]
-        seconds, raw = {}, {}
-        for way in WAYS if number % 2 == 0 else WAYS[::-1]:
-            start = time.perf_counter()
-            found = extractors[way].documents(batch, progress=False)
-            seconds[way] = time.perf_counter() - start
-            raw[way] = {name: [answer.parsed.raw for answer in one.answers] for name, one in found.items()}
-        ratios.append(seconds[True] / seconds[False])
-        different += sum(raw[True][name] != raw[False][name] for name in raw[True])
-    return ratios, different
+from peft_taskmoe.uie import Extractor, PromptFormat, read_datasets
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -85,12 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 )
                 for way in WAYS
             }
-            # A warm-up: the encoder's first text, and what a tokenizer is asked once.
-            for extractor in extractors.values():
-                extractor.documents(documents[:1], progress=False)
-            ratios, different = measure(extractors, documents)
-            figures = (statistics.median(ratios), min(ratios), max(ratios))
-            table.add_row(name, style, *(f"{one:.2f}" for one in figures), f"{different} of {len(documents)}")
+            table.add_row(name, style, *time_ratio(extractors, documents))
     Console(width=110).print(table)
 
 

@@ -16,7 +16,6 @@ token's part was trained beside; "swapped" leaves all of that as it is, and asks
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,15 +23,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
+from on_adapter import load, parser
 from rich.console import Console
 from rich.table import Table
 
 from peft_taskmoe.layer import TaskMoELoraLayer
-from peft_taskmoe.uie import Extractor, compare_values, read_datasets
+from peft_taskmoe.uie import compare_values, read_datasets
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmark"))
 from one_run import Measure, swapped
+from report import per_token
 
 
 @contextmanager
@@ -55,22 +55,11 @@ def without(model: Any, part: str) -> Iterator[None]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--adapter", required=True, help="folder or Hub id")
-    parser.add_argument("--base", help="base model (default: the one that the adapter names)")
-    parser.add_argument("--files", nargs="+", required=True, help="JSONL documents, or Hub data sets")
-    parser.add_argument(
-        "--limit", type=int, default=25, help="documents of each data set (default: %(default)s)"
-    )
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args(arguments)
-    torch.set_num_threads(args.threads)
-    extractor = Extractor.from_pretrained(args.adapter, base_model=args.base)
-    model = extractor.model.to(args.device)
+    asked = parser(__doc__, limit=25)
+    asked.add_argument("--batch-size", type=int, default=8)
+    args = asked.parse_args(arguments)
+    extractor = load(args)
+    model = extractor.model
     reader = extractor._reader()
     encoder = None if reader is None else reader.encoder
     settings: Any = SimpleNamespace(format=extractor.format, likelihood_batch_size=args.batch_size)
@@ -93,22 +82,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             with without(model, part):
                 found[title] = likelihoods()
 
-    def values(way: str, what: int | None) -> dict[str, dict[str, float]]:
-        """Loss per token of each document, or its tokens."""
-        return {
-            name: {key: n if what else loss / n for key, (loss, n) in of_set.items()}
-            for name, of_set in found[way].items()
-        }
-
+    tokens = {name: {key: n for key, (_, n) in of_set.items()} for name, of_set in found["whole"].items()}
+    losses = {
+        way: {name: {key: loss / n for key, (loss, n) in one.items()} for name, one in of_way.items()}
+        for way, of_way in found.items()
+    }
     table = Table(title=f"{sum(map(len, sets.values()))} documents of {len(sets)} data sets")
     for column in ("router", *sets, "mean", "less the whole router's"):
         table.add_column(column, justify="right")
     for way in found:
-        line = compare_values(values(way, None), values("whole", None), weights=values("whole", 1))["all"]
-        per_set = [
-            sum(loss for loss, _ in of_set.values()) / sum(n for _, n in of_set.values())
-            for of_set in found[way].values()
-        ]
+        line = compare_values(losses[way], losses["whole"], weights=tokens)["all"]
+        per_set = [per_token(of_set) for of_set in found[way].values()]
         cells = [f"{one:.4f}" for one in (*per_set, sum(per_set) / len(per_set))]
         table.add_row(way, *cells, f"{line.difference:+.4f} [{line.low:+.4f}, {line.high:+.4f}]")
     Console(width=160).print(table)

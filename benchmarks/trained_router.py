@@ -10,18 +10,18 @@ ratio task / token far below 1 says that the hidden state drowns the task, far a
 
 from __future__ import annotations
 
-import argparse
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from on_adapter import load, parser
 from rich.console import Console
 from rich.table import Table
 
 from peft_taskmoe.conditioning import current_state
 from peft_taskmoe.layer import TaskMoELoraLayer
-from peft_taskmoe.uie import Extractor, build_example, read_datasets
+from peft_taskmoe.uie import build_example, read_datasets
 
 
 def parts(model: Any, tokenizer: Any, prompts: Sequence[str]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -58,19 +58,8 @@ def spread(logits: torch.Tensor) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--adapter", required=True, help='folder or Hub id; its router reads "token+task"')
-    parser.add_argument("--base", help="base model (default: the one that the adapter names)")
-    parser.add_argument("--files", nargs="+", required=True, help="JSONL documents, or Hub data sets")
-    parser.add_argument(
-        "--limit", type=int, default=5, help="documents of each data set (default: %(default)s)"
-    )
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args(arguments)
-    torch.set_num_threads(args.threads)
-    extractor = Extractor.from_pretrained(args.adapter, base_model=args.base)
+    args = parser(__doc__, limit=5).parse_args(arguments)
+    extractor = load(args)
     sets = read_datasets(args.files, split="test", limit=args.limit)
     prompts = [
         build_example(one, extractor.format).prompt for documents in sets.values() for one in documents

@@ -136,4 +136,5 @@ def main(out: str) -> None:
 if __name__ == "__main__":
     main(sys.argv[1])
     sys.stdout.flush()
-    os._exit(0)  # gloo's threads may still let go of tensors: an interpreter that ends meanwhile is aborted by them
+    # gloo's threads may still let go of tensors: an interpreter that ends meanwhile is aborted by them.
+    os._exit(0)

@@ -229,6 +229,7 @@ def test_the_benchmark_counts_what_is_the_same(tmp_path, monkeypatch, capsys):
         pytest.skip("benchmarks/ is not here")
     spec = importlib.util.spec_from_file_location("benchmark_constrained", path)
     benchmark = importlib.util.module_from_spec(spec)
+    monkeypatch.syspath_prepend(path.parent)
     spec.loader.exec_module(benchmark)
     schema = Schema.from_dict("NER", {"name": ""})
     texts = ["Ada", "Bob or Eve", "Kim"]
@@ -240,7 +241,7 @@ def test_the_benchmark_counts_what_is_the_same(tmp_path, monkeypatch, capsys):
     written = (' [name(span="Ada")]', ' [name(span="Zoe"), name(span="Bob")]', "no idea")
     answers = dict(zip(texts, written, strict=True))
 
-    def load(args):
+    def both(args):
         model, options = (
             Scripted(lambda prompt: answers[text_in(prompt)]),
             {"max_new_tokens": 60, "batch_size": 2},
@@ -250,7 +251,7 @@ def test_the_benchmark_counts_what_is_the_same(tmp_path, monkeypatch, capsys):
             for way in benchmark.WAYS
         }
 
-    monkeypatch.setattr(benchmark, "load", load)
+    monkeypatch.setattr(benchmark, "both", both)
     figures = benchmark.main(
         [
             "--adapter",

@@ -54,9 +54,9 @@ class Finished:
         """The unweighted mean over a part's data sets."""
         return float(np.mean([self.likelihood(part, name) for name in self.sets(part)]))
 
-    def scores_of(self, part: str) -> ScoreReport:
-        """The scores of a part's data sets."""
-        return self.scores.select(self.sets(part))
+    def scores_of(self, part: str, identification: bool = False) -> ScoreReport:
+        """The scores of a part's data sets; or those of identification, which disregard labels and roles."""
+        return (self.identification if identification else self.scores).select(self.sets(part))
 
 
 def per_token(losses: Mapping[str, Sequence[float]]) -> float:
@@ -140,10 +140,7 @@ def compare_f1(
     identification: bool = False,
 ) -> Comparison:
     """Paired bootstrap of F1, or of that of identification, over documents; F1 is the mean over seeds."""
-    reports = (
-        [run.identification.select(run.sets(part)) if identification else run.scores_of(part) for run in runs]
-        for runs in (a, b)
-    )
+    reports = ([run.scores_of(part, identification) for run in runs] for runs in (a, b))
     return compare(*reports, clusters=clusters_of(a[0], part, patterns))
 
 
@@ -329,10 +326,8 @@ def _paper_table(chosen: Chosen) -> list[str]:
 def _by_dataset(chosen: Chosen, part: str) -> list[str]:
     first = next(iter(chosen.values()))[0]
     strict, identified = (
-        _f1_rows(
-            [[getattr(run, of).select(run.sets(part)) for run in of_seed] for of_seed in chosen.values()]
-        )
-        for of in ("scores", "identification")
+        _f1_rows([[run.scores_of(part, identification) for run in of_seed] for of_seed in chosen.values()])
+        for identification in (False, True)
     )
     likelihoods = []
     for name in first.sets(part):

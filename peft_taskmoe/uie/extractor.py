@@ -816,9 +816,8 @@ class Extractor:
             passed = self._read_once(jobs, length) if self.prefix_caching else {}
             rows_leave = self._rows_may_leave(jobs)
             reader = self._reader() if rows_leave else None
-            if (
-                reader is not None
-            ):  # or the prompts would be embedded again, with the beginnings of their answers
+            if reader is not None:
+                # Or the prompts would be embedded again, with the beginnings of their answers.
                 passed["task_embeds"] = reader.tasks_of(
                     input_ids, attention_mask=mask, answers=False
                 ).task_embeds
@@ -942,14 +941,12 @@ class Extractor:
         if reader is not None:
             extra["task_embeds"] = reader.tasks_of(ids, answers=False).task_embeds
         output = self.model(input_ids=ids[:, :shared], use_cache=True, **extra)
-        cache = getattr(output, "past_key_values", None)
-        layers = getattr(cache, "layers", [None])
-        if not all(type(layer) in _OF_ATTENTION for layer in layers):
+        if not _keeps_keys_and_values(output):
             raise ValueError(
                 f"`prefix_caching` needs the keys and values of attention, but a `{self.model.config.model_type}` model keeps "
                 "something else from one token to the next, which cannot be shared by several texts. Leave it out."
             )
-        layers = [layer for layer in layers if layer.keys is not None]
+        layers = [layer for layer in output.past_key_values.layers if layer.keys is not None]
         if any(layer.keys.shape[-2] != shared for layer in layers):
             return {}  # the schema is longer than a sliding window
         for layer in layers:
@@ -957,7 +954,7 @@ class Extractor:
                 torch.cat([one.roll(length - len(job.ids), dims=-2) for job in jobs])
                 for one in (layer.keys, layer.values)
             )
-        return {"past_key_values": cache, "use_cache": True, "cache_implementation": None}
+        return {"past_key_values": output.past_key_values, "use_cache": True, "cache_implementation": None}
 
     def _read(self, job: _Job, tokens: list[int], log_probs: list[float]) -> Answer:
         window = job.window.window
@@ -1011,11 +1008,17 @@ def _scope_is_taken() -> bool:
 
 def _keys_and_values_of(output: Any, rows: torch.Tensor) -> dict[str, Any]:
     """The arguments of `generate` that pass what was computed for some rows; none if that cannot be taken apart."""
-    cache = output.past_key_values
-    if not all(type(layer) in _OF_ATTENTION for layer in getattr(cache, "layers", [None])):
+    if not _keeps_keys_and_values(output):
         return {}
+    cache = output.past_key_values
     cache.batch_select_indices(rows)
     return {"past_key_values": cache, "use_cache": True}
+
+
+def _keeps_keys_and_values(output: Any) -> bool:
+    """Whether a model's output has a cache of attention alone, which can be cut by rows and by tokens."""
+    layers = getattr(getattr(output, "past_key_values", None), "layers", [None])
+    return all(type(layer) in _OF_ATTENTION for layer in layers)
 
 
 def save_format(format: PromptFormat, folder: str | Path) -> None:
