@@ -60,7 +60,7 @@ def main() -> None:
     weight_a = torch.randn(num_experts * r, width, requires_grad=True)
     weight_b = torch.randn(width, num_experts * r, requires_grad=True)
     task = torch.randn(4, task_dim)
-    shape = ExpertShape(num_experts, r, 1.0, None, True, True)
+    shape = ExpertShape(num_experts, r, None, True, True)
     table = Table(title="operations per adapted layer beyond the linear layer's own, forward and backward")
     for column in ("dropout", "method", "operations", "views", "which"):
         table.add_column(column, overflow="fold")
@@ -72,7 +72,7 @@ def main() -> None:
 
         def ours(x: torch.Tensor, dropout: float = dropout) -> torch.Tensor:
             return FusedUpdate.apply(
-                x, None, base.weight, None, weight_a, weight_b, router_weight, task, None, shape, dropout
+                x, None, base.weight, None, weight_a, weight_b, router_weight, task, None, shape, 1.0, dropout
             )
 
         for name, forward in (("LoRA-36", lora), ("ours 8x4", ours)):

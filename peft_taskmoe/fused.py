@@ -27,7 +27,6 @@ class ExpertShape:
     Attributes:
         num_experts: E.
         r: Rank of each expert.
-        scaling: `lora_alpha / r`.
         top_k: Gates kept per token, or None for all.
         reads_token: Whether the router reads the token.
         reads_task: Whether the router reads the task.
@@ -35,7 +34,6 @@ class ExpertShape:
 
     num_experts: int
     r: int
-    scaling: float
     top_k: int | None
     reads_token: bool
     reads_task: bool
@@ -103,6 +101,7 @@ class FusedUpdate(torch.autograd.Function):
         task: torch.Tensor | None,
         token_tasks: torch.Tensor | None,
         shape: ExpertShape,
+        scaling: float,
         dropout: float,
     ) -> torch.Tensor:
         """Compute the output.
@@ -119,6 +118,7 @@ class FusedUpdate(torch.autograd.Function):
             task: `(n, task_dim)`, or None.
             token_tasks: `(tokens,)` index of each token's task, or None.
             shape: The plain numbers.
+            scaling: `lora_alpha / r`, unless it was set otherwise.
             dropout: Probability of dropping an input feature; 0.0 when not training.
 
         Returns:
@@ -127,7 +127,7 @@ class FusedUpdate(torch.autograd.Function):
         xg = _in_groups(x)
         groups, length, in_features = xg.shape
         rank = shape.num_experts * shape.r
-        scaling, dropped = shape.scaling, None
+        dropped = None
         w_x = router_weight[:, :in_features] if shape.reads_token else None
         if dropout:
             dropped = draw_dropped(xg, dropout)
@@ -218,7 +218,7 @@ class FusedUpdate(torch.autograd.Function):
             if ctx.needs_input_grad[7]:
                 grad_task = (per_task @ router_weight[:, -task.shape[1] :]).to(task.dtype)
         grad_base = grad_out if ctx.needs_input_grad[1] else None
-        return grad_x, grad_base, None, None, grad_a, grad_b, grad_router, grad_task, None, None, None
+        return grad_x, grad_base, None, None, grad_a, grad_b, grad_router, grad_task, None, None, None, None
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +257,7 @@ class DecodingWeights:
         per_task: Task part of the logits, `(n, e)`, or None if the router does not read the task; if it reads nothing else, the
             gates themselves.
         shape: The adapter's.
+        scaling: Likewise.
         workspaces: By the number of rows.
     """
 
@@ -264,6 +265,7 @@ class DecodingWeights:
     b: torch.Tensor
     per_task: torch.Tensor | None
     shape: ExpertShape
+    scaling: float
     workspaces: dict[int, _Workspace]
 
 
@@ -273,6 +275,7 @@ def decoding_weights(
     router_weight: torch.Tensor,
     task: torch.Tensor | None,
     shape: ExpertShape,
+    scaling: float,
 ) -> DecodingWeights:
     """Prepare `decoding_step` for a generation; arguments as in `FusedUpdate`, without `top_k`."""
     per_task = None if task is None else task_logits(task, router_weight)
@@ -281,7 +284,7 @@ def decoding_weights(
     else:
         assert per_task is not None
         per_task = torch.softmax(per_task, dim=-1)
-    return DecodingWeights(weight_a.t(), weight_b.t(), per_task, shape, {})
+    return DecodingWeights(weight_a.t(), weight_b.t(), per_task, shape, scaling, {})
 
 
 def _workspace(prepared: DecodingWeights, rows: int) -> _Workspace:
@@ -331,4 +334,4 @@ def decoding_step(x: torch.Tensor, out: torch.Tensor, prepared: DecodingWeights)
         else:
             torch.softmax(space.logits, -1, dtype=space.gates.dtype, out=space.gates)
         space.by_expert.mul_(space.gates_by_expert)
-    return out.addmm_(space.bottleneck, prepared.b, alpha=prepared.shape.scaling)
+    return out.addmm_(space.bottleneck, prepared.b, alpha=prepared.scaling)

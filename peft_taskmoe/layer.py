@@ -74,12 +74,10 @@ class TaskMoELoraLayer(BaseTunerLayer):
         self.num_experts[adapter_name] = config.num_experts
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
-        self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
         self.lora_dropout[adapter_name] = config.lora_dropout
         self.configs[adapter_name] = config
-        self.shapes[adapter_name] = ExpertShape(
-            config.num_experts, r, self.scaling[adapter_name], config.top_k, reads_token, reads_task
-        )
+        self.set_scale(adapter_name, 1.0)
+        self.shapes[adapter_name] = ExpertShape(config.num_experts, r, config.top_k, reads_token, reads_task)
         rank = config.num_experts * r
         self.taskmoe_lora_A[adapter_name] = AdapterWeight(self.in_features, rank, bias=False)
         self.taskmoe_lora_B[adapter_name] = AdapterWeight(rank, self.out_features, bias=False)
@@ -102,6 +100,29 @@ class TaskMoELoraLayer(BaseTunerLayer):
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
         if init_weights:
             nn.init.zeros_(weights[1])
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set an adapter's `scaling` to `scale` times what its config says, `lora_alpha / r` (`/ sqrt(r)` with `use_rslora`).
+
+        Like `LoraLayer.set_scale`: a layer without the adapter is left as it is.
+        """
+        if adapter in self.configs:
+            r = self.r[adapter]
+            divisor = math.sqrt(r) if self.configs[adapter].use_rslora else r
+            self.scaling[adapter] = scale * self.lora_alpha[adapter] / divisor
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the `scaling` of the active adapters by a factor, like `LoraLayer.scale_layer`."""
+        for adapter in self._active_here():
+            self.scaling[adapter] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the `scaling` of the active adapters by a factor; without one, set it to what their configs say."""
+        for adapter in self._active_here():
+            if scale is None:
+                self.set_scale(adapter, 1.0)
+            else:
+                self.scaling[adapter] /= scale
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """`s * sum_i g_i B_i A_i` for the task of the current `task_context`, shaped like the base weight.
@@ -129,7 +150,7 @@ class TaskMoELoraLayer(BaseTunerLayer):
         weight_a, weight_b, router_weight = self._weights(adapter_name)
         logits = router_logits(weight_a.new_zeros(1, 0), router_weight, task, None, reads_token=False)
         gates = gates_from_logits(logits, shape.top_k).repeat_interleave(shape.r, dim=-1)
-        delta = (weight_b * gates.to(weight_b.dtype)) @ weight_a * shape.scaling
+        delta = (weight_b * gates.to(weight_b.dtype)) @ weight_a * self.scaling[adapter_name]
         base = self.get_base_layer()
         if isinstance(base, nn.Linear | Conv1D):  # one config, but a model may have both kinds
             return delta.T if isinstance(base, Conv1D) else delta
@@ -357,7 +378,9 @@ class Linear(nn.Module, TaskMoELoraLayer):
             and self.taskmoe_lora_A[active[0]].weight.dtype == x.dtype
         ):
             task, _ = self._task_of(x, active[0], state)
-            weights = decoding_weights(*self._weights(active[0]), task, self.shapes[active[0]])
+            weights = decoding_weights(
+                *self._weights(active[0]), task, self.shapes[active[0]], self.scaling[active[0]]
+            )
             base = self.base_layer if self._frozen_linear(x, active[0]) else None
             found = _Decoding(weights, *((None, None) if base is None else (base.weight, base.bias)))
         state.memo[self] = found
@@ -381,7 +404,7 @@ class Linear(nn.Module, TaskMoELoraLayer):
                 base = self.base_layer
                 return FusedUpdate.apply(
                     x, None, base.weight, base.bias, *self._weights(adapter_name), task, token_tasks,
-                    self.shapes[adapter_name], self._dropout(adapter_name),
+                    self.shapes[adapter_name], self.scaling[adapter_name], self._dropout(adapter_name),
                 )  # fmt: skip
         return self._add_update(x, self.base_layer(x), adapter_name, state)
 
@@ -402,7 +425,7 @@ class Linear(nn.Module, TaskMoELoraLayer):
             weight_a, weight_b, router_weight = (weight.to(dtype) for weight in weights)
             total = FusedUpdate.apply(
                 x.to(dtype), out.to(dtype), None, None, weight_a, weight_b, router_weight, task, token_tasks,
-                self.shapes[adapter_name], self._dropout(adapter_name),
+                self.shapes[adapter_name], self.scaling[adapter_name], self._dropout(adapter_name),
             )  # fmt: skip
         return total.to(out.dtype)
 
@@ -421,7 +444,7 @@ class Linear(nn.Module, TaskMoELoraLayer):
         logits = router_logits(x2, router_weight, task, token_tasks, shape.reads_token)
         gates = gates_from_logits(logits, shape.top_k)
         dropped = F.dropout(x2, self.lora_dropout[adapter_name], self.training)
-        update = expert_update(dropped, gates, weight_a, weight_b, shape.scaling)
+        update = expert_update(dropped, gates, weight_a, weight_b, self.scaling[adapter_name])
         if state is None:
             return update
         if state.recorder is not None:
@@ -521,7 +544,7 @@ class Linear(nn.Module, TaskMoELoraLayer):
     def extra_repr(self) -> str:
         """One line per adapter: what its shapes do not tell."""
         return "\n".join(
-            f"{name}: {shape.num_experts} experts of rank {shape.r}, scaling {shape.scaling:g}, router reads "
+            f"{name}: {shape.num_experts} experts of rank {shape.r}, scaling {self.scaling[name]:g}, router reads "
             + self.configs[name].router_inputs
             + (f", top_k {shape.top_k}" if shape.top_k else "")
             for name, shape in self.shapes.items()

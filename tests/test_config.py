@@ -55,7 +55,7 @@ def _adapters_differ(model, fresh) -> None:
 EFFECTS: dict[str, tuple[dict, Callable[[PeftModel, PeftModel], None]]] = {
     "num_experts": ({"num_experts": 3}, lambda m, f: _shape(m, (12, 16), (16, 12), (3, 22))),
     "r": ({"r": 2}, lambda m, f: _shape(m, (16, 16), (16, 16), (8, 22))),
-    "lora_alpha": ({"lora_alpha": 20}, lambda m, f: _each(m, lambda layer: layer.shapes["default"].scaling == 5.0)),
+    "lora_alpha": ({"lora_alpha": 20}, lambda m, f: _each(m, lambda layer: layer.scaling["default"] == 5.0)),
     "lora_dropout": ({"lora_dropout": 0.5}, lambda m, f: _each(m, lambda layer: layer.train()._dropout("default") == 0.5)),
     "router_inputs": ({"router_inputs": "task"}, lambda m, f: _shape(m, (32, 16), (16, 32), (8, TASK_DIM))),
     "top_k": ({"top_k": 2}, lambda m, f: _each(m, lambda layer: layer.shapes["default"].top_k == 2)),
@@ -93,7 +93,7 @@ EFFECTS: dict[str, tuple[dict, Callable[[PeftModel, PeftModel], None]]] = {
     ),
     "bias": ({"bias": "all"}, lambda m, f: _equal({n for n in trainable(m) if "bias" in n} > {n for n in trainable(f) if "bias" in n}, True)),
     "init_weights": ({"init_weights": False}, _adapters_differ),
-    "use_rslora": ({"use_rslora": True}, lambda m, f: _each(m, lambda layer: layer.shapes["default"].scaling == 16.0)),
+    "use_rslora": ({"use_rslora": True}, lambda m, f: _each(m, lambda layer: layer.scaling["default"] == 16.0)),
     # the injection knows it for nn.Linear and Conv1D and corrects it
     "fan_in_fan_out": ({"fan_in_fan_out": True}, lambda m, f: _equal(m.peft_config["default"].fan_in_fan_out, False)),
 }  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import reference
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -101,6 +102,7 @@ def by_loops(
     task_of_token: list[int] | None = None,
     kept: torch.Tensor | None = None,
     rate: float = 0.0,
+    scale: float = 1.0,
 ) -> torch.Tensor:
     """What the layer has to give, by its config and weights alone."""
     config = layer.configs["default"]
@@ -116,7 +118,7 @@ def by_loops(
         tasks if "task" in config.router_inputs else None,
         task_of_token or [],
         r=config.r,
-        scaling=config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r),
+        scaling=scale * config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r),
         reads_token="token" in config.router_inputs,
         top_k=config.top_k,
         task_norm=config.task_norm,
@@ -216,6 +218,53 @@ def test_outputs_and_gradients_equal_the_loops(path, router_inputs, variation) -
     wanted = leaves(layer, x, tasks)
     assert len(wanted) >= 3
     torch.testing.assert_close(gradients(out, wanted), gradients(expected, wanted), **CLOSE)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_scaling_that_was_set_counts_on_every_path(path) -> None:
+    """As with PEFT's LoRA: `layer.scaling[...]` is what is computed with."""
+    layer = make_layer(path)
+    x, tasks = torch.randn(2, 1, IN, dtype=torch.float64), torch.randn(2, TASK_DIM, dtype=torch.float64)
+    layer.scaling["default"] *= 0.3
+    state = TaskState(task_embeds=tasks)
+    if path == "plain":
+        state.recorder = lambda *args: None
+    if path.startswith("memo"):
+        state.memo = {}
+    with entered(state), torch.no_grad():
+        torch.testing.assert_close(layer(x), by_loops(layer, x, tasks, scale=0.3), **CLOSE)
+
+
+def test_a_scaling_that_was_set_is_merged() -> None:
+    layer = make_layer(router_inputs="task")
+    x, tasks = torch.randn(2, 1, IN, dtype=torch.float64), torch.randn(1, TASK_DIM, dtype=torch.float64)
+    expected = by_loops(layer, x, tasks, scale=0.3)
+    layer.scale_layer(0.3)
+    with task_context(tasks):
+        layer.merge()
+    torch.testing.assert_close(layer(x), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_scales_are_set_as_those_of_lora_are(use_rslora) -> None:
+    ours = make_layer(use_rslora=use_rslora, lora_alpha=5, r=3)
+    model = nn.ModuleDict({"linear": nn.Linear(IN, OUT)})
+    config = LoraConfig(r=3, lora_alpha=5, use_rslora=use_rslora, target_modules=["linear"])
+    theirs = inject_adapter_in_model(config, model)["linear"]
+    calls = (
+        ("scale_layer", 0.5), ("scale_layer", 3.0), ("unscale_layer", 2.0), ("set_scale", "default", 0.25), ("scale_layer", 2),
+        ("unscale_layer", None), ("set_scale", "unknown", 7.0),
+    )  # fmt: skip
+    found = []
+    for name, *arguments in calls:
+        for layer in (ours, theirs):
+            getattr(layer, name)(*arguments)
+        found.append((ours.scaling["default"], theirs.scaling["default"]))
+        assert set(ours.scaling) == {"default"}
+    assert all(a == pytest.approx(b) for a, b in found) and len({a for a, _ in found}) == 5
+    ours.set_adapter([])
+    ours.scale_layer(0.5)  # what is not active keeps its scale
+    assert ours.scaling["default"] == pytest.approx(theirs.scaling["default"])
 
 
 @pytest.mark.parametrize("path", ["frozen", "trainable", "conv1d"])
