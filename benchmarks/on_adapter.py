@@ -31,10 +31,10 @@ def parser(description: str, *, limit: int) -> argparse.ArgumentParser:
     return found
 
 
-def load(args: argparse.Namespace, **options: Any) -> Extractor:
-    """The adapter on its device, and the threads as asked for; `options` as for `Extractor.from_pretrained`."""
+def load(args: argparse.Namespace, adapter: str | None = None, **options: Any) -> Extractor:
+    """An adapter (default: `--adapter`) on its device, and the threads as asked for; `options` as for `Extractor.from_pretrained`."""
     torch.set_num_threads(args.threads)
-    extractor = Extractor.from_pretrained(args.adapter, base_model=args.base, **options)
+    extractor = Extractor.from_pretrained(adapter or args.adapter, base_model=args.base, **options)
     extractor.model.to(args.device)
     return extractor
 

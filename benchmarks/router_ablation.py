@@ -16,23 +16,18 @@ token's part was trained beside; "swapped" leaves all of that as it is, and asks
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+from likelihoods import Losses, cells, difference, measure_of
 from on_adapter import load, parser
+from one_run import swapped  # found by `likelihoods`
 from rich.console import Console
 from rich.table import Table
 
 from peft_taskmoe.layer import TaskMoELoraLayer
-from peft_taskmoe.uie import compare_values, read_datasets
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmark"))
-from one_run import Measure, swapped
-from report import per_token
+from peft_taskmoe.uie import read_datasets
 
 
 @contextmanager
@@ -59,14 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked.add_argument("--batch-size", type=int, default=8)
     args = asked.parse_args(arguments)
     extractor = load(args)
-    model = extractor.model
-    reader = extractor._reader()
-    encoder = None if reader is None else reader.encoder
-    settings: Any = SimpleNamespace(format=extractor.format, likelihood_batch_size=args.batch_size)
-    measure = Measure(model, extractor.tokenizer, encoder, settings)
+    model, measure = extractor.model, measure_of(extractor, args.batch_size)
     sets = read_datasets(args.files, split="test", limit=args.limit)
 
-    def likelihoods(task_of: dict[tuple[str, str], Any] | None = None) -> dict[str, dict[str, list[float]]]:
+    def likelihoods(task_of: dict[tuple[str, str], Any] | None = None) -> Losses:
         return {
             name: measure.likelihoods(
                 documents, None if task_of is None else [task_of[name, one.id] for one in documents]
@@ -75,26 +66,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
 
     found = {"whole": likelihoods()}
-    if encoder is not None and len(sets) > 1:
+    if measure.encoder is not None and len(sets) > 1:
         found["swapped"] = likelihoods(swapped(sets))
     for title, part in (("no task", "task"), ("no token", "token"), ("uniform", "all")):
-        if encoder is not None or part == "all":
+        if measure.encoder is not None or part == "all":
             with without(model, part):
                 found[title] = likelihoods()
 
-    tokens = {name: {key: n for key, (_, n) in of_set.items()} for name, of_set in found["whole"].items()}
-    losses = {
-        way: {name: {key: loss / n for key, (loss, n) in one.items()} for name, one in of_way.items()}
-        for way, of_way in found.items()
-    }
     table = Table(title=f"{sum(map(len, sets.values()))} documents of {len(sets)} data sets")
     for column in ("router", *sets, "mean", "less the whole router's"):
         table.add_column(column, justify="right")
     for way in found:
-        line = compare_values(losses[way], losses["whole"], weights=tokens)["all"]
-        per_set = [per_token(of_set) for of_set in found[way].values()]
-        cells = [f"{one:.4f}" for one in (*per_set, sum(per_set) / len(per_set))]
-        table.add_row(way, *cells, f"{line.difference:+.4f} [{line.low:+.4f}, {line.high:+.4f}]")
+        table.add_row(way, *cells(found[way]), difference(found[way], found["whole"]))
     Console(width=160).print(table)
 
 

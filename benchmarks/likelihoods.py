@@ -1,0 +1,46 @@
+"""Likelihoods of gold answers under a trained adapter, as examples/benchmark measures them, and their differences."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from peft_taskmoe.uie import Extractor, compare_values
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmark"))
+from one_run import Measure
+from report import per_token
+
+Losses = dict[str, dict[str, list[float]]]
+"""Data set -> document -> (loss in nats, tokens)."""
+
+
+def measure_of(extractor: Extractor, batch_size: int) -> Measure:
+    """What measures an adapter, with the prompts and the task encoder that it was trained with."""
+    reader = extractor._reader()
+    settings: Any = SimpleNamespace(format=extractor.format, likelihood_batch_size=batch_size)
+    return Measure(extractor.model, extractor.tokenizer, None if reader is None else reader.encoder, settings)
+
+
+def mean(losses: Losses, without: str | None = None) -> float:
+    """Loss per token, mean over data sets; one may be left out."""
+    of_sets = [per_token(one) for name, one in losses.items() if name != without]
+    return sum(of_sets) / len(of_sets)
+
+
+def cells(losses: Losses) -> list[str]:
+    """Cells of a table: loss per token of each data set, and their mean."""
+    return [f"{one:.4f}" for one in (*map(per_token, losses.values()), mean(losses))]
+
+
+def difference(a: Losses, b: Losses) -> str:
+    """Loss per token of `a` less that of `b`, mean over data sets, with its interval by a paired bootstrap over documents."""
+    values = [
+        {name: {key: loss / n for key, (loss, n) in one.items()} for name, one in losses.items()}
+        for losses in (a, b)
+    ]
+    tokens = {name: {key: n for key, (_, n) in one.items()} for name, one in b.items()}
+    line = compare_values(*values, weights=tokens)["all"]
+    return f"{line.difference:+.4f} [{line.low:+.4f}, {line.high:+.4f}]"
