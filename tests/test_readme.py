@@ -74,4 +74,4 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys) -> None:
     (record,) = scope["found"][0].records
     shown = f"({repr(record).split(' confidence=')[0]} confidence="
     assert shown in text and shown in capsys.readouterr().out
-    assert issubclass(scope["Launcher"], EntityType) and scope["schema"].labels == ("Launcher",)
+    assert issubclass(scope["Launcher"], EntityType) and scope["schema"].labels[0].name == "Launcher"
