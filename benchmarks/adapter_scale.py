@@ -17,9 +17,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from likelihoods import Losses, cells, difference, mean, measure_of
+from likelihoods import Losses, cells, difference, mean, measure_of, scale_layers
 from on_adapter import load, parser
-from peft.tuners.tuners_utils import BaseTunerLayer
 from rich.console import Console
 from rich.table import Table
 
@@ -32,14 +31,10 @@ def at_scales(
     """The losses of all documents, with the adapter's update times each of the scales."""
     extractor = load(args, adapter)
     measure = measure_of(extractor, args.batch_size)
-    layers: list[Any] = [layer for layer in extractor.model.modules() if isinstance(layer, BaseTunerLayer)]
     found = {}
     for scale in scales:
-        for layer in layers:
-            layer.scale_layer(scale)
+        scale_layers(extractor.model, scale)
         found[scale] = {name: measure.likelihoods(documents) for name, documents in sets.items()}
-        for layer in layers:
-            layer.unscale_layer()
     return found
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
+
 from peft_taskmoe.uie import Extractor, compare_values
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmark"))
@@ -22,6 +24,14 @@ def measure_of(extractor: Extractor, batch_size: int) -> Measure:
     reader = extractor._reader()
     settings: Any = SimpleNamespace(format=extractor.format, likelihood_batch_size=batch_size)
     return Measure(extractor.model, extractor.tokenizer, None if reader is None else reader.encoder, settings)
+
+
+def scale_layers(model: Any, scale: float) -> None:
+    """Multiply the update of the adapter, as it was trained, by `scale`."""
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.unscale_layer()
+            layer.scale_layer(scale)
 
 
 def mean(losses: Losses, without: str | None = None) -> float:

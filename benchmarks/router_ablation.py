@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from likelihoods import Losses, cells, difference, measure_of
+from likelihoods import Losses, cells, difference, measure_of, scale_layers
 from on_adapter import load, parser
 from one_run import swapped  # found by `likelihoods`
 from rich.console import Console
@@ -52,9 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print the table."""
     asked = parser(__doc__, limit=25)
     asked.add_argument("--batch-size", type=int, default=8)
+    asked.add_argument(
+        "--scale", type=float, default=1.0, help="times the adapter's update, see adapter_scale.py"
+    )
     args = asked.parse_args(arguments)
     extractor = load(args)
     model, measure = extractor.model, measure_of(extractor, args.batch_size)
+    scale_layers(model, args.scale)
     sets = read_datasets(args.files, split="test", limit=args.limit)
 
     def likelihoods(task_of: dict[tuple[str, str], Any] | None = None) -> Losses:
@@ -73,7 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             with without(model, part):
                 found[title] = likelihoods()
 
-    table = Table(title=f"{sum(map(len, sets.values()))} documents of {len(sets)} data sets")
+    table = Table(
+        title=f"{sum(map(len, sets.values()))} documents of {len(sets)} data sets, scale {args.scale:g}"
+    )
     for column in ("router", *sets, "mean", "less the whole router's"):
         table.add_column(column, justify="right")
     for way in found:
