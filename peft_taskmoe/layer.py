@@ -101,6 +101,11 @@ class TaskMoELoraLayer(BaseTunerLayer):
         if init_weights:
             nn.init.zeros_(weights[1])
 
+    def _active_here(self) -> list[str]:
+        """The active adapters that this layer has."""
+        names: Any = self.active_adapters  # a list; nn.Module's attributes hide it from the type checker
+        return [name for name in names if name in self.taskmoe_lora_A]
+
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set an adapter's `scaling` to `scale` times what its config says, `lora_alpha / r` (`/ sqrt(r)` with `use_rslora`).
 
@@ -355,11 +360,6 @@ class Linear(nn.Module, TaskMoELoraLayer):
         for adapter_name in active:
             out = self._add_update(x, out, adapter_name, state)
         return out
-
-    def _active_here(self) -> list[str]:
-        """The active adapters that this layer has."""
-        names: Any = self.active_adapters  # a list; nn.Module's attributes hide it from the type checker
-        return [name for name in names if name in self.taskmoe_lora_A]
 
     def _prepare_decoding(self, x: torch.Tensor, state: TaskState) -> _Decoding:
         """Compute what the decoding steps of this generation share, or find that they must take the general way."""

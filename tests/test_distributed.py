@@ -24,7 +24,9 @@ def found(tmp_path_factory) -> dict:
         ],
         env={
             **os.environ,
-            **{"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
+            "PYTHONPATH": str(HERE.parent),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONFAULTHANDLER": "1",
         },
         cwd=HERE,
         capture_output=True,

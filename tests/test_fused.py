@@ -14,7 +14,6 @@ from peft_taskmoe.experts import draw_dropped, zero_dropped
 from peft_taskmoe.fused import ExpertShape, FusedUpdate, decoding_step, decoding_weights
 
 IN, OUT, TASK_DIM, TOKENS = 5, 4, 3, 6
-SCALING = 1.5
 CLOSE = {"rtol": 0, "atol": 1e-10}
 NAMES = ("x", "base", "weight", "bias", "a", "b", "router", "task")
 SHAPES = [
@@ -25,6 +24,7 @@ SHAPES = [
     ExpertShape(num_experts=1, r=3, top_k=None, reads_token=True, reads_task=True),
 ]
 PACKED = [1, 0, 0, 1, 1, 1]
+SCALINGS = dict(zip(SHAPES, (1.5, 1.5, 1.5, 0.5, 8.0), strict=True))
 
 
 def tensors(shape: ExpertShape, *, frozen_base: bool, packed: bool = False) -> dict[str, torch.Tensor | None]:
@@ -53,7 +53,7 @@ def drawn_mask(like: torch.Tensor, p: float) -> torch.Tensor:
 
 
 def fused(given: dict[str, torch.Tensor | None], shape: ExpertShape, dropout: float = 0.0) -> torch.Tensor:
-    return FusedUpdate.apply(*given.values(), shape, SCALING, dropout)
+    return FusedUpdate.apply(*given.values(), shape, SCALINGS[shape], dropout)
 
 
 def by_loops(
@@ -74,7 +74,7 @@ def by_loops(
         given["task"],
         [0, 0, 0, 1, 1, 1] if given["token_tasks"] is None else PACKED,
         r=shape.r,
-        scaling=SCALING,
+        scaling=SCALINGS[shape],
         reads_token=shape.reads_token,
         top_k=shape.top_k,
         kept=kept,
@@ -288,7 +288,9 @@ def test_a_decoding_step_equals_the_loops(shape) -> None:
     given = tensors(shape, frozen_base=True)
     expected = by_loops(given, shape)
     with torch.no_grad():
-        prepared = decoding_weights(given["a"], given["b"], given["router"], given["task"], shape, SCALING)
+        prepared = decoding_weights(
+            given["a"], given["b"], given["router"], given["task"], shape, SCALINGS[shape]
+        )
         for _ in range(2):  # the second step finds what the first one left
             out = torch.nn.functional.linear(given["x"], given["weight"], given["bias"])
             result = decoding_step(given["x"], out, prepared)
@@ -305,7 +307,9 @@ def test_no_tokens(shape) -> None:
     assert all(not grad.any() for grad in gradients(out, given).values())
 
 
-def test_top_k_is_used() -> None:
+def test_other_numbers_give_other_outputs() -> None:
+    """Each plain number is used: a changed one changes the output."""
     given = tensors(SHAPES[0], frozen_base=True)
     out = fused(given, SHAPES[0])
-    assert not torch.allclose(out, fused(given, replace(SHAPES[0], top_k=1)))
+    for shape, scaling in ((SHAPES[0], 2.0), (replace(SHAPES[0], top_k=1), SCALINGS[SHAPES[0]])):
+        assert not torch.allclose(out, FusedUpdate.apply(*given.values(), shape, scaling, 0.0))

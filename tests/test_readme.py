@@ -54,15 +54,18 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys) -> None:
     )
     rows = {"prompt": PROMPTS, "completion": ANSWERS}
     scope = {
-        **{"Trainer": transformers.Trainer, "TrainingArguments": transformers.TrainingArguments},
-        **{
-            "fresh": transformers.AutoModelForCausalLM.from_pretrained,
-            "base_model": base,
-            "tokenizer": tokenizer,
-        },
-        **{"encoder": peft_taskmoe.TaskEncoder("Salesforce/codet5-base"), "prompts": PROMPTS},
-        **{"batch": batch, "inputs": batch, "collator": transformers.default_data_collator},
-        **{"prompt_completion_dataset": Dataset.from_dict(rows), "dataset": Dataset.from_dict(rows)},
+        "Trainer": transformers.Trainer,
+        "TrainingArguments": transformers.TrainingArguments,
+        "fresh": transformers.AutoModelForCausalLM.from_pretrained,
+        "base_model": base,
+        "tokenizer": tokenizer,
+        "encoder": peft_taskmoe.TaskEncoder("Salesforce/codet5-base"),
+        "prompts": PROMPTS,
+        "batch": batch,
+        "inputs": batch,
+        "collator": transformers.default_data_collator,
+        "prompt_completion_dataset": Dataset.from_dict(rows),
+        "dataset": Dataset.from_dict(rows),
     }
     blocks = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     for block in blocks:
