@@ -59,8 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table = Table(title=f"{sum(map(len, sets.values()))} documents of {len(sets)} data sets")
     for column in ("adapter", "scale", *sets, "mean", "less the first adapter's"):
         table.add_column(column, justify="right")
+    first = found[args.adapter]
     for adapter, by_scale in found.items():
-        first = found[args.adapter]
         rows: list[tuple[Any, Losses, Losses]] = [
             (scale, by_scale[scale], first[scale]) for scale in by_scale
         ]

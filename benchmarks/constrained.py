@@ -14,12 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from on_adapter import load, parser
+from on_adapter import load, measure, parser
 from rich.console import Console
 from rich.table import Table
 
@@ -52,21 +51,6 @@ def valid(extractor: Extractor, document: Document, extraction: Extraction) -> b
     )
     tokens = extractor._ids(answer.parsed.raw.removesuffix("\n"))
     return answer.complete and matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
-
-
-def measure(
-    extractors: dict[str, Extractor], documents: Sequence[Document], size: int
-) -> tuple[dict[str, dict[str, Extraction]], dict[str, list[float]]]:
-    """The answers of both ways by document, and the seconds of each batch."""
-    answers: dict[str, dict[str, Extraction]] = {way: {} for way in WAYS}
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    for number, first in enumerate(range(0, len(documents), size)):
-        batch = documents[first : first + size]
-        for way in WAYS if number % 2 == 0 else WAYS[::-1]:
-            start = time.perf_counter()
-            answers[way] |= extractors[way].documents(batch, progress=False)
-            seconds[way].append(time.perf_counter() - start)
-    return answers, seconds
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

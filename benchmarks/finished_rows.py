@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         table.add_column(column)
     for name, documents in read_datasets(args.files, split="test", limit=args.limit).items():
         documents = sorted(documents, key=lambda document: len(document.text))
-        table.add_row(name, *time_ratio({True: leaving, False: waiting}, documents))
+        table.add_row(name, *time_ratio(waiting, leaving, documents))
     Console(width=110).print(table)
 
 

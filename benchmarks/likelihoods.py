@@ -9,14 +9,11 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from peft_taskmoe.uie import Extractor, compare_values
+from peft_taskmoe.uie import Extractor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmark"))
 from one_run import Measure
-from report import per_token
-
-Losses = dict[str, dict[str, list[float]]]
-"""Data set -> document -> (loss in nats, tokens)."""
+from report import Losses, compare_losses, per_token
 
 
 def measure_of(extractor: Extractor, batch_size: int) -> Measure:
@@ -47,10 +44,5 @@ def cells(losses: Losses) -> list[str]:
 
 def difference(a: Losses, b: Losses) -> str:
     """Loss per token of `a` less that of `b`, mean over data sets, with its interval by a paired bootstrap over documents."""
-    values = [
-        {name: {key: loss / n for key, (loss, n) in one.items()} for name, one in losses.items()}
-        for losses in (a, b)
-    ]
-    tokens = {name: {key: n for key, (_, n) in one.items()} for name, one in b.items()}
-    line = compare_values(*values, weights=tokens)["all"]
+    line = compare_losses(a, b)["all"]
     return f"{line.difference:+.4f} [{line.low:+.4f}, {line.high:+.4f}]"

@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from peft_taskmoe.uie import Document, Extractor
-
-WAYS = (False, True)
+from peft_taskmoe.uie import Document, Extraction, Extractor
 
 
 def parser(description: str, *, limit: int) -> argparse.ArgumentParser:
@@ -39,25 +37,36 @@ def load(args: argparse.Namespace, adapter: str | None = None, **options: Any) -
     return extractor
 
 
-def time_ratio(extractors: dict[bool, Extractor], documents: Sequence[Document]) -> list[str]:
-    """Seconds of the way `True` over seconds of `False`, batch by batch, in an order that alternates.
+def measure(
+    extractors: Mapping[Any, Extractor], documents: Sequence[Document], size: int
+) -> tuple[dict[Any, dict[str, Extraction]], dict[Any, list[float]]]:
+    """The answers of two ways by document, and the seconds of each batch: one way behind the other, in an order that alternates."""
+    ways = list(extractors)
+    answers: dict[Any, dict[str, Extraction]] = {way: {} for way in ways}
+    seconds: dict[Any, list[float]] = {way: [] for way in ways}
+    for number, first in enumerate(range(0, len(documents), size)):
+        batch = documents[first : first + size]
+        for way in ways if number % 2 == 0 else ways[::-1]:
+            start = time.perf_counter()
+            answers[way] |= extractors[way].documents(batch, progress=False)
+            seconds[way].append(time.perf_counter() - start)
+    return answers, seconds
+
+
+def time_ratio(without: Extractor, with_it: Extractor, documents: Sequence[Document]) -> list[str]:
+    """Seconds of the second extractor over those of the first, batch by batch.
 
     Returns:
         Cells of a table: median, lowest and highest ratio, and how many answers differ.
     """
-    for extractor in extractors.values():  # the encoder's first text, and what a tokenizer is asked once
+    for extractor in (without, with_it):  # the encoder's first text, and what a tokenizer is asked once
         extractor.documents(documents[:1], progress=False)
-    size = extractors[True].batch_size
-    ratios, different = [], 0
-    for number, first in enumerate(range(0, len(documents), size)):
-        batch = documents[first : first + size]
-        seconds, raw = {}, {}
-        for way in WAYS if number % 2 == 0 else WAYS[::-1]:
-            start = time.perf_counter()
-            found = extractors[way].documents(batch, progress=False)
-            seconds[way] = time.perf_counter() - start
-            raw[way] = {name: [answer.parsed.raw for answer in one.answers] for name, one in found.items()}
-        ratios.append(seconds[True] / seconds[False])
-        different += sum(raw[True][name] != raw[False][name] for name in raw[True])
+    answers, seconds = measure({False: without, True: with_it}, documents, with_it.batch_size)
+    ratios = [new / old for old, new in zip(seconds[False], seconds[True], strict=True)]
+    raw = [
+        {name: [answer.parsed.raw for answer in one.answers] for name, one in answers[way].items()}
+        for way in (False, True)
+    ]
+    different = sum(raw[0][name] != raw[1][name] for name in raw[0])
     figures = (statistics.median(ratios), min(ratios), max(ratios))
     return [*(f"{one:.2f}" for one in figures), f"{different} of {len(documents)}"]

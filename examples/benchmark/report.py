@@ -27,6 +27,8 @@ from peft_taskmoe.uie.score import Counts
 GROUP_ROWS = ("NER", "RE", "EE", "EAE", "EE+EAE", "all")
 Chosen = dict[str, list["Finished"]]
 """Configuration -> its runs, one for each seed."""
+Losses = Mapping[str, Mapping[str, Sequence[float]]]
+"""Data set -> document -> (loss in nats, tokens)."""
 
 
 class Finished:
@@ -152,21 +154,29 @@ def compare_likelihood(
     of_a: str | None = None,
 ) -> Comparison:
     """Paired bootstrap over documents of the likelihood loss per token; each document's value is the mean over seeds."""
-    tables = [
+    losses = [
         {
             name: {
-                key: float(np.mean([r.figures[f"nll_{of}"][name][key][0] for r in runs])) / tokens
+                key: (float(np.mean([r.figures[f"nll_{of}"][name][key][0] for r in runs])), tokens)
                 for key, (_, tokens) in runs[0].figures[f"nll_{of}"][name].items()
             }
             for name in b[0].sets(part)
         }
         for runs, of in ((a, of_a or part), (b, part))
     ]
-    weights = {
-        name: {key: float(tokens) for key, (_, tokens) in b[0].figures[f"nll_{part}"][name].items()}
-        for name in b[0].sets(part)
-    }
-    return compare_values(*tables, weights=weights, clusters=clusters_of(b[0], part, patterns))
+    return compare_losses(*losses, clusters=clusters_of(b[0], part, patterns))
+
+
+def compare_losses(
+    a: Losses, b: Losses, clusters: Mapping[str, Mapping[str, str]] | None = None
+) -> Comparison:
+    """Paired bootstrap over documents of the loss per token."""
+    tables = [
+        {name: {key: loss / n for key, (loss, n) in one.items()} for name, one in losses.items()}
+        for losses in (a, b)
+    ]
+    weights = {name: {key: float(n) for key, (_, n) in one.items()} for name, one in b.items()}
+    return compare_values(*tables, weights=weights, clusters=clusters)
 
 
 def write(folder: Path) -> str:
