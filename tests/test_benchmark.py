@@ -160,19 +160,42 @@ def test_a_comparison_from_training_to_report_is_resumed_and_skipped(tmp_path, m
 
 def test_learning_rates_can_be_chosen_before_the_rest_is_measured(tmp_path, models) -> None:  # noqa: F811
     common, home = smoke(tmp_path, models, "out", train_documents=8, max_new_tokens=4, only="lora-36")
-    printed = run("benchmark/run.py", *common, "--measure", "dev", "--learning_rates", "1e-3", "1e-2", **home)
-    folders = [tmp_path / "out" / f"lora-36_lr{rate}_seed0" for rate in ("0.001", "0.01")]
-    assert all(
-        sorted(path.name for path in (folder / "nll_dev").iterdir()) == ["demo.json"] for folder in folders
-    )
-    assert not any((folder / "nll_zero_shot").exists() for folder in folders)
-    for folder in folders:
-        losses = json.loads((folder / "nll_dev" / "demo.json").read_text()).values()
-        assert f"{sum(loss for loss, _ in losses) / sum(tokens for _, tokens in losses):.4f}" in printed
-    trained = (folders[0] / "training.json").stat().st_mtime_ns
+    results = tmp_path / "out-results"
+    names = ["lora-36_lr0.001_seed0", "lora-36_lr0.01_seed0"]
+    rates = ("--learning_rates", "1e-3", "1e-2")
+
+    def loss(run: str, part: str) -> str:
+        found = [
+            json.loads(path.read_text()).values()
+            for path in (tmp_path / "out" / run / f"nll_{part}").iterdir()
+        ]
+        means = [sum(loss for loss, _ in one) / sum(tokens for _, tokens in one) for one in found]
+        return f"{sum(means) / len(means):.4f}"
+
+    def stems(kind: str) -> list[str]:
+        return sorted(path.stem for path in (results / kind).glob("*.json"))
+
+    run("benchmark/run.py", *common, "--measure", "dev", *rates, **home)
+    assert (stems("likelihoods"), stems("runs")) == (names, [])
+    report = (results / "README.md").read_text()
+    for name, rate in zip(names, ("0.001", "0.01"), strict=True):
+        assert f"| lora-36 | {rate} | 0 | {loss(name, 'dev')} | - | - |" in report
+        assert not (tmp_path / "out" / name / "nll_zero_shot").exists()
+    trained = (tmp_path / "out" / names[0] / "training.json").stat().st_mtime_ns
+
+    run("benchmark/run.py", *common, "--measure", "likelihood", *rates, **home)
+    assert (stems("likelihoods"), stems("runs")) == (names, [])
+    report = (results / "README.md").read_text()
+    for name, rate in zip(names, ("0.001", "0.01"), strict=True):
+        losses = " | ".join(loss(name, part) for part in ("dev", "supervised", "zero_shot"))
+        assert f"| lora-36 | {rate} | 0 | {losses} |" in report
+        assert not (tmp_path / "out" / name / "answers").exists()
+
     run("benchmark/run.py", *common, "--learning_rates", "1e-3", **home)
-    assert (folders[0] / "training.json").stat().st_mtime_ns == trained
-    assert [path.stem for path in (tmp_path / "out-results" / "runs").iterdir()] == ["lora-36_lr0.001_seed0"]
+    assert stems("runs") == names[:1]
+    assert (tmp_path / "out" / names[0] / "training.json").stat().st_mtime_ns == trained
+    printed = run("benchmark/run.py", *common, "--measure", "likelihood", *rates, **home)
+    assert "2 runs, 2 of them done before." in printed
 
 
 def test_a_killed_training_goes_on_from_its_checkpoint(tmp_path, models) -> None:  # noqa: F811
@@ -494,6 +517,45 @@ def test_a_report_says_which_seeds_versions_and_documents_its_figures_are_of(par
     run_.figures["nll_zero_shot"]["a"] = {"x-news-E1": [1.0, 1], "x-news-E2": [1.0, 1], "alone": [1.0, 1]}
     of_a = {"x-news-E1": "x-news", "x-news-E2": "x-news"}
     assert report.clusters_of(run_, "zero_shot", {"a": r"(.*)-E\d+$"}) == {"a": of_a}
+
+
+def test_runs_measured_by_likelihood_alone_are_compared_by_it_and_each_at_its_best(parts, tmp_path) -> None:
+    for kind in ("runs", "likelihoods"):
+        (tmp_path / kind).mkdir()
+
+    def write(
+        kind: str, name: str, rate: float, seed: int, loss: float, leave_out: tuple[str, ...] = ()
+    ) -> None:
+        content = fake_run(parts, name, rate, seed, loss).content
+        content["figures"] = {key: of for key, of in content["figures"].items() if key not in leave_out}
+        (tmp_path / kind / f"{name}{rate}{seed}.json").write_text(json.dumps(content))
+
+    unscored = ("scores", "identification", "generation_seconds")
+    write("runs", "lora-36", 1e-3, 0, 2.0)
+    write("runs", "task-aware", 1e-3, 0, 1.9)
+    write(
+        "likelihoods", "task-aware", 1e-3, 0, 7.0, unscored
+    )  # what was measured before the rest of that run
+    write("likelihoods", "task-aware", 2e-3, 0, 1.5, unscored)
+    write("likelihoods", "lora-36", 2e-3, 0, 2.5, (*unscored, "nll_zero_shot", "nll_supervised"))
+    plan = {"baseline": "lora-36", "configurations": ["lora-36", "task-aware"], "command": "x"}
+    (tmp_path / "plan.json").write_text(json.dumps({**plan, "clusters": {}}))
+    text = parts.report.write(tmp_path)
+    for row in (
+        "| lora-36 | 0.001 | 0 | 2.0000 | - | 2.0000 | yes |",
+        "| lora-36 | 0.002 | 0 | 2.5000 | - | - |  |",
+        "| task-aware | 0.001 | 0 | 1.9000 | - | 1.9000 |  |",
+        "| task-aware | 0.002 | 0 | 1.5000 | - | 1.5000 | yes |",
+        "| task-aware - lora-36 | 0.002 and 0.001 | -0.5000 [-0.5000, -0.5000] | -0.5000 |",
+    ):
+        assert row in text, row
+    assert "## Learning rate 0.001" in text and "## Learning rate 0.002" not in text  # there are no answers
+    assert "## Each at its best learning rate" not in text  # that of task-aware has no answers
+
+    for path in (tmp_path / "runs").iterdir():
+        path.unlink()
+    text = parts.report.write(tmp_path)
+    assert "| task-aware | 0.001 | 0 | 7.0000 | - | 7.0000 |  |" in text and "Strict micro F1" not in text
 
 
 def test_a_report_tells_mentions_not_found_from_mentions_called_by_another_name(parts, tmp_path) -> None:

@@ -153,6 +153,8 @@ def carry_out(
         }
         if args.measure == "dev":
             return figures
+    if args.measure == "likelihood":
+        return figures
     if encoder is not None and args.swapped_embeddings and len(data.zero_shot) > 1:
         other = swapped(data.zero_shot)
         figures["nll_swapped"] = {

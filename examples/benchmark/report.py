@@ -1,4 +1,4 @@
-"""From the figures of finished runs to tables, tests and plots; reads `results/runs/*.json` and nothing else.
+"""From the figures of runs to tables, tests and plots; reads `plan.json`, `runs/*.json` and `likelihoods/*.json` of a results folder.
 
     python examples/benchmark/report.py results
 
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -22,17 +22,22 @@ from scipy.stats import spearmanr
 from settings import first_difference
 
 from peft_taskmoe.uie import Comparison, ScoreReport, compare, compare_values
-from peft_taskmoe.uie.score import Counts
+from peft_taskmoe.uie.score import Counts, Difference
 
+LIKELIHOODS = "likelihoods"
+"""The folder of runs whose answers were not measured: see `measure`."""
 GROUP_ROWS = ("NER", "RE", "EE", "EAE", "EE+EAE", "all")
 Chosen = dict[str, list["Finished"]]
 """Configuration -> its runs, one for each seed."""
+Selection = dict[str, list["Trained"]]
+"""The same, with runs whose answers may not have been measured."""
+Run = TypeVar("Run", bound="Trained")
 Losses = Mapping[str, Mapping[str, Sequence[float]]]
 """Data set -> document -> (loss in nats, tokens)."""
 
 
-class Finished:
-    """A finished run and its figures."""
+class Trained:
+    """A run whose likelihoods were measured, on all data sets or on the documents kept back alone."""
 
     def __init__(self, content: Mapping[str, Any]) -> None:
         self.settings: dict[str, Any] = content["settings"]
@@ -41,11 +46,9 @@ class Finished:
         self.configuration: str = self.settings["configuration"]["name"]
         self.learning_rate: float = self.settings["learning_rate"]
         self.seed: int = self.settings["seed"]
-        self.scores = ScoreReport.from_dict(self.figures["scores"])
-        self.identification = ScoreReport.from_dict(self.figures["identification"])
 
     def sets(self, part: str) -> list[str]:
-        """The data sets of a part: "dev", "zero_shot", "supervised" or "swapped"."""
+        """The data sets of a part: "dev", "zero_shot", "supervised" or "swapped"; none if it was not measured."""
         return list(self.figures.get(f"nll_{part}", {}))
 
     def likelihood(self, part: str, dataset: str) -> float:
@@ -55,6 +58,15 @@ class Finished:
     def mean_likelihood(self, part: str) -> float:
         """The unweighted mean over a part's data sets."""
         return float(np.mean([self.likelihood(part, name) for name in self.sets(part)]))
+
+
+class Finished(Trained):
+    """A run whose answers were measured as well."""
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        super().__init__(content)
+        self.scores = ScoreReport.from_dict(self.figures["scores"])
+        self.identification = ScoreReport.from_dict(self.figures["identification"])
 
     def scores_of(self, part: str, identification: bool = False) -> ScoreReport:
         """The scores of a part's data sets; or those of identification, which disregard labels and roles."""
@@ -67,12 +79,21 @@ def per_token(losses: Mapping[str, Sequence[float]]) -> float:
     return float(loss / tokens)
 
 
-def load(folder: Path) -> list[Finished]:
-    """All finished runs of a results folder."""
-    return [Finished(json.loads(path.read_text())) for path in sorted((folder / "runs").glob("*.json"))]
+def load(folder: Path) -> list[Trained]:
+    """All runs of a results folder: those with answers, and the others that were only measured by likelihood."""
+    finished = {
+        path.name: Finished(json.loads(path.read_text())) for path in (folder / "runs").glob("*.json")
+    }
+    others = {
+        path.name: Trained(json.loads(path.read_text()))
+        for path in (folder / LIKELIHOODS).glob("*.json")
+        if path.name not in finished
+    }
+    found: dict[str, Trained] = {**finished, **others}
+    return [found[name] for name in sorted(found)]
 
 
-def check_comparable(runs: Sequence[Finished]) -> None:
+def check_comparable(runs: Sequence[Trained]) -> None:
     """Refuse to compare runs on other data or with other training settings.
 
     Raises:
@@ -89,39 +110,52 @@ def check_comparable(runs: Sequence[Finished]) -> None:
                 )
 
 
-def selections(runs: Sequence[Finished], order: Sequence[str]) -> dict[str, Chosen]:
-    """The comparisons to make: at each learning rate that several configurations share, and each one's best.
-
-    The best learning rate of a configuration has the lowest likelihood loss on the documents kept back from training, over the
-    seeds that it was tried with at every rate.
-    """
-    at: dict[float, Chosen] = {}
+def selections(runs: Sequence[Trained], order: Sequence[str]) -> dict[str, Selection]:
+    """The comparisons to make: at each learning rate that several configurations share, and with several rates each one's best."""
+    at: dict[float, Selection] = {}
     for run in sorted(runs, key=lambda run: (order.index(run.configuration), run.seed)):
         at.setdefault(run.learning_rate, {}).setdefault(run.configuration, []).append(run)
     found = {f"learning rate {rate:g}": chosen for rate, chosen in sorted(at.items()) if len(chosen) > 1}
     if len(at) > 1:
-        best: Chosen = {}
-        for name in order:
-            tried = [chosen[name] for chosen in at.values() if name in chosen]
-            if tried:
-                common = set.intersection(*({run.seed for run in of_rate} for of_rate in tried))
-                best[name] = min(
-                    tried,
-                    key=lambda of_rate, seeds=common: _mean(
-                        run.mean_likelihood("dev") for run in of_rate if run.seed in seeds or not seeds
-                    ),
-                )
-        found["each at its best learning rate"] = best
+        found["each at its best learning rate"] = at_best(runs, order)
     return found
 
 
-def pair(a: Sequence[Finished], b: Sequence[Finished]) -> tuple[list[Finished], list[Finished]]:
+def at_best(runs: Sequence[Trained], order: Sequence[str]) -> Selection:
+    """The runs of each configuration with its best learning rate.
+
+    That has the lowest likelihood loss on the documents kept back from training, over the seeds that the configuration was tried with at
+    every rate.
+    """
+    best: Selection = {}
+    for name in order:
+        at: dict[float, list[Trained]] = {}
+        for run in sorted(runs, key=lambda run: run.seed):
+            if run.configuration == name:
+                at.setdefault(run.learning_rate, []).append(run)
+        if at:
+            common = set.intersection(*({run.seed for run in tried} for tried in at.values()))
+            losses = {
+                rate: _mean(run.mean_likelihood("dev") for run in tried if run.seed in common or not common)
+                for rate, tried in at.items()
+            }
+            best[name] = at[min(losses, key=lambda rate: losses[rate])]
+    return best
+
+
+def with_answers(selection: Selection) -> Chosen:
+    """The runs of a selection whose answers were measured."""
+    found = {name: [run for run in runs if isinstance(run, Finished)] for name, runs in selection.items()}
+    return {name: runs for name, runs in found.items() if runs}
+
+
+def pair(a: Sequence[Run], b: Sequence[Run]) -> tuple[list[Run], list[Run]]:
     """The runs of two configurations with the seeds that both have."""
     common = {run.seed for run in a} & {run.seed for run in b}
     return [run for run in a if run.seed in common], [run for run in b if run.seed in common]
 
 
-def clusters_of(run: Finished, part: str, patterns: Mapping[str, str]) -> dict[str, dict[str, str]]:
+def clusters_of(run: Trained, part: str, patterns: Mapping[str, str]) -> dict[str, dict[str, str]]:
     """What documents of a part are drawn together, by the patterns of `clusters`."""
     return {
         name: {
@@ -147,8 +181,8 @@ def compare_f1(
 
 
 def compare_likelihood(
-    a: Sequence[Finished],
-    b: Sequence[Finished],
+    a: Sequence[Trained],
+    b: Sequence[Trained],
     part: str,
     patterns: Mapping[str, str],
     of_a: str | None = None,
@@ -189,12 +223,17 @@ def write(folder: Path) -> str:
     baseline, order, patterns = plan["baseline"], plan["configurations"], plan["clusters"]
     runs = [run for run in load(folder) if run.configuration in order]
     if not runs:
-        raise SystemExit(f"There is no finished run in {folder / 'runs'}.")
+        raise SystemExit(f"There is no run in {folder / 'runs'} or {folder / LIKELIHOODS}.")
     check_comparable(runs)
     lines = ["# Results", "", f"`{plan['command']}`", ""]
     lines += _what_was_run(runs)
     figures: dict[str, Any] = {}
-    for title, chosen in selections(runs, order).items():
+    if len({run.learning_rate for run in runs}) > 1 or not all(isinstance(run, Finished) for run in runs):
+        lines += _learning_rates(runs, at_best(runs, order), baseline, patterns)
+    for title, selection in selections(runs, order).items():
+        chosen = with_answers(selection)
+        if len(chosen) < 2:
+            continue
         slug = title.replace(" ", "_").replace(".", "-")
         lines += ["", f"## {title[0].upper()}{title[1:]}", ""]
         figures[title] = {}
@@ -222,7 +261,7 @@ def write(folder: Path) -> str:
     return report
 
 
-def _made_with(runs: Sequence[Finished]) -> list[str]:
+def _made_with(runs: Sequence[Trained]) -> list[str]:
     """Versions, and which runs had which where they differ: of the training, where the run says so, and of what ended it."""
     found: dict[tuple[str, str], list[str]] = {}
     for run in runs:
@@ -264,7 +303,11 @@ def _spread(values: Sequence[float], form: str = "{:.1f}") -> str:
     return text if len(values) == 1 else f"{text} ({form.format(min(values))} .. {form.format(max(values))})"
 
 
-def _what_was_run(runs: Sequence[Finished]) -> list[str]:
+def _interval(line: Difference) -> str:
+    return f"{line.difference:+.4f} [{line.low:+.4f}, {line.high:+.4f}]"
+
+
+def _what_was_run(runs: Sequence[Trained]) -> list[str]:
     rows = []
     for run in runs:
         adapter = run.settings["configuration"]["adapter"]
@@ -285,7 +328,12 @@ def _what_was_run(runs: Sequence[Finished]) -> list[str]:
             ]
         )
     first = runs[0]
-    tested = {score.dataset: score.documents for score in first.scores.scores}
+    whole = max(runs, key=lambda run: len(run.sets("zero_shot")))
+    tested = {
+        name: len(whole.figures[f"nll_{part}"][name])
+        for part in ("supervised", "zero_shot")
+        for name in whole.sets(part)
+    }
     documents = ", ".join(f"{name} {count}" for name, count in first.figures["training"]["documents"].items())
     header = [
         "configuration",
@@ -300,7 +348,7 @@ def _what_was_run(runs: Sequence[Finished]) -> list[str]:
     return [
         f"Base model {first.settings['benchmark']['model_name_or_path']}, {first.settings['benchmark']['dtype']}. Training "
         f"documents: {documents} ({sum(first.figures['training']['documents'].values())} in all), tested on "
-        + ", ".join(f"{name} {len(ids)}" for name, ids in tested.items())
+        + ", ".join(f"{name} {count}" for name, count in tested.items())
         + ".",
         "",
         "NLL is the negative log-likelihood per token of the gold answer, in nats: lower is better. The scale that a soft "
@@ -438,20 +486,76 @@ class _Compared:
 
 def _compared(chosen: Chosen, baseline: str, patterns: Mapping[str, str]) -> dict[tuple[str, str], _Compared]:
     """Every configuration against the baseline and, of those that read the task, against the one that reads tokens only."""
-    pairs = [(name, baseline) for name in chosen if name != baseline]
-    token_only = [name for name in chosen if _router_inputs(chosen[name][0]) == "token"]
-    pairs += [(name, other) for other in token_only for name in chosen if _reads_task(chosen[name][0])]
     found = {}
-    for a, b in pairs:
+    for a, b in _pairs(chosen, baseline):
         runs = pair(chosen[a], chosen[b])
         if runs[0]:
             of_f1 = compare_f1(*runs, "zero_shot", patterns)
             found_at_all = compare_f1(*runs, "zero_shot", patterns, identification=True)
             of_likelihood = compare_likelihood(*runs, "zero_shot", patterns)
-            of_a, of_b = ({run.seed: run.mean_likelihood("zero_shot") for run in of} for of in runs)
-            by_seed = {seed: of_a[seed] - of_b[seed] for seed in sorted(of_a)}
-            found[a, b] = _Compared(runs[0], of_f1, found_at_all, of_likelihood, by_seed)
+            found[a, b] = _Compared(runs[0], of_f1, found_at_all, of_likelihood, _by_seed(*runs))
     return found
+
+
+def _pairs(names: Mapping[str, Sequence[Trained]], baseline: str) -> list[tuple[str, str]]:
+    """Every configuration with the baseline, and those that read the task with the one that reads tokens only."""
+    found = [(name, baseline) for name in names if name != baseline and baseline in names]
+    token_only = [name for name in names if _router_inputs(names[name][0]) == "token"]
+    return found + [(name, other) for other in token_only for name in names if _reads_task(names[name][0])]
+
+
+def _by_seed(a: Sequence[Trained], b: Sequence[Trained]) -> dict[int, float]:
+    """Differences of the zero-shot loss, seed by seed."""
+    of_a, of_b = ({run.seed: run.mean_likelihood("zero_shot") for run in of} for of in (a, b))
+    return {seed: of_a[seed] - of_b[seed] for seed in sorted(of_a)}
+
+
+def _learning_rates(
+    runs: Sequence[Trained], best: Selection, baseline: str, patterns: Mapping[str, str]
+) -> list[str]:
+    """What each configuration loses at each learning rate, and the comparison of each at its best: by likelihood alone."""
+    at: dict[tuple[str, float], list[Trained]] = {}
+    for run in sorted(
+        runs, key=lambda run: (list(best).index(run.configuration), run.learning_rate, run.seed)
+    ):
+        at.setdefault((run.configuration, run.learning_rate), []).append(run)
+    rows = []
+    for (name, rate), of_rate in at.items():
+        cells = [name, f"{rate:g}", ", ".join(str(run.seed) for run in of_rate)]
+        for part in ("dev", "supervised", "zero_shot"):
+            values = [run.mean_likelihood(part) for run in of_rate if run.sets(part)]
+            cells.append(_spread(values, "{:.4f}") if values else "-")
+        rows.append([*cells, "yes" if of_rate[0].learning_rate == best[name][0].learning_rate else ""])
+    measured = {name: [run for run in of if run.sets("zero_shot")] for name, of in best.items()}
+    measured = {name: of for name, of in measured.items() if of}
+    differences = []
+    for a, b in _pairs(measured, baseline):
+        both = pair(measured[a], measured[b])
+        if both[0]:
+            line = compare_likelihood(*both, "zero_shot", patterns)["all"]
+            rates = " and ".join(f"{of[0].learning_rate:g}" for of in both)
+            by_seed = ", ".join(f"{value:+.4f}" for value in _by_seed(*both).values())
+            differences.append([f"{a} - {b}", rates, _interval(line), by_seed])
+    lines = [
+        "",
+        "## Learning rates",
+        "",
+        "NLL per token, unweighted means over data sets, mean over seeds (lowest .. highest). Best is what has the lowest loss on the documents "
+        "kept back, over the seeds that a configuration has at all of its rates.",
+        "",
+        table(
+            ["configuration", "learning rate", "seeds", "dev NLL", "supervised NLL", "zero-shot NLL", "best"],
+            rows,
+        ),
+    ]
+    if differences:
+        lines += [
+            "",
+            "Zero-shot NLL, each at its best learning rate (95 % intervals as below; lower is better):",
+            "",
+            table(["", "learning rates", "NLL", "seed by seed"], differences),
+        ]
+    return lines
 
 
 def _comparisons(compared: dict[tuple[str, str], _Compared], patterns: Mapping[str, str]) -> list[str]:
@@ -465,8 +569,7 @@ def _comparisons(compared: dict[tuple[str, str], _Compared], patterns: Mapping[s
                 cells.append("-")
                 continue
             cells.append(f"{100 * line.difference:+.1f} [{100 * line.low:+.1f}, {100 * line.high:+.1f}]")
-        line = one.likelihood["all"]
-        cells.append(f"{line.difference:+.4f} [{line.low:+.4f}, {line.high:+.4f}]")
+        cells.append(_interval(one.likelihood["all"]))
         rows.append([*cells, ", ".join(f"{difference:+.4f}" for difference in one.by_seed.values())])
     if not rows:
         return []
@@ -493,7 +596,7 @@ def _comparisons(compared: dict[tuple[str, str], _Compared], patterns: Mapping[s
     ]
 
 
-def _router_inputs(run: Finished) -> str | None:
+def _router_inputs(run: Trained) -> str | None:
     configuration = run.settings["configuration"]
     return (
         configuration["adapter"].get("router_inputs", "token+task")
@@ -502,7 +605,7 @@ def _router_inputs(run: Finished) -> str | None:
     )
 
 
-def _reads_task(run: Finished) -> bool:
+def _reads_task(run: Trained) -> bool:
     return run.settings["configuration"]["encoder"] is not None
 
 
@@ -527,7 +630,7 @@ def _router(chosen: Chosen, patterns: Mapping[str, str]) -> list[str]:
         ]
         if "nll_swapped" in runs[0].figures:
             line = compare_likelihood(runs, runs, "zero_shot", patterns, of_a="swapped")["all"]
-            cells[-1] = f"{line.difference:+.4f} [{line.low:+.4f}, {line.high:+.4f}]"
+            cells[-1] = _interval(line)
         rows.append(cells)
     if not rows:
         return []

@@ -17,7 +17,6 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import report
@@ -70,7 +69,7 @@ def main(args: BenchmarkArguments, sft: SFTConfig, command: str) -> None:
     training |= {"world_size": state.num_processes, "data": data.checksum()}
     training["lr_scheduler_type"] = str(getattr(sft.lr_scheduler_type, "value", sft.lr_scheduler_type))
     runs = [(run, run.settings(args, training)) for run in args.plan()]
-    missing = [(run, settings) for run, settings in runs if not is_done(run, settings, results)]
+    missing = [(run, settings) for run, settings in runs if not is_done(run, settings, results, args.measure)]
     console.print(f"{len(runs)} runs, {len(runs) - len(missing)} of them done before.")
     plan = {
         "baseline": args.baseline,
@@ -80,7 +79,7 @@ def main(args: BenchmarkArguments, sft: SFTConfig, command: str) -> None:
     }
     if state.is_main_process:
         write_json(results / "plan.json", plan)  # first, so that `report.py` can report at any time
-    on_dev = []
+    folder = "runs" if args.measure == "all" else report.LIKELIHOODS
     started = time.perf_counter()
     for number, (run, settings) in enumerate(missing):
         spent = (time.perf_counter() - started) / 60
@@ -92,30 +91,29 @@ def main(args: BenchmarkArguments, sft: SFTConfig, command: str) -> None:
         console.rule(f"Run {number + 1} of {len(missing)}: {run.name} ({left})")
         check_folder(run, settings, Path(sft.output_dir))
         figures = carry_out(run, args, sft, data, encoders, console)
-        if args.measure == "dev":
-            loss = mean(report.per_token(of_set) for of_set in figures["nll_dev"].values())
-            on_dev.append([run.configuration.name, f"{run.learning_rate:g}", run.seed, f"{loss:.4f}"])
-        elif state.is_main_process:
+        if state.is_main_process:
             content = {"settings": settings, "versions": versions(), "figures": figures}
-            write_json(results / "runs" / f"{run.name}.json", content)
+            write_json(results / folder / f"{run.name}.json", content)
         state.wait_for_everyone()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    if args.measure == "dev":
-        console.print(Markdown(report.table(["configuration", "learning rate", "seed", "dev NLL"], on_dev)))
-    elif state.is_main_process:
+    if state.is_main_process:
         console.print(Markdown(report.write(results)))
         console.print(f"The tables, plots and figures are in {results}.")
 
 
-def is_done(run: Run, settings: dict[str, Any], results: Path) -> bool:
+def is_done(run: Run, settings: dict[str, Any], results: Path, measure: str) -> bool:
     """Whether a run's figures are there, made with the same settings."""
-    path = results / "runs" / f"{run.name}.json"
-    if not path.is_file():
-        return False
-    check_same(run, settings, json.loads(path.read_text())["settings"], path)
-    return True
+    needed = {"all": "scores", "likelihood": "nll_supervised", "dev": "nll_dev"}[measure]
+    for folder in ("runs", report.LIKELIHOODS):
+        path = results / folder / f"{run.name}.json"
+        if path.is_file():
+            content = json.loads(path.read_text())
+            check_same(run, settings, content["settings"], path)
+            if needed in content["figures"]:
+                return True
+    return False
 
 
 def check_folder(run: Run, settings: dict[str, Any], output: Path) -> None:
