@@ -14,7 +14,9 @@ import pytest
 import torch
 import transformers
 import yaml
+from peft import get_peft_model
 from test_examples import models, run  # noqa: F401  (a fixture)
+from torch import nn
 
 from peft_taskmoe.uie import (
     Entity,
@@ -348,6 +350,34 @@ def test_presets_are_whole_and_of_equal_effective_scale(parts, preset) -> None:
         one.peft_config(768)
     if preset != "smoke":
         assert {one.name for one in configurations} >= {"lora-32", "schema-aware", "task-only"}
+
+
+@pytest.mark.parametrize(
+    ("adapter", "scale"),
+    [
+        ({"method": "lora", "r": 16, "lora_alpha": 32}, 2.0),
+        ({"method": "lora", "r": 16, "lora_alpha": 32, "use_rslora": True}, 8.0),
+        ({"method": "moelora", "num_experts": 8, "r": 4, "lora_alpha": 16}, 0.5),
+        ({"method": "moelora", "num_experts": 8, "r": 4, "lora_alpha": 16, "use_rslora": True}, 1.0),
+    ],
+)
+def test_the_effective_scale_is_that_of_uniform_gates(parts, adapter, scale) -> None:
+    configuration = parts.settings.Configuration.of("x", adapter, "encoder")
+    assert configuration.effective_scale == scale
+    layer = get_peft_model(nn.Sequential(nn.Linear(8, 8)), adapter_on(configuration)).base_model.model[0]
+    assert layer.scaling["default"] / adapter.get("num_experts", 1) == scale
+
+
+def adapter_on(configuration):
+    """Its config, for a model of one linear layer."""
+    config = configuration.peft_config(8)
+    config.task_type, config.target_modules = None, {"0"}
+    return config
+
+
+def test_a_configuration_that_does_not_say_its_size_is_refused(parts) -> None:
+    with pytest.raises(ValueError, match=r'"x" does not say its num_experts, lora_alpha\. Write them: '):
+        parts.settings.Configuration.of("x", {"method": "moelora", "r": 4}, "encoder")
 
 
 def test_the_small_preset_trains_on_enough_and_never_on_what_it_tests(parts) -> None:

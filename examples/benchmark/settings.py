@@ -190,7 +190,7 @@ class Configuration:
         """Read an entry of the YAML file: `method`, `encoder` (fields of `TaskEncoderConfig`), and the config's own fields.
 
         Raises:
-            ValueError: If the method or a field is not known.
+            ValueError: If the method or a field is not known, or the size is not given.
         """
         adapter = dict(settings)
         method = adapter.pop("method", None)
@@ -203,6 +203,12 @@ class Configuration:
         if unknown := sorted(set(adapter) - {one.name for one in fields(known[method])}):
             raise ValueError(
                 f'Configuration "{name}" has {unknown}, which `{known[method].__name__}` does not take.'
+            )
+        sizes = ("r", "lora_alpha") if method == "lora" else ("num_experts", "r", "lora_alpha")
+        if missing := [size for size in sizes if size not in adapter]:
+            raise ValueError(
+                f'Configuration "{name}" does not say its {", ".join(missing)}. Write them: configurations are compared at equal size '
+                "and scale."
             )
         reads_task = method == "moelora" and adapter.get("router_inputs", "token+task") != "token"
         return cls(name, method, adapter, TaskEncoderConfig(**encoder) if reads_task else None)
@@ -219,9 +225,9 @@ class Configuration:
 
     @property
     def effective_scale(self) -> float:
-        """`alpha / rank`, where a mixture's rank is that of all its experts: soft gates are `1 / E` on average."""
-        rank = self.adapter["r"] * (self.adapter.get("num_experts", 8) if self.method == "moelora" else 1)
-        return float(self.adapter["lora_alpha"] / rank)
+        """`alpha / (r E)`, with `use_rslora` `alpha / (sqrt(r) E)`: soft gates are `1 / E` on average, and E is 1 for LoRA."""
+        r = self.adapter["r"] ** (0.5 if self.adapter.get("use_rslora") else 1)
+        return float(self.adapter["lora_alpha"] / r / self.adapter.get("num_experts", 1))
 
 
 @dataclass(frozen=True)
