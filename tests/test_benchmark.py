@@ -524,6 +524,7 @@ def test_a_report_says_which_seeds_versions_and_documents_its_figures_are_of(par
     (tmp_path / "runs").mkdir()
     for (name, seed), loss in losses.items():
         content = fake_run(parts, name, 1e-3, seed, loss).content
+        content["figures"]["nll_supervised"] = {"a": {"x": [loss, 1], "y": [2 * loss, 1]}}
         content["versions"] = {"torch": "2.13"}
         content["figures"]["training"]["versions"] = {"torch": "2.13", "sources": "old" if seed else "new"}
         (tmp_path / "runs" / f"{name}{seed}.json").write_text(json.dumps(content))
@@ -531,8 +532,8 @@ def test_a_report_says_which_seeds_versions_and_documents_its_figures_are_of(par
     (tmp_path / "plan.json").write_text(json.dumps({**plan, "clusters": {"a": "(.*)-"}}))
     text = report.write(tmp_path)
     assert (
-        "| task-aware - lora-36 | 2 |" in text and "| -0.1000, -0.5000 |" in text
-    )  # seed by seed, in their order
+        "| task-aware - lora-36 | 2 |" in text and "| -0.1000, -0.5000 | -0.4500 [" in text
+    )  # seed by seed, in their order; then the supervised sets
     assert (
         "| sources | old | lora-36 seed 1, task-aware seed 1 |" in text and "| torch | 2.13 | all |" in text
     )
