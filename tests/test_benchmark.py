@@ -559,6 +559,7 @@ def test_runs_measured_by_likelihood_alone_are_compared_by_it_and_each_at_its_be
     ) -> None:
         content = fake_run(parts, name, rate, seed, loss).content
         content["figures"] = {key: of for key, of in content["figures"].items() if key not in leave_out}
+        content["versions"] = {"torch": str(rate)}
         (tmp_path / kind / f"{name}{rate}{seed}.json").write_text(json.dumps(content))
 
     unscored = ("scores", "identification", "generation_seconds")
@@ -578,6 +579,7 @@ def test_runs_measured_by_likelihood_alone_are_compared_by_it_and_each_at_its_be
         "| task-aware | 0.001 | 0 | 1.9000 | - | 1.9000 |  |",
         "| task-aware | 0.002 | 0 | 1.5000 | - | 1.5000 | yes |",
         "| task-aware - lora-36 | 0.002 and 0.001 | -0.5000 [-0.5000, -0.5000] | -0.5000 |",
+        "| torch | 0.002 | lora-36 learning rate 0.002 seed 0, task-aware learning rate 0.002 seed 0 |",
     ):
         assert row in text, row
     assert "## Learning rate 0.001" in text and "## Learning rate 0.002" not in text  # there are no answers

@@ -264,11 +264,13 @@ def write(folder: Path) -> str:
 
 def _made_with(runs: Sequence[Trained]) -> list[str]:
     """Versions, and which runs had which where they differ: of the training, where the run says so, and of what ended it."""
+    several = len({run.learning_rate for run in runs}) > 1
     found: dict[tuple[str, str], list[str]] = {}
     for run in runs:
+        rate = f" learning rate {run.learning_rate:g}" if several else ""
         for versions in (run.figures["training"].get("versions", {}), run.versions):
             for item in versions.items():
-                found.setdefault(item, []).append(f"{run.configuration} seed {run.seed}")
+                found.setdefault(item, []).append(f"{run.configuration}{rate} seed {run.seed}")
     packages = [package for package, _ in found]
     rows = [
         [package, version, "all" if packages.count(package) == 1 else ", ".join(dict.fromkeys(of))]
