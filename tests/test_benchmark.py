@@ -564,13 +564,14 @@ def test_runs_measured_by_likelihood_alone_are_compared_by_it_and_each_at_its_be
 
     unscored = ("scores", "identification", "generation_seconds")
     write("runs", "lora-36", 1e-3, 0, 2.0)
+    write("runs", "lora-32", 1e-3, 0, 9.0)
     write("runs", "task-aware", 1e-3, 0, 1.9)
     write(
         "likelihoods", "task-aware", 1e-3, 0, 7.0, unscored
     )  # what was measured before the rest of that run
     write("likelihoods", "task-aware", 2e-3, 0, 1.5, unscored)
     write("likelihoods", "lora-36", 2e-3, 0, 2.5, (*unscored, "nll_zero_shot", "nll_supervised"))
-    plan = {"baseline": "lora-36", "configurations": ["lora-36", "task-aware"], "command": "x"}
+    plan = {"baseline": "lora-36", "configurations": ["lora-32", "lora-36", "task-aware"], "command": "x"}
     (tmp_path / "plan.json").write_text(json.dumps({**plan, "clusters": {}}))
     text = parts.report.write(tmp_path)
     for row in (
@@ -578,10 +579,13 @@ def test_runs_measured_by_likelihood_alone_are_compared_by_it_and_each_at_its_be
         "| lora-36 | 0.002 | 0 | 2.5000 | - | - |  |",
         "| task-aware | 0.001 | 0 | 1.9000 | - | 1.9000 |  |",
         "| task-aware | 0.002 | 0 | 1.5000 | - | 1.5000 | yes |",
-        "| task-aware - lora-36 | 0.002 and 0.001 | -0.5000 [-0.5000, -0.5000] | -0.5000 |",
+        "| learning rate 0.001 | task-aware - lora-36 | -0.1000 [-0.1000, -0.1000] | -0.1000 | - |",
+        "| each at its best learning rate | task-aware - lora-36 | -0.5000 [-0.5000, -0.5000] | -0.5000 | - |",
+        "| lora-32 | 0.001 | 0 | 9.0000 | - | 9.0000 |  |",  # tried with one rate: none is its best
         "| torch | 0.002 | lora-36 learning rate 0.002 seed 0, task-aware learning rate 0.002 seed 0 |",
     ):
         assert row in text, row
+    assert "| each at its best learning rate | lora-32" not in text
     assert "## Learning rate 0.001" in text and "## Learning rate 0.002" not in text  # there are no answers
     assert "## Each at its best learning rate" not in text  # that of task-aware has no answers
 

@@ -116,13 +116,13 @@ def selections(runs: Sequence[Trained], order: Sequence[str]) -> dict[str, Selec
     for run in sorted(runs, key=lambda run: (order.index(run.configuration), run.seed)):
         at.setdefault(run.learning_rate, {}).setdefault(run.configuration, []).append(run)
     found = {f"learning rate {rate:g}": chosen for rate, chosen in sorted(at.items()) if len(chosen) > 1}
-    if len(at) > 1:
-        found["each at its best learning rate"] = at_best(runs, order)
+    if best := at_best(runs, order):
+        found["each at its best learning rate"] = best
     return found
 
 
 def at_best(runs: Sequence[Trained], order: Sequence[str]) -> Selection:
-    """The runs of each configuration with its best learning rate.
+    """The runs with the best learning rate of each configuration that was tried with several.
 
     That has the lowest likelihood loss on the documents kept back from training, over the seeds that the configuration was tried with at
     every rate.
@@ -133,7 +133,7 @@ def at_best(runs: Sequence[Trained], order: Sequence[str]) -> Selection:
         for run in sorted(runs, key=lambda run: run.seed):
             if run.configuration == name:
                 at.setdefault(run.learning_rate, []).append(run)
-        if at:
+        if len(at) > 1:
             common = set.intersection(*({run.seed for run in tried} for tried in at.values()))
             losses = {
                 rate: _mean(run.mean_likelihood("dev") for run in tried if run.seed in common or not common)
@@ -229,7 +229,7 @@ def write(folder: Path) -> str:
     lines += _what_was_run(runs)
     figures: dict[str, Any] = {}
     if len({run.learning_rate for run in runs}) > 1 or not all(isinstance(run, Finished) for run in runs):
-        lines += _learning_rates(runs, at_best(runs, order), baseline, patterns)
+        lines += _learning_rates(runs, order, baseline, patterns)
     for title, selection in selections(runs, order).items():
         chosen = with_answers(selection)
         if len(chosen) < 2:
@@ -521,13 +521,12 @@ def _by_seed(a: Sequence[Trained], b: Sequence[Trained]) -> dict[int, float]:
 
 
 def _learning_rates(
-    runs: Sequence[Trained], best: Selection, baseline: str, patterns: Mapping[str, str]
+    runs: Sequence[Trained], order: Sequence[str], baseline: str, patterns: Mapping[str, str]
 ) -> list[str]:
-    """What each configuration loses at each learning rate, and the comparison of each at its best: by likelihood alone."""
+    """What each configuration loses at each learning rate, and the comparisons, by likelihood alone."""
+    best = at_best(runs, order)
     at: dict[tuple[str, float], list[Trained]] = {}
-    for run in sorted(
-        runs, key=lambda run: (list(best).index(run.configuration), run.learning_rate, run.seed)
-    ):
+    for run in sorted(runs, key=lambda run: (order.index(run.configuration), run.learning_rate, run.seed)):
         at.setdefault((run.configuration, run.learning_rate), []).append(run)
     rows = []
     for (name, rate), of_rate in at.items():
@@ -535,23 +534,29 @@ def _learning_rates(
         for part in ("dev", "supervised", "zero_shot"):
             values = [run.mean_likelihood(part) for run in of_rate if run.sets(part)]
             cells.append(_spread(values, "{:.4f}") if values else "-")
-        rows.append([*cells, "yes" if of_rate[0].learning_rate == best[name][0].learning_rate else ""])
-    measured = {name: [run for run in of if run.sets("zero_shot")] for name, of in best.items()}
-    measured = {name: of for name, of in measured.items() if of}
+        rows.append([*cells, "yes" if name in best and best[name][0].learning_rate == rate else ""])
     differences = []
-    for a, b in _pairs(measured, baseline):
-        both = pair(measured[a], measured[b])
-        if both[0]:
-            line = compare_likelihood(*both, "zero_shot", patterns)["all"]
-            rates = " and ".join(f"{of[0].learning_rate:g}" for of in both)
-            by_seed = ", ".join(f"{value:+.4f}" for value in _by_seed(*both).values())
-            differences.append([f"{a} - {b}", rates, _interval(line), by_seed])
+    for title, selection in selections(runs, order).items():
+        measured = {
+            name: found
+            for name, of in selection.items()
+            if (found := [run for run in of if run.sets("zero_shot")])
+        }
+        for a, b in _pairs(measured, baseline):
+            both = pair(measured[a], measured[b])
+            if both[0]:
+                cells = [title, f"{a} - {b}"]
+                for part in ("zero_shot", "supervised"):
+                    has = both[0][0].sets(part)
+                    cells.append(_interval(compare_likelihood(*both, part, patterns)["all"]) if has else "-")
+                by_seed = ", ".join(f"{value:+.4f}" for value in _by_seed(*both).values())
+                differences.append([*cells[:3], by_seed, cells[3]])
     lines = [
         "",
         "## Learning rates",
         "",
-        "NLL per token, unweighted means over data sets, mean over seeds (lowest .. highest). Best is what has the lowest loss on the documents "
-        "kept back, over the seeds that a configuration has at all of its rates.",
+        "NLL per token, unweighted means over data sets, mean over seeds (lowest .. highest). Best of several rates is what has the lowest loss on "
+        "the documents kept back, over the seeds that a configuration has at all of them.",
         "",
         table(
             ["configuration", "learning rate", "seeds", "dev NLL", "supervised NLL", "zero-shot NLL", "best"],
@@ -561,9 +566,9 @@ def _learning_rates(
     if differences:
         lines += [
             "",
-            "Zero-shot NLL, each at its best learning rate (95 % intervals as below; lower is better):",
+            "Differences of NLL (95 % intervals as below; lower is better):",
             "",
-            table(["", "learning rates", "NLL", "seed by seed"], differences),
+            table(["", "", "zero-shot", "zero-shot, seed by seed", "supervised"], differences),
         ]
     return lines
 
