@@ -13,7 +13,7 @@ from peft_taskmoe.uie import Extractor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmark"))
 from one_run import Measure
-from report import Losses, compare_losses, per_token
+from report import Losses, compare_losses, interval, per_token
 
 
 def measure_of(extractor: Extractor, batch_size: int) -> Measure:
@@ -44,5 +44,4 @@ def cells(losses: Losses) -> list[str]:
 
 def difference(a: Losses, b: Losses) -> str:
     """Loss per token of `a` less that of `b`, mean over data sets, with its interval by a paired bootstrap over documents."""
-    line = compare_losses(a, b)["all"]
-    return f"{line.difference:+.4f} [{line.low:+.4f}, {line.high:+.4f}]"
+    return interval(compare_losses(a, b)["all"])

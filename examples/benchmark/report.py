@@ -110,37 +110,38 @@ def check_comparable(runs: Sequence[Trained]) -> None:
                 )
 
 
-def selections(runs: Sequence[Trained], order: Sequence[str]) -> dict[str, Selection]:
-    """The comparisons to make: at each learning rate that several configurations share, and with several rates each one's best."""
-    at: dict[float, Selection] = {}
-    for run in sorted(runs, key=lambda run: (order.index(run.configuration), run.seed)):
-        at.setdefault(run.learning_rate, {}).setdefault(run.configuration, []).append(run)
-    found = {f"learning rate {rate:g}": chosen for rate, chosen in sorted(at.items()) if len(chosen) > 1}
-    if best := at_best(runs, order):
-        found["each at its best learning rate"] = best
+BEST = "each at its best learning rate"
+
+
+def by_rate(runs: Sequence[Trained], order: Sequence[str]) -> dict[str, dict[float, list[Trained]]]:
+    """Configuration -> learning rate -> its runs, one for each seed; all of them in order."""
+    found: dict[str, dict[float, list[Trained]]] = {}
+    for run in sorted(runs, key=lambda run: (order.index(run.configuration), run.learning_rate, run.seed)):
+        found.setdefault(run.configuration, {}).setdefault(run.learning_rate, []).append(run)
     return found
 
 
-def at_best(runs: Sequence[Trained], order: Sequence[str]) -> Selection:
-    """The runs with the best learning rate of each configuration that was tried with several.
+def selections(runs: Sequence[Trained], order: Sequence[str]) -> dict[str, Selection]:
+    """The comparisons to make: at each learning rate that several configurations share, and each one's best of several.
 
-    That has the lowest likelihood loss on the documents kept back from training, over the seeds that the configuration was tried with at
-    every rate.
+    The best learning rate of a configuration has the lowest likelihood loss on the documents kept back from training, over the
+    seeds that it was tried with at every rate.
     """
+    at: dict[float, Selection] = {}
     best: Selection = {}
-    for name in order:
-        at: dict[float, list[Trained]] = {}
-        for run in sorted(runs, key=lambda run: run.seed):
-            if run.configuration == name:
-                at.setdefault(run.learning_rate, []).append(run)
-        if len(at) > 1:
-            common = set.intersection(*({run.seed for run in tried} for tried in at.values()))
-            losses = {
-                rate: _mean(run.mean_likelihood("dev") for run in tried if run.seed in common or not common)
-                for rate, tried in at.items()
-            }
-            best[name] = at[min(losses, key=lambda rate: losses[rate])]
-    return best
+    for name, rates in by_rate(runs, order).items():
+        for rate, tried in rates.items():
+            at.setdefault(rate, {})[name] = tried
+        if len(rates) > 1:
+            common = set.intersection(*({run.seed for run in tried} for tried in rates.values()))
+            best[name] = min(
+                rates.values(),
+                key=lambda tried, seeds=common: _mean(
+                    run.mean_likelihood("dev") for run in tried if run.seed in seeds or not seeds
+                ),
+            )
+    found = {f"learning rate {rate:g}": chosen for rate, chosen in sorted(at.items()) if len(chosen) > 1}
+    return {**found, BEST: best} if best else found
 
 
 def with_answers(selection: Selection) -> Chosen:
@@ -228,9 +229,10 @@ def write(folder: Path) -> str:
     lines = ["# Results", "", f"`{plan['command']}`", ""]
     lines += _what_was_run(runs)
     figures: dict[str, Any] = {}
+    selected = selections(runs, order)
     if len({run.learning_rate for run in runs}) > 1 or not all(isinstance(run, Finished) for run in runs):
-        lines += _learning_rates(runs, order, baseline, patterns)
-    for title, selection in selections(runs, order).items():
+        lines += _learning_rates(by_rate(runs, order), selected, baseline, patterns)
+    for title, selection in selected.items():
         chosen = with_answers(selection)
         if len(chosen) < 2:
             continue
@@ -306,7 +308,8 @@ def _spread(values: Sequence[float], form: str = "{:.1f}") -> str:
     return text if len(values) == 1 else f"{text} ({form.format(min(values))} .. {form.format(max(values))})"
 
 
-def _interval(line: Difference) -> str:
+def interval(line: Difference) -> str:
+    """A difference of losses, with its interval."""
     return f"{line.difference:+.4f} [{line.low:+.4f}, {line.high:+.4f}]"
 
 
@@ -521,22 +524,23 @@ def _by_seed(a: Sequence[Trained], b: Sequence[Trained]) -> dict[int, float]:
 
 
 def _learning_rates(
-    runs: Sequence[Trained], order: Sequence[str], baseline: str, patterns: Mapping[str, str]
+    tried: Mapping[str, Mapping[float, Sequence[Trained]]],
+    selected: Mapping[str, Selection],
+    baseline: str,
+    patterns: Mapping[str, str],
 ) -> list[str]:
     """What each configuration loses at each learning rate, and the comparisons, by likelihood alone."""
-    best = at_best(runs, order)
-    at: dict[tuple[str, float], list[Trained]] = {}
-    for run in sorted(runs, key=lambda run: (order.index(run.configuration), run.learning_rate, run.seed)):
-        at.setdefault((run.configuration, run.learning_rate), []).append(run)
+    best = selected.get(BEST, {})
     rows = []
-    for (name, rate), of_rate in at.items():
-        cells = [name, f"{rate:g}", ", ".join(str(run.seed) for run in of_rate)]
-        for part in ("dev", "supervised", "zero_shot"):
-            values = [run.mean_likelihood(part) for run in of_rate if run.sets(part)]
-            cells.append(_spread(values, "{:.4f}") if values else "-")
-        rows.append([*cells, "yes" if name in best and best[name][0].learning_rate == rate else ""])
+    for name, rates in tried.items():
+        for rate, runs in rates.items():
+            cells = [name, f"{rate:g}", ", ".join(str(run.seed) for run in runs)]
+            for part in ("dev", "supervised", "zero_shot"):
+                values = [run.mean_likelihood(part) for run in runs if run.sets(part)]
+                cells.append(_spread(values, "{:.4f}") if values else "-")
+            rows.append([*cells, "yes" if best.get(name) == runs else ""])
     differences = []
-    for title, selection in selections(runs, order).items():
+    for title, selection in selected.items():
         measured = {
             name: found
             for name, of in selection.items()
@@ -548,7 +552,7 @@ def _learning_rates(
                 cells = [title, f"{a} - {b}"]
                 for part in ("zero_shot", "supervised"):
                     has = both[0][0].sets(part)
-                    cells.append(_interval(compare_likelihood(*both, part, patterns)["all"]) if has else "-")
+                    cells.append(interval(compare_likelihood(*both, part, patterns)["all"]) if has else "-")
                 by_seed = ", ".join(f"{value:+.4f}" for value in _by_seed(*both).values())
                 differences.append([*cells[:3], by_seed, cells[3]])
     lines = [
@@ -584,9 +588,9 @@ def _comparisons(compared: dict[tuple[str, str], _Compared], patterns: Mapping[s
                 cells.append("-")
                 continue
             cells.append(f"{100 * line.difference:+.1f} [{100 * line.low:+.1f}, {100 * line.high:+.1f}]")
-        cells.append(_interval(one.likelihood["all"]))
+        cells.append(interval(one.likelihood["all"]))
         cells.append(", ".join(f"{difference:+.4f}" for difference in one.by_seed.values()))
-        rows.append([*cells, "-" if one.supervised is None else _interval(one.supervised["all"])])
+        rows.append([*cells, "-" if one.supervised is None else interval(one.supervised["all"])])
     if not rows:
         return []
     return [
@@ -647,7 +651,7 @@ def _router(chosen: Chosen, patterns: Mapping[str, str]) -> list[str]:
         ]
         if "nll_swapped" in runs[0].figures:
             line = compare_likelihood(runs, runs, "zero_shot", patterns, of_a="swapped")["all"]
-            cells[-1] = _interval(line)
+            cells[-1] = interval(line)
         rows.append(cells)
     if not rows:
         return []
