@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -33,8 +34,27 @@ class _Decoding(NamedTuple):
     """What one layer keeps while a generation runs; without `weights`, steps take the general way."""
 
     weights: DecodingWeights | None
+    place: int  # of this layer among those that the weights are of
     base_weight: torch.Tensor | None
     base_bias: torch.Tensor | None
+
+
+class _Readers:
+    """Which layers were given the very same tensor one after the other (q, k and v), as the prompt's forward shows it."""
+
+    def __init__(self) -> None:
+        self.last: Callable[[], torch.Tensor | None] = lambda: None
+        self.together: list[Linear] = []
+        self.by_layer: dict[Linear, list[Linear]] = {}
+
+    def saw(self, layer: Linear, x: torch.Tensor) -> None:
+        """Note that a layer was given x."""
+        if layer in self.by_layer:
+            return
+        if self.last() is not x:
+            self.last, self.together = weakref.ref(x), []
+        self.together.append(layer)
+        self.by_layer[layer] = self.together
 
 
 class TaskMoELoraLayer(BaseTunerLayer):
@@ -342,15 +362,13 @@ class Linear(nn.Module, TaskMoELoraLayer):
             return self.base_layer(x, *args, **kwargs)
         state = current_state()
         if state is not None:
-            if (
-                state.memo is not None
-                and x.dim() == 3
-                and x.shape[1] == 1
-                and not torch.compiler.is_compiling()
-            ):
-                prepared = state.memo.get(self) or self._prepare_decoding(x, state)
-                if prepared.weights is not None and not args and not kwargs:
-                    return self._decode(x, prepared)
+            if state.memo is not None and not torch.compiler.is_compiling():
+                if x.dim() == 3 and x.shape[1] == 1:
+                    prepared = state.memo.get(self) or self._prepare_decoding(x, state)
+                    if prepared.weights is not None and not args and not kwargs:
+                        return self._decode(x, prepared)
+                else:
+                    state.memo.setdefault(_Readers, _Readers()).saw(self, x)
             if state.adapter_names is not None:
                 return self._forward_by_row(x, state, *args, **kwargs)
         active = self._active_here()
@@ -363,10 +381,37 @@ class Linear(nn.Module, TaskMoELoraLayer):
 
     def _prepare_decoding(self, x: torch.Tensor, state: TaskState) -> _Decoding:
         """Compute what the decoding steps of this generation share, or find that they must take the general way."""
-        assert state.memo is not None
+        memo = state.memo
+        assert memo is not None
+        if not self._can_decode(x, state):
+            memo[self] = _Decoding(None, 0, None, None)
+            return memo[self]
+        name, together = self._active_here()[0], [self]
+        if _Readers in memo and not x.is_inference():
+            together = [
+                layer
+                for layer in memo[_Readers].by_layer.get(self, together)
+                if layer not in memo
+                and layer._can_decode(x, state)
+                and layer._active_here() == [name]
+                and layer.shapes[name] == self.shapes[name]
+                and layer.taskmoe_lora_A[name].weight.device == self.taskmoe_lora_A[name].weight.device
+            ]
+        parts = [
+            (*layer._weights(name), layer._task_of(x, name, state)[0], layer.scaling[name])
+            for layer in together
+        ]
+        weights = decoding_weights(parts, self.shapes[name])
+        for place, layer in enumerate(together):
+            frozen = layer.base_layer if layer._frozen_linear(x, name) else None
+            of_base = (None, None) if frozen is None else (frozen.weight, frozen.bias)
+            memo[layer] = _Decoding(weights, place, *of_base)
+        return memo[self]
+
+    def _can_decode(self, x: torch.Tensor, state: TaskState) -> bool:
+        """Whether the decoding steps of this generation may keep products, and compute without autograd."""
         active = self._active_here()
-        found = _Decoding(None, None, None)
-        if (
+        return (
             len(active) == 1
             and state.adapter_names is None
             and state.recorder is None
@@ -376,15 +421,7 @@ class Linear(nn.Module, TaskMoELoraLayer):
             and not torch.is_autocast_enabled(x.device.type)
             and self.shapes[active[0]].top_k is None
             and self.taskmoe_lora_A[active[0]].weight.dtype == x.dtype
-        ):
-            task, _ = self._task_of(x, active[0], state)
-            weights = decoding_weights(
-                *self._weights(active[0]), task, self.shapes[active[0]], self.scaling[active[0]]
-            )
-            base = self.base_layer if self._frozen_linear(x, active[0]) else None
-            found = _Decoding(weights, *((None, None) if base is None else (base.weight, base.bias)))
-        state.memo[self] = found
-        return found
+        )
 
     def _decode(self, x: torch.Tensor, prepared: _Decoding) -> torch.Tensor:
         """One token a row."""
@@ -394,7 +431,7 @@ class Linear(nn.Module, TaskMoELoraLayer):
             out = F.linear(x2, prepared.base_weight, prepared.base_bias)
         else:
             out = self.base_layer(x).reshape(x2.shape[0], -1).to(x.dtype)
-        return decoding_step(x2, out, prepared.weights).unsqueeze(1)
+        return decoding_step(x2, out, prepared.weights, prepared.place, x).unsqueeze(1)
 
     def _forward_one(self, x: torch.Tensor, adapter_name: str, state: TaskState | None) -> torch.Tensor:
         """One adapter, no other arguments: the fast cases."""

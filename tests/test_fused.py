@@ -288,12 +288,11 @@ def test_a_decoding_step_equals_the_loops(shape) -> None:
     given = tensors(shape, frozen_base=True)
     expected = by_loops(given, shape)
     with torch.no_grad():
-        prepared = decoding_weights(
-            given["a"], given["b"], given["router"], given["task"], shape, SCALINGS[shape]
-        )
+        parts = (given["a"], given["b"], given["router"], given["task"], SCALINGS[shape])
+        prepared = decoding_weights([parts], shape)
         for _ in range(2):  # the second step finds what the first one left
             out = torch.nn.functional.linear(given["x"], given["weight"], given["bias"])
-            result = decoding_step(given["x"], out, prepared)
+            result = decoding_step(given["x"], out, prepared, 0, given["x"])
             assert result is out  # in place
             torch.testing.assert_close(out, expected, **CLOSE)
 

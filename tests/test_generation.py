@@ -15,7 +15,7 @@ from cases import adapted as softly_adapted
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TextIteratorStreamer
 
-from peft_taskmoe import task_context
+from peft_taskmoe import fused, task_context
 from peft_taskmoe.conditioning import current_state
 
 torch.set_num_threads(1)
@@ -90,6 +90,22 @@ def test_every_architecture_generates_the_same_alone_and_without_cache(name):
     for row in range(ROWS):
         one = generated(model, name, alone(batch, row), embeds[row : row + 1])
         assert torch.equal(together[row : row + 1], one)
+
+
+def test_a_decoding_step_of_a_llama_mixes_experts_four_times_a_layer(monkeypatch):
+    """Once for q, k and v, once for o, once for gate and up, once for down; and the tokens are those of the general way."""
+    model, batch, embeds = adapted("llama"), prompts(), tasks()
+    layers_of = []
+    compute = fused._mix_for_all
+    monkeypatch.setattr(
+        fused, "_mix_for_all", lambda *args: (layers_of.append(len(args[2].b)), compute(*args))
+    )
+    found = generated(model, "llama", batch, embeds)
+    linears = MODELS["llama"].config["num_hidden_layers"] * 7
+    assert len(layers_of) == (NEW - 1) * linears * 4 // 7
+    assert sum(layers_of) == (NEW - 1) * linears
+    layers_of.clear()
+    assert torch.equal(generated(model, "llama", batch, embeds, use_cache=False), found) and not layers_of
 
 
 @pytest.mark.parametrize(

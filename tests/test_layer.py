@@ -13,6 +13,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import peft_taskmoe.fused
 import peft_taskmoe.layer
 from peft_taskmoe import TaskMoELoraConfig, task_context
 from peft_taskmoe.conditioning import TaskState, entered
@@ -207,7 +208,7 @@ def test_outputs_and_gradients_equal_the_loops(path, router_inputs, variation) -
             first = layer(x)
             again = layer(x)
         one_token_a_row = len(variation.shape) == 3 and variation.shape[1] == 1
-        decoded = [prepared.weights is not None for prepared in state.memo.values()]
+        decoded = [state.memo[layer].weights is not None] if layer in state.memo else []
         assert decoded == ([True] if one_token_a_row else [])  # what is kept serves decoding steps alone
         torch.testing.assert_close(first, expected.detach(), **CLOSE)
         assert torch.equal(first, again)
@@ -348,6 +349,109 @@ def test_beams_repeat_each_task_in_place(repeats, memo, length, top_k) -> None:
     with entered(TaskState(task_embeds=tasks, memo={} if memo else None)), torch.no_grad():
         out = layer(x)
     torch.testing.assert_close(out, by_loops(layer, x, tasks.repeat_interleave(repeats, 0)), **CLOSE)
+
+
+class Reading:
+    """Layers in a generation, and how often a mixed bottleneck was computed for one or more of them."""
+
+    def __init__(self, layers: list[Linear], monkeypatch: pytest.MonkeyPatch, rows: int = 2) -> None:
+        self.layers, self.mixes = layers, 0
+        for seed, layer in enumerate(layers):
+            torch.manual_seed(seed)
+            for parameter in layer.parameters():
+                nn.init.normal_(parameter, std=0.7)
+        self.tasks = torch.randn(rows, TASK_DIM, dtype=torch.float64)
+        self.state = TaskState(task_embeds=self.tasks, memo={})
+        compute = peft_taskmoe.fused._mix_for_all
+
+        def counted(*args: Any) -> None:
+            self.mixes += 1
+            compute(*args)
+
+        monkeypatch.setattr(peft_taskmoe.fused, "_mix_for_all", counted)
+
+    def run(self, x: torch.Tensor, order: list[int]) -> list[torch.Tensor]:
+        """What the layers give for the very same x, one after the other."""
+        with entered(self.state), torch.no_grad():
+            return [self.layers[i](x) for i in order]
+
+    def check(self, x: torch.Tensor, order: list[int], mixes: int) -> None:
+        """Run, compare with the loops, and count."""
+        self.mixes = 0
+        expected = [by_loops(self.layers[i], x, self.tasks) for i in order]
+        torch.testing.assert_close(self.run(x, order), expected, **CLOSE)
+        assert self.mixes == mixes
+
+
+def one_token_a_row() -> torch.Tensor:
+    return torch.randn(2, 1, IN, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("router_inputs", ["token+task", "token", "task"])
+@pytest.mark.parametrize("path", ["frozen", "conv1d", "duck"])
+def test_layers_that_read_the_same_tensor_mix_their_experts_at_once(path, router_inputs, monkeypatch) -> None:
+    layers = [make_layer(path, router_inputs=router_inputs) for _ in range(4)]
+    reading = Reading(layers, monkeypatch)
+    layers[1].scaling["default"], layers[1].configs["default"].lora_alpha = 3.0, 3.0 * layers[1].r["default"]
+    reading.check(
+        torch.randn(2, 3, IN, dtype=torch.float64), [0, 1, 2], mixes=0
+    )  # the prompt shows who reads what
+    reading.check(torch.randn(2, 3, IN, dtype=torch.float64), [3], mixes=0)
+    for _ in range(2):
+        reading.check(one_token_a_row(), [0, 1, 2], mixes=1)
+        reading.check(one_token_a_row(), [3], mixes=1)
+    reading.check(one_token_a_row(), [2, 0, 1], mixes=1)
+    reading.check(one_token_a_row(), [1], mixes=1)  # the others did not come
+    reading.check(one_token_a_row(), [0, 1, 1, 2, 0], mixes=2)  # one came twice, then another
+
+
+def test_layers_that_read_tensors_of_equal_values_do_not_share(monkeypatch) -> None:
+    reading = Reading([make_layer(), make_layer()], monkeypatch)
+    reading.run(torch.randn(2, 3, IN, dtype=torch.float64), [0, 1])
+    x = one_token_a_row()
+    reading.check(x, [0], mixes=1)
+    reading.check(x.clone(), [1], mixes=1)
+
+
+def test_a_tensor_that_was_changed_between_two_layers_is_read_again(monkeypatch) -> None:
+    reading = Reading([make_layer(), make_layer()], monkeypatch)
+    reading.run(torch.randn(2, 3, IN, dtype=torch.float64), [0, 1])
+    x = one_token_a_row()
+    reading.check(x, [0], mixes=1)
+    x.add_(1)
+    reading.check(x, [1], mixes=1)
+
+
+def test_in_inference_mode_where_changes_cannot_be_seen_no_layers_share(monkeypatch) -> None:
+    reading = Reading([make_layer(), make_layer()], monkeypatch)
+    with torch.inference_mode():
+        reading.run(torch.randn(2, 3, IN, dtype=torch.float64), [0, 1])
+        x = one_token_a_row()
+        reading.check(x, [0], mixes=1)
+        x.add_(1)
+        reading.check(x, [1], mixes=1)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"r": 1}, {"num_experts": 2}, {"top_k": 2}, {"router_inputs": "task"}], ids=str
+)
+def test_layers_of_other_shapes_do_not_share(settings, monkeypatch) -> None:
+    reading = Reading([make_layer(), make_layer(**settings), make_layer()], monkeypatch)
+    reading.run(torch.randn(2, 3, IN, dtype=torch.float64), [0, 1, 2])
+    reading.check(one_token_a_row(), [0, 1, 2], mixes=1 if "top_k" in settings else 2)
+
+
+def test_rows_may_become_more_or_fewer(monkeypatch) -> None:
+    """As beams do, and answers that are done."""
+    reading = Reading([make_layer(), make_layer()], monkeypatch)
+    reading.run(torch.randn(2, 3, IN, dtype=torch.float64), [0, 1])
+    for rows in (2, 6, 2):
+        x = torch.randn(rows, 1, IN, dtype=torch.float64)
+        reading.mixes = 0
+        tasks = reading.tasks.repeat_interleave(rows // 2, 0)
+        expected = [by_loops(layer, x, tasks) for layer in reading.layers]
+        torch.testing.assert_close(reading.run(x, [0, 1]), expected, **CLOSE)
+        assert reading.mixes == 1
 
 
 @pytest.mark.parametrize(
