@@ -39,8 +39,11 @@ class _Decoding(NamedTuple):
     base_bias: torch.Tensor | None
 
 
+_GENERAL = _Decoding(None, 0, None, None)
+
+
 class _Readers:
-    """Which layers were given the very same tensor one after the other (q, k and v), as the prompt's forward shows it."""
+    """Which layers were given the very same tensor one after the other (q, k and v), as the first forward of a generation shows."""
 
     def __init__(self) -> None:
         self.last: Callable[[], torch.Tensor | None] = lambda: None
@@ -262,6 +265,10 @@ class AdapterWeight(nn.Linear):
         return self.weight.clone()
 
 
+def _one_token_a_row(x: torch.Tensor) -> bool:
+    return x.dim() == 3 and x.shape[1] == 1
+
+
 def _is_sharded(part: nn.Module) -> bool:
     """Whether a part of an adapter is a unit of FSDP (wrapped, or by a class made for it) or one of ZeRO-3's parameters."""
     by_fsdp = type(part) is not AdapterWeight and isinstance(getattr(part, "module", part), AdapterWeight)
@@ -363,12 +370,9 @@ class Linear(nn.Module, TaskMoELoraLayer):
         state = current_state()
         if state is not None:
             if state.memo is not None and not torch.compiler.is_compiling():
-                if x.dim() == 3 and x.shape[1] == 1:
-                    prepared = state.memo.get(self) or self._prepare_decoding(x, state)
-                    if prepared.weights is not None and not args and not kwargs:
-                        return self._decode(x, prepared)
-                else:
-                    state.memo.setdefault(_Readers, _Readers()).saw(self, x)
+                prepared = state.memo.get(self) or self._prepare_decoding(x, state)
+                if prepared.weights is not None and _one_token_a_row(x) and not args and not kwargs:
+                    return self._decode(x, prepared)
             if state.adapter_names is not None:
                 return self._forward_by_row(x, state, *args, **kwargs)
         active = self._active_here()
@@ -380,17 +384,26 @@ class Linear(nn.Module, TaskMoELoraLayer):
         return out
 
     def _prepare_decoding(self, x: torch.Tensor, state: TaskState) -> _Decoding:
-        """Compute what the decoding steps of this generation share, or find that they must take the general way."""
+        """Compute what the decoding steps of this generation share, or find that they must take the general way.
+
+        The first forward of a generation, mostly the prompt's, takes it, and shows which layers read the same tensor.
+        """
         memo = state.memo
         assert memo is not None
+        readers = memo.get(_Readers)
+        if readers is None:
+            readers = memo[_Readers] = _Readers()
+        if self not in readers.by_layer or not _one_token_a_row(x):
+            readers.saw(self, x)
+            return _GENERAL
         if not self._can_decode(x, state):
-            memo[self] = _Decoding(None, 0, None, None)
-            return memo[self]
+            memo[self] = _GENERAL
+            return _GENERAL
         name, together = self._active_here()[0], [self]
-        if _Readers in memo and not x.is_inference():
+        if not x.is_inference():
             together = [
                 layer
-                for layer in memo[_Readers].by_layer.get(self, together)
+                for layer in readers.by_layer[self]
                 if layer not in memo
                 and layer._can_decode(x, state)
                 and layer._active_here() == [name]

@@ -205,6 +205,8 @@ def test_outputs_and_gradients_equal_the_loops(path, router_inputs, variation) -
     if path.startswith("memo"):
         state.memo = {}
         with entered(state), torch.no_grad():
+            layer(x)
+            assert layer not in state.memo  # the first forward shows who reads what
             first = layer(x)
             again = layer(x)
         one_token_a_row = len(variation.shape) == 3 and variation.shape[1] == 1
@@ -233,6 +235,7 @@ def test_a_scaling_that_was_set_counts_on_every_path(path) -> None:
     if path.startswith("memo"):
         state.memo = {}
     with entered(state), torch.no_grad():
+        layer(x)
         torch.testing.assert_close(layer(x), by_loops(layer, x, tasks, scale=0.3), **CLOSE)
 
 
@@ -328,13 +331,16 @@ def test_only_a_frozen_plain_linear_is_computed_from_its_weight(path, from_weigh
 @pytest.mark.parametrize("path", ["frozen", "duck", "memo"])
 def test_an_input_that_is_not_contiguous(path, transposed) -> None:
     layer = make_layer(path)
-    x = torch.randn(3, 2, IN, dtype=torch.float64)
-    x = x.transpose(0, 1) if transposed else x[:1].expand(2, 2, IN)
+    length = 1 if path == "memo" else 3
+    x = torch.randn(IN, length, 2, dtype=torch.float64)
+    x = x.transpose(0, 2) if transposed else x.transpose(0, 2)[:1].expand(2, length, IN)
+    assert not x.is_contiguous()
     tasks = torch.randn(2, TASK_DIM, dtype=torch.float64)
     with (
         entered(TaskState(task_embeds=tasks, memo={} if path == "memo" else None)),
         torch.set_grad_enabled(path != "memo"),
     ):
+        layer(x)
         torch.testing.assert_close(layer(x), by_loops(layer, x, tasks), **CLOSE)
 
 
@@ -347,6 +353,7 @@ def test_beams_repeat_each_task_in_place(repeats, memo, length, top_k) -> None:
     x = torch.randn(2 * repeats, length, IN, dtype=torch.float64)
     tasks = torch.randn(2, TASK_DIM, dtype=torch.float64)
     with entered(TaskState(task_embeds=tasks, memo={} if memo else None)), torch.no_grad():
+        layer(x)
         out = layer(x)
     torch.testing.assert_close(out, by_loops(layer, x, tasks.repeat_interleave(repeats, 0)), **CLOSE)
 
@@ -403,6 +410,15 @@ def test_layers_that_read_the_same_tensor_mix_their_experts_at_once(path, router
     reading.check(one_token_a_row(), [2, 0, 1], mixes=1)
     reading.check(one_token_a_row(), [1], mixes=1)  # the others did not come
     reading.check(one_token_a_row(), [0, 1, 1, 2, 0], mixes=2)  # one came twice, then another
+
+
+def test_a_generation_that_begins_with_one_token_shows_who_reads_what_as_well(monkeypatch) -> None:
+    """An encoder-decoder's, and one that goes on from keys and values."""
+    reading = Reading([make_layer(), make_layer(), make_layer()], monkeypatch)
+    reading.check(one_token_a_row(), [0, 1], mixes=0)
+    reading.check(one_token_a_row(), [2], mixes=0)
+    reading.check(one_token_a_row(), [0, 1], mixes=1)
+    reading.check(one_token_a_row(), [2], mixes=1)
 
 
 def test_layers_that_read_tensors_of_equal_values_do_not_share(monkeypatch) -> None:
@@ -465,11 +481,14 @@ def test_lower_precision_is_close_to_float64(path, base_dtype, adapter_dtype) ->
     layer.base_layer.to(base_dtype)
     for module in (layer.taskmoe_lora_A, layer.taskmoe_lora_B, layer.taskmoe_lora_router):
         module["default"].to(adapter_dtype)
-    x, tasks = torch.randn(2, 3, IN, dtype=base_dtype), torch.randn(2, TASK_DIM)
+    x, tasks = torch.randn(2, 1 if path == "memo" else 3, IN, dtype=base_dtype), torch.randn(2, TASK_DIM)
     recorder = (lambda *args: None) if path == "plain" else None
     state = TaskState(task_embeds=tasks, memo={} if path == "memo" else None, recorder=recorder)
     with entered(state), torch.no_grad():
+        layer(x)
         out = layer(x)
+    if path == "memo":
+        assert state.memo[layer].weights is not None or base_dtype != adapter_dtype
     assert out.dtype == base_dtype
     expected = by_loops(layer.double(), x.double(), tasks.double()).detach()
     error = (out.double() - expected).abs().max() / expected.abs().max()
@@ -589,14 +608,17 @@ def test_a_fresh_layer_is_the_base_bit_for_bit() -> None:
         layer.reset_parameters("default", init_weights=True)
         assert not layer.taskmoe_lora_B["default"].weight.any()
         assert layer.taskmoe_lora_A["default"].weight.abs().max() <= IN**-0.5
-        x = torch.randn(2, 3, IN, dtype=torch.float64)
+        decodes = path.startswith("memo")
+        x = torch.randn(2, 1 if decodes else 3, IN, dtype=torch.float64)
         recorder = (lambda *args: None) if path == "plain" else None
-        memo = {} if path.startswith("memo") else None
         for training in (True, False):
-            state = TaskState(task_embeds=torch.randn(2, TASK_DIM), memo=memo, recorder=recorder)
+            state = TaskState(
+                task_embeds=torch.randn(2, TASK_DIM), memo={} if decodes else None, recorder=recorder
+            )
             layer.train(training)
-            with entered(state), torch.set_grad_enabled(memo is None):
-                assert torch.equal(layer(x), layer.base_layer(x)), path
+            with entered(state), torch.set_grad_enabled(not decodes):
+                for _ in range(1 + decodes):
+                    assert torch.equal(layer(x), layer.base_layer(x)), path
 
 
 def test_a_recorder_sees_the_gates_of_every_token() -> None:
