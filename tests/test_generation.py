@@ -106,6 +106,9 @@ def test_a_decoding_step_of_a_llama_mixes_experts_four_times_a_layer(monkeypatch
     assert sum(layers_of) == (NEW - 1) * linears
     layers_of.clear()
     assert torch.equal(generated(model, "llama", batch, embeds, use_cache=False), found) and not layers_of
+    with torch.inference_mode():
+        assert torch.equal(generated(model, "llama", batch, embeds), found)
+    assert layers_of == [1] * (NEW - 1) * linears  # each layer for itself
 
 
 @pytest.mark.parametrize(
