@@ -589,6 +589,14 @@ def test_runs_measured_by_likelihood_alone_are_compared_by_it_and_each_at_its_be
     assert "## Learning rate 0.001" in text and "## Learning rate 0.002" not in text  # there are no answers
     assert "## Each at its best learning rate" not in text  # that of task-aware has no answers
 
+    write("runs", "lora-36", 2e-3, 0, 1.8)
+    write("runs", "task-aware", 2e-3, 0, 1.5)
+    text = parts.report.write(tmp_path)
+    assert (
+        text.count("Zero-shot differences") == 2
+    )  # both are best at 2e-3: the same runs are not shown again
+    assert '## Each at its best learning rate\n\nThese are the runs of "learning rate 0.002" above.' in text
+
     for path in (tmp_path / "runs").iterdir():
         path.unlink()
     text = parts.report.write(tmp_path)

@@ -229,6 +229,7 @@ def write(folder: Path) -> str:
     lines = ["# Results", "", f"`{plan['command']}`", ""]
     lines += _what_was_run(runs)
     figures: dict[str, Any] = {}
+    reported: dict[str, Chosen] = {}
     selected = selections(runs, order)
     if len({run.learning_rate for run in runs}) > 1 or not all(isinstance(run, Finished) for run in runs):
         lines += _learning_rates(by_rate(runs, order), selected, baseline, patterns)
@@ -238,7 +239,11 @@ def write(folder: Path) -> str:
             continue
         slug = title.replace(" ", "_").replace(".", "-")
         lines += ["", f"## {title[0].upper()}{title[1:]}", ""]
-        figures[title] = {}
+        same = [before for before, of in reported.items() if of == chosen]
+        if same:
+            lines.append(f'These are the runs of "{same[0]}" above.')
+            continue
+        reported[title], figures[title] = chosen, {}
         lines += _paper_table(chosen)
         for part in ("zero_shot", "supervised"):
             if next(iter(chosen.values()))[0].sets(part):
