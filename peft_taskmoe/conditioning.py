@@ -80,7 +80,7 @@ class TaskState:
         adapter_names: Name of the adapter of each row, or None for the active adapters.
         rows: Rows of the batch in the running forward, if known.
         length: Tokens per row in the running forward, if known.
-        memo: Products that stay the same while a generation runs; None outside of one.
+        memo: What the layers keep while a generation runs; None outside of one.
         aux: The load-balancing loss, if one is collected.
         recorder: Sees every layer's gates, if given.
         token_mask: `(rows, length)` bool, False for padding; filled only for a recorder.

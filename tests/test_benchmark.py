@@ -592,9 +592,8 @@ def test_runs_measured_by_likelihood_alone_are_compared_by_it_and_each_at_its_be
     write("runs", "lora-36", 2e-3, 0, 1.8)
     write("runs", "task-aware", 2e-3, 0, 1.5)
     text = parts.report.write(tmp_path)
-    assert (
-        text.count("Zero-shot differences") == 2
-    )  # both are best at 2e-3: the same runs are not shown again
+    # Both are best at 2e-3: the same runs are not shown again.
+    assert text.count("Zero-shot differences") == 2
     assert '## Each at its best learning rate\n\nThese are the runs of "learning rate 0.002" above.' in text
 
     for path in (tmp_path / "runs").iterdir():
