@@ -2,6 +2,7 @@
 
     python benchmarks/adapters.py                      # the table of the README
     python benchmarks/adapters.py --dtype bfloat16 --device cuda --layers 8
+    python benchmarks/adapters.py --compile --methods "frozen base" LoRA-36 "ours 8x4"
 
 Every method adapts all seven linears of a Llama of SmolLM2-135M's shape. Rounds are interleaved: each round times every method
 once, and a figure is the median over rounds of its ratio to LoRA r=36 in the same round, so that a machine whose speed drifts
@@ -220,6 +221,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dropouts", type=float, nargs="+", default=[0.0, 0.05])
     parser.add_argument("--skip-decoding", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="compile the models; no decoding then")
     parser.add_argument(
         "--methods", nargs="+",
         default=["frozen base", "LoRA-32", "LoRA-36", "ours 8x4", "ours 32x1", "Poly", "X-LoRA", "loop 8x4"],
@@ -244,10 +246,13 @@ def main() -> None:
         methods = [build(name, args, task, dropout) for name in args.methods]
         for method in methods:
             method.model.train()
+            if args.compile:
+                method.model.compile()
         seconds = interleaved(methods, lambda m: train_step(m, embeds, labels), args.rounds, args.device)
         byte_counts = {m.name: kept_bytes(m, embeds, labels) for m in methods}
         table = Table(
             title=f"train step, {args.dtype}, dropout {dropout}, {args.batch} x {args.length} tokens, {args.layers} layers"
+            + (", compiled" if args.compile else "")
         )
         for column in ("method", "time / LoRA-36", "min .. max", "ms", "bytes / LoRA-36", "MiB", "trainable"):
             table.add_column(column, justify="left" if column == "method" else "right")
@@ -266,7 +271,7 @@ def main() -> None:
             )  # fmt: skip
         console.print(table)
         results[f"train dropout {dropout}"] = rows
-        if dropout == args.dropouts[0] and not args.skip_decoding:
+        if dropout == args.dropouts[0] and not (args.skip_decoding or args.compile):
             decoding = [m for m in methods if m.name not in ("X-LoRA", "Poly")]
             for method in decoding:
                 method.model.eval()
@@ -286,6 +291,7 @@ def main() -> None:
             console.print(table)
             results["decoding"] = rows
         del methods
+        torch.compiler.reset()
         gc.collect()
     if args.output is not None:
         args.output.write_text(

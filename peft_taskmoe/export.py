@@ -31,7 +31,7 @@ from .inspection import adapted_layers, counted_tokens, record_gates, recording
 from .layer import Linear
 from .model import base_model_of
 from .peft_type import PREFIX
-from .router import gates_from_logits, router_logits
+from .router import gates_from_logits, task_logits
 
 _PEFT_PREFIX = "base_model.model."
 _REPORT_NAME = "export_report.json"
@@ -280,8 +280,8 @@ def _task_gates(layer: Linear, adapter_name: str, task_embeds: torch.Tensor) -> 
     """The gates `(e,)` of a router that reads the task only."""
     router_weight = layer._weights(adapter_name)[2]
     task = layer._task(adapter_name, TaskState(task_embeds=task_embeds))
-    logits = router_logits(router_weight.new_zeros(1, 0), router_weight, task, None, reads_token=False)
-    return gates_from_logits(logits, layer.shapes[adapter_name].top_k)[0].detach()
+    assert task is not None
+    return gates_from_logits(task_logits(task, router_weight), layer.shapes[adapter_name].top_k)[0].detach()
 
 
 @contextmanager

@@ -22,10 +22,10 @@ from transformers.pytorch_utils import Conv1D
 
 from .conditioning import TaskState, collect_aux_loss, current_state
 from .config import TaskMoELoraConfig
-from .experts import expert_update
+from .experts import mix_bottleneck
 from .fused import DecodingWeights, ExpertShape, FusedUpdate, decoding_step, decoding_weights
 from .peft_type import PREFIX
-from .router import gates_from_logits, load_balancing_loss, router_logits
+from .router import gates_from_logits, load_balancing_loss, sum_logits, task_logits
 
 _NOT_LINEAR = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.MultiheadAttention)
 
@@ -176,8 +176,9 @@ class TaskMoELoraLayer(BaseTunerLayer):
                 "Merge inside `with task_context(encoder([prompt])):`."
             )
         weight_a, weight_b, router_weight = self._weights(adapter_name)
-        logits = router_logits(weight_a.new_zeros(1, 0), router_weight, task, None, reads_token=False)
-        gates = gates_from_logits(logits, shape.top_k).repeat_interleave(shape.r, dim=-1)
+        gates = gates_from_logits(task_logits(task, router_weight), shape.top_k).repeat_interleave(
+            shape.r, dim=-1
+        )
         delta = (weight_b * gates.to(weight_b.dtype)) @ weight_a * self.scaling[adapter_name]
         base = self.get_base_layer()
         if isinstance(base, nn.Linear | Conv1D):  # one config, but a model may have both kinds
@@ -469,8 +470,10 @@ class Linear(nn.Module, TaskMoELoraLayer):
         else:
             dtype = weights[0].dtype
         if torch.compiler.is_compiling() or self._needs_plain_form(adapter_name, state):
-            update = self._plain_update(x.to(dtype), adapter_name, task, token_tasks, state)
-            return (out + update.view(out.shape)).to(out.dtype)
+            mixed = self._plain_bottleneck(x.to(dtype), adapter_name, task, token_tasks, state)
+            if out.dtype == mixed.dtype:  # one product that adds to the base output
+                return torch.addmm(out.reshape(-1, out.shape[-1]), mixed, weights[1].t()).view(out.shape)
+            return (out + F.linear(mixed, weights[1]).view(out.shape)).to(out.dtype)
         with torch.autocast(x.device.type, enabled=False):
             weight_a, weight_b, router_weight = (weight.to(dtype) for weight in weights)
             total = FusedUpdate.apply(
@@ -479,7 +482,7 @@ class Linear(nn.Module, TaskMoELoraLayer):
             )  # fmt: skip
         return total.to(out.dtype)
 
-    def _plain_update(
+    def _plain_bottleneck(
         self,
         x: torch.Tensor,
         adapter_name: str,
@@ -487,24 +490,36 @@ class Linear(nn.Module, TaskMoELoraLayer):
         token_tasks: torch.Tensor | None,
         state: TaskState | None,
     ) -> torch.Tensor:
-        """The update in the plain form: for torch.compile, which fuses it itself, the load-balancing loss and recorders."""
+        """The mixed and scaled bottleneck `(tokens, e*r)`, which B is then multiplied with, in the plain form.
+
+        For torch.compile, which fuses it itself, the load-balancing loss and recorders.
+        """
         shape = self.shapes[adapter_name]
-        weight_a, weight_b, router_weight = self._weights(adapter_name)
+        weight_a, _, router_weight = self._weights(adapter_name)
         x2 = x.reshape(-1, x.shape[-1])
-        logits = router_logits(x2, router_weight, task, token_tasks, shape.reads_token)
+        dropout = self._dropout(adapter_name)
+        token = None
+        if shape.reads_token and not dropout:  # one product for A and the router
+            stacked = torch.cat((weight_a, router_weight[:, : x2.shape[1]]))
+            h, token = F.linear(x2, stacked).split((shape.num_experts * shape.r, shape.num_experts), dim=1)
+        else:
+            h = F.linear(F.dropout(x2, dropout), weight_a)
+            if shape.reads_token:
+                token = F.linear(x2, router_weight[:, : x2.shape[1]])
+        per_task = None if task is None else task_logits(task, router_weight)
+        logits = sum_logits(token, per_task, x2.shape[0], token_tasks)
         gates = gates_from_logits(logits, shape.top_k)
-        dropped = F.dropout(x2, self.lora_dropout[adapter_name], self.training)
-        update = expert_update(dropped, gates, weight_a, weight_b, self.scaling[adapter_name])
+        mixed = mix_bottleneck(h, gates * self.scaling[adapter_name])
         if state is None:
-            return update
+            return mixed
         if state.recorder is not None:
             state.recorder(self, adapter_name, gates.detach(), token_tasks)
         coef = self.configs[adapter_name].router_aux_loss_coef
         if state.aux is not None and coef and self.training:
             loss = load_balancing_loss(logits, shape.top_k, state.aux.mask_of(logits.shape[0]))
             loss = loss * (coef / state.aux.num_layers[adapter_name])
-            update = collect_aux_loss(update, loss, state.aux)
-        return update
+            mixed = collect_aux_loss(mixed, loss, state.aux)
+        return mixed
 
     def _forward_by_row(self, x: torch.Tensor, state: TaskState, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Each row of the batch with the adapter named for it; `"__base__"` for none."""

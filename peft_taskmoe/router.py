@@ -81,16 +81,41 @@ def router_logits(
     Returns:
         `(tokens, e)` float32 (float64 for float64 weights).
     """
-    precise = torch.promote_types(router_weight.dtype, torch.float32)
     token_dim = router_weight.shape[1] - (0 if task is None else task.shape[-1])
-    logits: torch.Tensor | None = None
-    if reads_token:
-        logits = F.linear(x, router_weight[:, :token_dim]).to(precise)
-    if task is not None:
-        per_token = spread_over_tokens(task_logits(task, router_weight), x.shape[0], token_tasks)
-        logits = per_token if logits is None else logits + per_token
-    assert logits is not None
-    return logits
+    token = F.linear(x, router_weight[:, :token_dim]) if reads_token else None
+    per_task = None if task is None else task_logits(task, router_weight)
+    return sum_logits(token, per_task, x.shape[0], token_tasks)
+
+
+def sum_logits(
+    token: torch.Tensor | None,
+    per_task: torch.Tensor | None,
+    num_tokens: int,
+    token_tasks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Add the two parts of the logits, at least one of which is given.
+
+    Args:
+        token: Token part `(tokens, e)`, or None.
+        per_task: Task part `(n, e)`, or None.
+        num_tokens: Number of tokens.
+        token_tasks: See `spread_over_tokens`.
+
+    Returns:
+        `(tokens, e)`, float32 at least.
+    """
+    if token is None:
+        assert per_task is not None
+        return spread_over_tokens(per_task, num_tokens, token_tasks)
+    token = token.to(torch.promote_types(token.dtype, torch.float32))
+    if per_task is None:
+        return token
+    if token_tasks is not None:
+        return token + per_task[token_tasks]
+    n, num_experts = per_task.shape
+    # Broadcast, not repeated: torch.compile then adds it inside the softmax.
+    by_task = token.view(n, num_tokens // n, num_experts) + per_task.unsqueeze(1)
+    return by_task.view(num_tokens, num_experts)
 
 
 def keep_top_k(logits: torch.Tensor, top_k: int | None) -> torch.Tensor:

@@ -15,7 +15,9 @@ from conftest import TASK_DIM
 from peft import PeftModel
 from torch._dynamo import config as dynamo_config
 from torch._dynamo import mark_dynamic
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._functorch.aot_autograd import make_boxed_func
 
 from peft_taskmoe import attach_task_encoder, task_context
 from peft_taskmoe.layer import Linear
@@ -96,6 +98,23 @@ def test_a_layer_is_one_graph(layer, settings) -> None:
         )
         torch.testing.assert_close(got, wanted)
     assert counter.frame_count == 1
+
+
+def test_a_layer_takes_two_products_more_than_lora(layer) -> None:
+    """LoRA has two forward and four backward; ours those, and the task's forward and backward: the token's is part of A's."""
+    products: list[int] = []
+
+    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
+        called = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        products.append(sum("mm." in name for name in called))
+        return make_boxed_func(graph.forward)
+
+    compiled = torch.compile(layer().train(), backend=aot_autograd(fw_compiler=count, bw_compiler=count))
+    with task_context(batch()["task_embeds"]):
+        out = compiled(torch.randn(2, 5, 16, dtype=torch.float64, requires_grad=True))
+    out.sum().backward()
+    base = 1
+    assert products == [base + 2 + 1, base + 4 + 1]
 
 
 def test_a_model_is_one_graph_for_all_batches(adapted) -> None:
