@@ -229,7 +229,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=None, help="write the figures here as JSON")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    console = Console()
+    console = Console(width=110)
     reference = "LoRA-36"
     torch.manual_seed(1)
     dtype = getattr(torch, args.dtype)
