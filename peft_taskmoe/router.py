@@ -62,47 +62,22 @@ def task_logits(task: torch.Tensor, router_weight: torch.Tensor) -> torch.Tensor
     return F.linear(task.to(weight.dtype), weight).to(precise)
 
 
-def router_logits(
-    x: torch.Tensor,
-    router_weight: torch.Tensor,
-    task: torch.Tensor | None,
-    token_tasks: torch.Tensor | None,
-    reads_token: bool,
-) -> torch.Tensor:
-    """`W_r [x_t ; e]` as `W_x x_t + W_e e`, so that the task part costs one product per task, not per token.
-
-    Args:
-        x: Input of the adapted layer, `(tokens, in)`.
-        router_weight: `(e, in + task_dim)`, `(e, in)` or `(e, task_dim)` by what the router reads.
-        task: Normalised task embeddings `(n, task_dim)`, or None if the router does not read the task.
-        token_tasks: See `spread_over_tokens`.
-        reads_token: Whether the router reads the token.
-
-    Returns:
-        `(tokens, e)` float32 (float64 for float64 weights).
-    """
-    token_dim = router_weight.shape[1] - (0 if task is None else task.shape[-1])
-    token = F.linear(x, router_weight[:, :token_dim]) if reads_token else None
-    per_task = None if task is None else task_logits(task, router_weight)
-    return sum_logits(token, per_task, x.shape[0], token_tasks)
-
-
 def sum_logits(
     token: torch.Tensor | None,
     per_task: torch.Tensor | None,
     num_tokens: int,
     token_tasks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Add the two parts of the logits, at least one of which is given.
+    """`W_r [x_t ; e]` as `W_x x_t + W_e e`, so that the task part costs one product per task, not per token.
 
     Args:
-        token: Token part `(tokens, e)`, or None.
-        per_task: Task part `(n, e)`, or None.
+        token: Token part `W_x x`, `(tokens, e)`, or None if the router does not read the token.
+        per_task: Task part `W_e e` of each of n tasks (`task_logits`), or None if it does not read the task.
         num_tokens: Number of tokens.
         token_tasks: See `spread_over_tokens`.
 
     Returns:
-        `(tokens, e)`, float32 at least.
+        `(tokens, e)`, float32 (float64 for float64 parts).
     """
     if token is None:
         assert per_task is not None

@@ -5,14 +5,16 @@ from __future__ import annotations
 import pytest
 import reference
 import torch
+import torch.nn.functional as F
 
 from peft_taskmoe.router import (
     gates_from_logits,
     keep_top_k,
     load_balancing_loss,
     normalize_task,
-    router_logits,
     spread_over_tokens,
+    sum_logits,
+    task_logits,
 )
 
 CLOSE = {"rtol": 0, "atol": 1e-12}
@@ -55,7 +57,9 @@ def test_gates_equal_the_loops(top_k, router_inputs, packed) -> None:
     reads_token = "token" in router_inputs
     router = torch.randn(4, 5 * reads_token + 3 * (tasks is not None), dtype=torch.float64)
     owners = [0, 1, 1, 0, 0, 1] if packed else [0, 0, 0, 1, 1, 1]
-    logits = router_logits(x, router, tasks, torch.tensor(owners) if packed else None, reads_token)
+    token = F.linear(x, router[:, :5]) if reads_token else None
+    per_task = None if tasks is None else task_logits(tasks, router)
+    logits = sum_logits(token, per_task, 6, torch.tensor(owners) if packed else None)
     expected = reference.all_gates(x, router, tasks, owners, reads_token=reads_token, top_k=top_k)
     gates = gates_from_logits(logits, top_k)
     torch.testing.assert_close(gates, expected, **CLOSE)
@@ -64,7 +68,7 @@ def test_gates_equal_the_loops(top_k, router_inputs, packed) -> None:
 
 def test_half_precision_gates_are_float32() -> None:
     x, router = torch.randn(4, 5, dtype=torch.bfloat16), torch.randn(3, 8, dtype=torch.bfloat16)
-    logits = router_logits(x, router, torch.randn(2, 3), None, True)
+    logits = sum_logits(F.linear(x, router[:, :5]), task_logits(torch.randn(2, 3), router), 4, None)
     assert logits.dtype == gates_from_logits(logits, None).dtype == torch.float32
 
 
