@@ -220,7 +220,7 @@ def test_the_signature_shows_task_embeds(adapted) -> None:
 
 
 def test_the_model_traces_without_a_graph_break(adapted) -> None:
-    model = adapted()
+    model = adapted().double()
     expected = model(input_ids=IDS, task_embeds=TASK).logits
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(input_ids=IDS, task_embeds=TASK).logits, expected)
