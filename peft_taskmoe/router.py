@@ -86,7 +86,7 @@ def sum_logits(
     if per_task is None:
         return token
     if token_tasks is not None:
-        return token + per_task[token_tasks]
+        return token + spread_over_tokens(per_task, num_tokens, token_tasks)
     n, num_experts = per_task.shape
     # Broadcast, not repeated: torch.compile then adds it inside the softmax.
     by_task = token.view(n, num_tokens // n, num_experts) + per_task.unsqueeze(1)
