@@ -39,9 +39,10 @@ def config(**settings: Any) -> TaskMoELoraConfig:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A tiny Llama wide enough for blocks of 64 weights, on disk: quantisation happens while loading."""
+    """A tiny Llama on disk: quantisation happens while loading. Wide enough for its blocks of 64 weights, and for
+    the blocks of 32 outputs that bitsandbytes packs for inference on a CPU with AVX-512's bfloat16 units."""
     cls, made = MODELS["llama"]()
-    made.update({"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1})
+    made.update({"hidden_size": 64, "intermediate_size": 64, "head_dim": 16, "num_hidden_layers": 1})
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("llama")
     cls(made).save_pretrained(folder)
