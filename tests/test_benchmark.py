@@ -238,6 +238,41 @@ runpy.run_path({str(FOLDER / "run.py")!r}, run_name="__main__")
         assert resumed[part] == whole[part]
 
 
+def test_a_head_that_is_asked_about_answers_only_changes_no_loss_and_no_gradient(
+    parts, models, tmp_path
+) -> None:  # noqa: F811
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    language_model, _ = models
+    rows = [{"prompt": f"w{5 + i} " * (i + 1), "completion": f"w{20 + i} w{9 + i}"} for i in range(4)]
+    found, asked = [], []
+    for trainer_of in (SFTTrainer, parts.one_run.AnswerTrainer):
+        trainer = trainer_of(
+            str(language_model),
+            SFTConfig(str(tmp_path), report_to=[], use_cpu=True, bf16=False, per_device_train_batch_size=4),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=transformers.AutoTokenizer.from_pretrained(language_model),
+        )
+        model = trainer.model.eval()
+        head = model.get_output_embeddings()
+        head.register_forward_hook(lambda _, args, out: asked.append(out.shape[:-1].numel()))
+        batch = next(iter(trainer.get_train_dataloader()))
+        counts = {}
+        for items in (None, torch.tensor(24)):
+            model.zero_grad()
+            loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=items)
+            loss.backward()
+            counts[items] = loss.item(), {name: p.grad for name, p in model.named_parameters()}
+        found.append(counts)
+    for ours, theirs in zip(found[1].values(), found[0].values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    labelled = (batch["labels"] != -100).sum()
+    assert asked == [labelled, labelled]
+    with pytest.raises(NotImplementedError, match="no logits of most tokens"):
+        trainer.compute_loss(model, dict(batch), return_outputs=True)
+
+
 def test_every_configuration_of_a_seed_trains_on_the_same_examples_in_the_same_order(parts) -> None:
     args, sft = arguments_of(parts, "smoke")
     data = parts.one_run.Data.read(args)

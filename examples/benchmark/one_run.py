@@ -274,6 +274,39 @@ class StepClock(TrainerCallback):
             write_json(self.path, self.seconds)
 
 
+class AnswerTrainer(SFTTrainer):
+    """`SFTTrainer` whose language-model head is asked about the tokens that have a label, and no others: the same loss."""
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """The mean loss of the labelled tokens of all micro-batches that make a step.
+
+        Raises:
+            NotImplementedError: If the logits are asked for, as in evaluation: there are none of most tokens.
+        """
+        if return_outputs:
+            raise NotImplementedError("This trainer has no logits of most tokens. Evaluate with SFTTrainer.")
+        following = inputs["labels"][:, 1:]
+        labelled = following != -100
+        head = self.accelerator.unwrap_model(model).get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][:, :-1][labelled],))
+        try:
+            rest = {name: value for name, value in inputs.items() if name != "labels"}
+            logits = model(**rest, use_cache=False).logits
+        finally:
+            hook.remove()
+        loss = torch.nn.functional.cross_entropy(logits.float(), following[labelled], reduction="sum")
+        if num_items_in_batch is None:
+            return loss / labelled.sum().clamp(min=1)
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return loss / num_items_in_batch * processes
+
+
 def train(
     run: Run,
     args: BenchmarkArguments,
@@ -312,7 +345,7 @@ def train(
     set_seed(run.seed)
     base = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=args.dtype)
     clock = StepClock(folder / "steps.json")
-    trainer = SFTTrainer(
+    trainer = (AnswerTrainer if args.answer_head else SFTTrainer)(
         model=base,
         args=config,
         train_dataset=examples.select_columns(columns),

@@ -91,6 +91,13 @@ class BenchmarkArguments:
     mask_labels: float = field(
         default=0.0, metadata={"help": "Hide label names in training with this probability."}
     )
+    answer_head: bool = field(
+        default=False,
+        metadata={
+            "help": "In training, ask the language-model head about answer tokens only. The loss is the same; TRL's own head asks "
+            "about every token where there is no Triton, on a CPU most of a step."
+        },
+    )
     max_new_tokens: int = field(default=256, metadata={"help": "The longest answer."})
     eval_batch_size: int = field(default=16, metadata={"help": "Prompts of a generation."})
     likelihood_batch_size: int = field(default=8, metadata={"help": "Documents of a likelihood batch."})
