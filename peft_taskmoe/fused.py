@@ -3,13 +3,12 @@
 It knows tensors only. What it computes stands readably in `router.py` and `experts.py`, against which it is tested in
 float64. What it saves over them: it keeps x, the bottleneck and the gates for backward and nothing with (tokens, out) entries; one
 product serves A and the token part of the router; the update is accumulated into the base output, and the gradient of
-the input into the base's, instead of adding tensors of that size. Bottleneck and gates stand features first, `(groups, features, length)`:
+the input into the base's, instead of adding tensors of that size. Bottleneck and gates stand features first, `(features, tokens)`:
 softmax, gates and their gradients then run along the tokens, and products as narrow as the router's are faster on a CPU.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,46 +39,34 @@ class ExpertShape:
     reads_task: bool
 
 
-def _in_groups(x: torch.Tensor) -> torch.Tensor:
-    """View `(..., d)` as `(groups, length, d)`: one group a row of the batch, or all tokens in one if the rows are short."""
-    tokens = math.prod(x.shape[:-1])
-    groups = x.shape[0] if x.dim() > 2 and tokens >= 64 * x.shape[0] else 1
-    return x.reshape(groups, tokens // groups, x.shape[-1])
-
-
-def _features_first(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """`weight x` for x `(groups, length, d)` and weight `(k, d)`, as `(groups, k, length)`."""
-    return torch.bmm(weight.expand(x.shape[0], -1, -1), x.transpose(1, 2))
-
-
 def _mix(h: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
-    """`mix_bottleneck` for `(groups, e*r, length)` and `(groups, e, length)`."""
-    by_expert = h.unflatten(1, (gates.shape[1], h.shape[1] // gates.shape[1]))
-    return (by_expert * gates.to(h.dtype).unsqueeze(2)).view(h.shape)
+    """`mix_bottleneck` for `(e*r, tokens)` and `(e, tokens)`."""
+    by_expert = h.unflatten(0, (gates.shape[0], h.shape[0] // gates.shape[0]))
+    return (by_expert * gates.to(h.dtype).unsqueeze(1)).view(h.shape)
 
 
 def _gates(
     token: torch.Tensor | None,
     per_task: torch.Tensor | None,
-    size: tuple[int, int],
+    tokens: int,
     token_tasks: torch.Tensor | None,
     top_k: int | None,
 ) -> torch.Tensor:
-    """Softmax of token part `(groups, e, length)` plus task part `(n, e)`, the latter broadcast where each group has one task."""
-    groups, length = size
+    """Softmax of token part `(e, tokens)` plus task part `(n, e)`, as `(e, tokens)`."""
     logits = None if token is None else token.to(torch.promote_types(token.dtype, torch.float32))
     if per_task is not None:
-        n = per_task.shape[0]
-        if token_tasks is None and groups % n == 0:
-            of_group = per_task.unsqueeze(1).expand(-1, groups // n, -1).reshape(groups, -1, 1)
+        n, num_experts = per_task.shape
+        if logits is None:
+            logits = spread_over_tokens(per_task, tokens, token_tasks).t()
+        elif token_tasks is not None:
+            logits = logits + spread_over_tokens(per_task, tokens, token_tasks).t()
         else:
-            spread = spread_over_tokens(per_task, groups * length, token_tasks)
-            of_group = spread.view(groups, length, spread.shape[-1]).transpose(1, 2)
-        logits = of_group if logits is None else logits + of_group
+            by_task = logits.view(num_experts, n, tokens // n) + per_task.t().unsqueeze(-1)
+            logits = by_task.view(num_experts, tokens)
     assert logits is not None
     if top_k is not None:
-        logits = keep_top_k(logits.transpose(1, 2), top_k).transpose(1, 2)
-    return torch.softmax(logits, dim=1).expand(groups, logits.shape[1], length)
+        logits = keep_top_k(logits.t(), top_k).t()
+    return torch.softmax(logits, dim=0)
 
 
 class FusedUpdate(torch.autograd.Function):
@@ -125,30 +112,28 @@ class FusedUpdate(torch.autograd.Function):
         Returns:
             `(..., out)`.
         """
-        xg = _in_groups(x)
-        groups, length, in_features = xg.shape
-        rank = shape.num_experts * shape.r
+        in_features = x.shape[-1]
+        tokens_x = x.reshape(-1, in_features)
+        tokens, rank = tokens_x.shape[0], shape.num_experts * shape.r
         dropped = None
         w_x = router_weight[:, :in_features] if shape.reads_token else None
         if dropout:
-            dropped = draw_dropped(xg, dropout)
+            dropped = draw_dropped(tokens_x, dropout)
             scaling /= 1.0 - dropout
-            h = _features_first(weight_a, zero_dropped(xg.clone(), dropped))
-            token = None if w_x is None else _features_first(w_x, xg)
+            h = weight_a @ zero_dropped(tokens_x.clone(), dropped).t()
+            token = None if w_x is None else w_x @ tokens_x.t()
         elif w_x is None:
-            h, token = _features_first(weight_a, xg), None
+            h, token = weight_a @ tokens_x.t(), None
         else:
-            h_and_token = _features_first(torch.cat((weight_a, w_x)), xg)
-            h, token = h_and_token[:, :rank], h_and_token[:, rank:]
+            h, token = (torch.cat((weight_a, w_x)) @ tokens_x.t()).split((rank, shape.num_experts))
         per_task = None if task is None else task_logits(task, router_weight)
-        gates = _gates(token, per_task, (groups, length), token_tasks, shape.top_k)
+        gates = _gates(token, per_task, tokens, token_tasks, shape.top_k)
         if weight is not None:
             out = F.linear(x, weight, bias)
         else:
             assert base is not None
             out = base.clone(memory_format=torch.contiguous_format)
-        update = out.view(groups, length, out.shape[-1])
-        update.baddbmm_(_mix(h, gates).transpose(1, 2), weight_b.t().expand(groups, -1, -1), alpha=scaling)
+        out.view(tokens, out.shape[-1]).addmm_(_mix(h, gates * scaling).t(), weight_b.t())
         ctx.save_for_backward(
             x, h, gates, dropped, weight, weight_a, weight_b, router_weight, task, token_tasks
         )
@@ -160,59 +145,54 @@ class FusedUpdate(torch.autograd.Function):
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of x, base, A, B, the router and the task embedding."""
         x, h, gates, dropped, weight, weight_a, weight_b, router_weight, task, token_tasks = ctx.saved_tensors
-        xg = _in_groups(x)
-        groups, length, in_features = xg.shape
-        rank, num_experts = h.shape[1], gates.shape[1]
-        dy = grad_out.reshape(groups, length, grad_out.shape[-1])
+        in_features = x.shape[-1]
+        tokens_x = x.reshape(-1, in_features)
+        tokens, rank, num_experts = tokens_x.shape[0], h.shape[0], gates.shape[0]
+        dy = grad_out.reshape(tokens, grad_out.shape[-1])
         w_x = router_weight[:, :in_features] if ctx.reads_token else None
 
-        b_t = weight_b.t().expand(groups, -1, -1)
-        dz = torch.baddbmm(h, b_t, dy.transpose(1, 2), beta=0, alpha=ctx.scaling)
-        grad_b = torch.bmm(dy.transpose(1, 2), _mix(h, gates).transpose(1, 2)).sum(0).mul_(ctx.scaling)
-        d_gates = (dz * h).view(groups, num_experts, rank // num_experts, length).sum(2).to(gates.dtype)
-        d_logits = torch._softmax_backward_data(d_gates, gates, 1, gates.dtype)
-        dh = _mix(dz, gates)
+        scaled_gates = gates * ctx.scaling
+        dz = weight_b.t() @ dy.t()
+        grad_b = dy.t() @ _mix(h, scaled_gates).t()
+        d_gates = (dz * h).view(num_experts, rank // num_experts, tokens).sum(1).to(gates.dtype)
+        d_logits = torch._softmax_backward_data(d_gates.mul_(ctx.scaling), gates, 0, gates.dtype)
+        dh = _mix(dz, scaled_gates)
         left, right = dh, weight_a
         d_token = None
         if w_x is not None:
             d_token = d_logits.to(dh.dtype)
             if dropped is None:
-                left, right = torch.cat((dh, d_token), 1), torch.cat((weight_a, w_x))
+                left, right = torch.cat((dh, d_token)), torch.cat((weight_a, w_x))
 
         grad_x = None
         if ctx.needs_input_grad[0]:
-            left_t, right_g = left.transpose(1, 2), right.expand(groups, -1, -1)
             if dropped is None and weight is not None:
-                grad_x = (dy @ weight).baddbmm_(left_t, right_g)
+                grad_x = (dy @ weight).addmm_(left.t(), right)
             else:
-                grad_x = torch.bmm(left_t, right_g)
+                grad_x = left.t() @ right
                 if dropped is not None:
                     zero_dropped(grad_x, dropped)
                     if d_token is not None and w_x is not None:
-                        grad_x.baddbmm_(d_token.transpose(1, 2), w_x.expand(groups, -1, -1))
+                        grad_x.addmm_(d_token.t(), w_x)
                     if weight is not None:
-                        grad_x.view(-1, in_features).addmm_(dy.view(-1, dy.shape[-1]), weight)
+                        grad_x.addmm_(dy, weight)
             grad_x = grad_x.view(x.shape)
 
-        grad_a = torch.bmm(left, xg if dropped is None else zero_dropped(xg.clone(), dropped)).sum(0)
+        grad_a = left @ (tokens_x if dropped is None else zero_dropped(tokens_x.clone(), dropped))
         grad_w_x = None
         if d_token is not None:
             if dropped is None:
-                grad_a, grad_w_x = grad_a[:rank], grad_a[rank:]
+                grad_a, grad_w_x = grad_a.split((rank, num_experts))
             else:
-                grad_w_x = torch.bmm(d_token, xg).sum(0)
+                grad_w_x = d_token @ tokens_x
 
         grad_router, grad_task = grad_w_x, None
         if task is not None:
             n = task.shape[0]
-            if token_tasks is None and groups % n == 0:
-                per_task = d_logits.view(n, groups // n, num_experts, length).sum((1, 3))
+            if token_tasks is None:
+                per_task = d_logits.view(num_experts, n, tokens // n).sum(2).t()
             else:
-                of_token = d_logits.transpose(1, 2).reshape(groups * length, num_experts)
-                if token_tasks is None:
-                    per_task = of_token.view(n, groups * length // n, num_experts).sum(1)
-                else:
-                    per_task = of_token.new_zeros(n, num_experts).index_add_(0, token_tasks, of_token)
+                per_task = d_logits.new_zeros(n, num_experts).index_add_(0, token_tasks, d_logits.t())
             per_task = per_task.to(router_weight.dtype)
             grad_w_e = per_task.t() @ task.to(per_task.dtype)
             grad_router = grad_w_e if grad_w_x is None else torch.cat((grad_w_x, grad_w_e), 1)
