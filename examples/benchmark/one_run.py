@@ -140,7 +140,9 @@ def carry_out(
     gc.collect()  # the model that was trained
     with unsharded():
         base = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=args.dtype)
-    model = PeftModel.from_pretrained(base, str(folder / "adapter")).eval().to(PartialState().device)
+    # In the base's dtype, in which mixed precision computes with it in training as well.
+    model = PeftModel.from_pretrained(base, str(folder / "adapter"), autocast_adapter_dtype=False)
+    model.eval().to(PartialState().device)
     if encoder is not None:
         attach_task_encoder(model, encoder, tokenizer)
     measure = Measure(model, tokenizer, encoder, args)
@@ -274,6 +276,28 @@ class StepClock(TrainerCallback):
             write_json(self.path, self.seconds)
 
 
+@contextmanager
+def head_asked_about(model: Any, labels: torch.Tensor) -> Iterator[None]:
+    """The language-model head sees the positions alone that are to predict a label: logits are `(labelled tokens, vocabulary)`.
+
+    Args:
+        model: The model, not wrapped for several processes.
+        labels: `(rows, length)`, -100 where there is none.
+    """
+    asked = torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1))
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, hidden: (hidden[0][asked],))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def answer_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of every labelled token, in nats, row after row, from the logits of `head_asked_about`."""
+    following = labels[:, 1:]
+    return torch.nn.functional.cross_entropy(logits.float(), following[following != -100], reduction="none")
+
+
 class AnswerTrainer(SFTTrainer):
     """`SFTTrainer` whose language-model head is asked about the tokens that have a label, and no others: the same loss."""
 
@@ -291,18 +315,13 @@ class AnswerTrainer(SFTTrainer):
         """
         if return_outputs:
             raise NotImplementedError("This trainer has no logits of most tokens. Evaluate with SFTTrainer.")
-        following = inputs["labels"][:, 1:]
-        labelled = following != -100
-        head = self.accelerator.unwrap_model(model).get_output_embeddings()
-        hook = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][:, :-1][labelled],))
-        try:
-            rest = {name: value for name, value in inputs.items() if name != "labels"}
+        labels = inputs["labels"]
+        rest = {name: value for name, value in inputs.items() if name != "labels"}
+        with head_asked_about(self.accelerator.unwrap_model(model), labels):
             logits = model(**rest, use_cache=False).logits
-        finally:
-            hook.remove()
-        loss = torch.nn.functional.cross_entropy(logits.float(), following[labelled], reduction="sum")
+        loss = answer_losses(logits, labels).sum()
         if num_items_in_batch is None:
-            return loss / labelled.sum().clamp(min=1)
+            return loss / max(len(logits), 1)
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return loss / num_items_in_batch * processes
 
@@ -447,14 +466,10 @@ class Measure:
         found = []
         for batch in self._batches(pairs):
             logits, labels = self._forward([pair[0] for pair in batch], [pair[1] for pair in batch])
-            losses = torch.nn.functional.cross_entropy(
-                logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none", ignore_index=-100
-            )
-            counts = (labels[:, 1:] != -100).sum(1)
-            for (document, _), loss, count in zip(
-                batch, losses.sum(1).tolist(), counts.tolist(), strict=True
-            ):
-                found.append((document.id, [loss, count]))
+            counts = (labels[:, 1:] != -100).sum(1).tolist()
+            losses = answer_losses(logits, labels).split(counts)
+            for (document, _), loss, count in zip(batch, losses, counts, strict=True):
+                found.append((document.id, [loss.sum().item(), count]))
         return found
 
     def _batches(self, pairs: list[tuple[Document, Document]]) -> Iterable[list[tuple[Document, Document]]]:
@@ -476,10 +491,9 @@ class Measure:
     def _forward(
         self, documents: Sequence[Document], task_of: Sequence[Document]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits and labels of the last positions, which hold the answers of all rows."""
+        """Logits of the answers' tokens, row after row, and all labels."""
         rows = [self._tokens(document) for document in documents]
         width = max(len(prompt) + len(answer) for prompt, answer in rows)
-        kept = max(len(answer) for _, answer in rows) + 1
         pad = (
             self.tokenizer.eos_token_id
             if self.tokenizer.pad_token_id is None
@@ -491,18 +505,19 @@ class Measure:
             [[pad] * p + prompt + answer for p, (prompt, answer) in zip(padding, rows, strict=True)]
         )
         mask = torch.tensor([[0] * p + [1] * (width - p) for p in padding])
-        labels = torch.tensor([[-100] * (width - len(answer)) + answer for _, answer in rows])
+        labels = torch.tensor([[-100] * (width - len(answer)) + answer for _, answer in rows]).to(device)
         task = {}
         if self.encoder is not None:
             task["task_embeds"] = self.encoder([self._task_text(one) for one in task_of]).to(device)
-        logits = self.model(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0).to(device),
-            logits_to_keep=kept,
-            **task,
-        ).logits
-        return logits, labels[:, -kept:].to(device)
+        with head_asked_about(self.model, labels):
+            logits = self.model(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                position_ids=(mask.cumsum(1) - 1).clamp(min=0).to(device),
+                use_cache=False,
+                **task,
+            ).logits
+        return logits, labels
 
     def _task_text(self, document: Document) -> str:
         example = build_example(document, format=self.args.format)
