@@ -125,7 +125,8 @@ class FusedUpdate(torch.autograd.Function):
         elif w_x is None:
             h, token = weight_a @ tokens_x.t(), None
         else:
-            h, token = (torch.cat((weight_a, w_x)) @ tokens_x.t()).split((rank, shape.num_experts))
+            h_and_token = torch.cat((weight_a, w_x)) @ tokens_x.t()
+            h, token = h_and_token[:rank], h_and_token[rank:]
         per_task = None if task is None else task_logits(task, router_weight)
         gates = _gates(token, per_task, tokens, token_tasks, shape.top_k)
         if weight is not None:
@@ -133,7 +134,7 @@ class FusedUpdate(torch.autograd.Function):
         else:
             assert base is not None
             out = base.clone(memory_format=torch.contiguous_format)
-        out.view(tokens, out.shape[-1]).addmm_(_mix(h, gates * scaling).t(), weight_b.t())
+        out.view(tokens, out.shape[-1]).addmm_(_mix(h, gates).t(), weight_b.t(), alpha=scaling)
         ctx.save_for_backward(
             x, h, gates, dropped, weight, weight_a, weight_b, router_weight, task, token_tasks
         )
@@ -151,12 +152,11 @@ class FusedUpdate(torch.autograd.Function):
         dy = grad_out.reshape(tokens, grad_out.shape[-1])
         w_x = router_weight[:, :in_features] if ctx.reads_token else None
 
-        scaled_gates = gates * ctx.scaling
-        dz = weight_b.t() @ dy.t()
-        grad_b = dy.t() @ _mix(h, scaled_gates).t()
+        dz = torch.addmm(h, weight_b.t(), dy.t(), beta=0, alpha=ctx.scaling)
+        grad_b = torch.addmm(weight_b, dy.t(), _mix(h, gates).t(), beta=0, alpha=ctx.scaling)
         d_gates = (dz * h).view(num_experts, rank // num_experts, tokens).sum(1).to(gates.dtype)
-        d_logits = torch._softmax_backward_data(d_gates.mul_(ctx.scaling), gates, 0, gates.dtype)
-        dh = _mix(dz, scaled_gates)
+        d_logits = torch._softmax_backward_data(d_gates, gates, 0, gates.dtype)
+        dh = _mix(dz, gates)
         left, right = dh, weight_a
         d_token = None
         if w_x is not None:
@@ -182,7 +182,7 @@ class FusedUpdate(torch.autograd.Function):
         grad_w_x = None
         if d_token is not None:
             if dropped is None:
-                grad_a, grad_w_x = grad_a.split((rank, num_experts))
+                grad_a, grad_w_x = grad_a[:rank], grad_a[rank:]
             else:
                 grad_w_x = d_token @ tokens_x
 
