@@ -126,7 +126,7 @@ class FusedUpdate(torch.autograd.Function):
             h, token = weight_a @ tokens_x.t(), None
         else:
             h_and_token = torch.cat((weight_a, w_x)) @ tokens_x.t()
-            h, token = h_and_token[:rank], h_and_token[rank:]
+            h, token = h_and_token[:rank].clone(), h_and_token[rank:]  # a view would keep the logits as well
         per_task = None if task is None else task_logits(task, router_weight)
         gates = _gates(token, per_task, tokens, token_tasks, shape.top_k)
         if weight is not None:
