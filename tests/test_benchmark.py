@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -345,6 +346,13 @@ def test_a_checkpoint_that_a_kill_left_half_written_is_not_gone_on_from(parts, t
     (tmp_path / "checkpoint-12").mkdir()
     (tmp_path / "checkpoint-12" / "adapter_model.safetensors").write_text("half")
     assert parts.one_run.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+def test_comparisons_that_share_a_results_folder_do_not_take_each_others_files(parts, tmp_path) -> None:
+    path = tmp_path / "plan.json"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: parts.one_run.write_json(path, {"command": str(n)}), range(400)))
+    assert json.loads(path.read_text())["command"].isdigit() and list(tmp_path.iterdir()) == [path]
 
 
 def test_the_seconds_of_the_steps_are_kept_with_every_checkpoint(parts, tmp_path) -> None:

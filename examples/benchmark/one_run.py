@@ -18,6 +18,7 @@ import os
 import platform
 import random
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -213,11 +214,11 @@ def _once(path: Path, work: Callable[[], Any]) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a file that is either whole or not there."""
+    """Write a file that is either whole or not there, also where several comparisons share a results folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")
     partial.write_text(json.dumps(content, ensure_ascii=False) + "\n")
-    partial.rename(path)
+    partial.replace(path)
 
 
 def training_examples(
