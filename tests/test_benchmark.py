@@ -457,6 +457,7 @@ def test_wrong_settings_are_refused(parts) -> None:
         ({"model_name_or_path": ""}, "A comparison needs `model_name_or_path`"),
         ({"only": ["lora-35"]}, r"`only` names \['lora-35'\], which is no configuration"),
         ({"baseline": "lora-32"}, '`baseline` is "lora-32", which is no configuration'),
+        ({"ablated": "task-aware"}, '`ablated` is "task-aware", which is no configuration'),
         ({"configurations": {"lora-36": {"method": "dora"}}}, 'Configuration "lora-36" has `method: dora`'),
         (
             {"configurations": {"lora-36": {"method": "lora", "rank": 3}}},
@@ -692,6 +693,28 @@ def test_only_seeds_that_both_have_are_compared(parts) -> None:
     a = [fake_run(parts, "a", 1e-3, seed, 1.0) for seed in (0, 1, 2)]
     b = [fake_run(parts, "b", 1e-3, seed, 1.0) for seed in (2, 0)]
     assert [[run.seed for run in runs] for runs in parts.report.pair(a, b)] == [[0, 2], [2, 0]]
+
+
+def test_what_reads_the_task_is_compared_with_the_token_only_and_the_ablated_configuration(parts) -> None:
+    names = {}
+    for name in ("lora-36", "token", "task", "pooling"):
+        names[name] = [fake_run(parts, name, 1e-3, 0, 1.0)]
+        settings = names[name][0].content["settings"]["configuration"]
+        if name == "token":
+            settings |= {"method": "moelora", "adapter": {"router_inputs": "token"}}
+        elif name != "lora-36":
+            settings |= {"method": "moelora", "encoder": {"name_or_path": "e"}}
+    with_baseline = [("token", "lora-36"), ("task", "lora-36"), ("pooling", "lora-36")]
+    with_tokens = [("task", "token"), ("pooling", "token")]
+    pairs = parts.report._pairs
+    assert pairs(names, "lora-36", None) == with_baseline + with_tokens
+    assert pairs(names, "lora-36", "task") == [*with_baseline, *with_tokens, ("pooling", "task")]
+    assert pairs(names, "task", "task") == [
+        *((name, "task") for name in ("lora-36", "token", "pooling")),
+        ("pooling", "token"),
+    ]
+    del names["task"]  # not run yet
+    assert pairs(names, "lora-36", "task") == [*with_baseline[::2], ("pooling", "token")]
 
 
 def test_the_nearest_training_set_is_that_with_the_likest_gates(parts) -> None:

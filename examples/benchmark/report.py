@@ -222,6 +222,7 @@ def write(folder: Path) -> str:
     """
     plan = json.loads((folder / "plan.json").read_text())
     baseline, order, patterns = plan["baseline"], plan["configurations"], plan["clusters"]
+    ablated = plan.get("ablated")
     runs = [run for run in load(folder) if run.configuration in order]
     if not runs:
         raise SystemExit(f"There is no run in {folder / 'runs'} or {folder / LIKELIHOODS}.")
@@ -232,7 +233,7 @@ def write(folder: Path) -> str:
     reported: dict[str, Chosen] = {}
     selected = selections(runs, order)
     if len({run.learning_rate for run in runs}) > 1 or not all(isinstance(run, Finished) for run in runs):
-        lines += _learning_rates(by_rate(runs, order), selected, baseline, patterns)
+        lines += _learning_rates(by_rate(runs, order), selected, baseline, ablated, patterns)
     for title, selection in selected.items():
         chosen = with_answers(selection)
         if len(chosen) < 2:
@@ -249,7 +250,7 @@ def write(folder: Path) -> str:
             if next(iter(chosen.values()))[0].sets(part):
                 lines += _by_dataset(chosen, part)
         if baseline in chosen:
-            compared = _compared(chosen, baseline, patterns)
+            compared = _compared(chosen, baseline, ablated, patterns)
             for (a, b), one in compared.items():
                 figures[title][f"{a} - {b}"] = {
                     "f1": one.f1.to_dict(),
@@ -499,10 +500,12 @@ class _Compared:
     by_seed: dict[int, float]
 
 
-def _compared(chosen: Chosen, baseline: str, patterns: Mapping[str, str]) -> dict[tuple[str, str], _Compared]:
-    """Every configuration against the baseline and, of those that read the task, against the one that reads tokens only."""
+def _compared(
+    chosen: Chosen, baseline: str, ablated: str | None, patterns: Mapping[str, str]
+) -> dict[tuple[str, str], _Compared]:
+    """The comparisons of `_pairs` over the seeds that both have."""
     found = {}
-    for a, b in _pairs(chosen, baseline):
+    for a, b in _pairs(chosen, baseline, ablated):
         runs = pair(chosen[a], chosen[b])
         if runs[0]:
             of_f1 = compare_f1(*runs, "zero_shot", patterns)
@@ -515,11 +518,15 @@ def _compared(chosen: Chosen, baseline: str, patterns: Mapping[str, str]) -> dic
     return found
 
 
-def _pairs(names: Mapping[str, Sequence[Trained]], baseline: str) -> list[tuple[str, str]]:
-    """Every configuration with the baseline, and those that read the task with the one that reads tokens only."""
+def _pairs(
+    names: Mapping[str, Sequence[Trained]], baseline: str, ablated: str | None
+) -> list[tuple[str, str]]:
+    """Every configuration with the baseline; those that read the task with the one that reads tokens only and the ablated one."""
     found = [(name, baseline) for name in names if name != baseline and baseline in names]
-    token_only = [name for name in names if _router_inputs(names[name][0]) == "token"]
-    return found + [(name, other) for other in token_only for name in names if _reads_task(names[name][0])]
+    others = [name for name in names if _router_inputs(names[name][0]) == "token"]
+    others += [ablated] if ablated in names and ablated != baseline else []
+    reading = [name for name in names if _reads_task(names[name][0])]
+    return found + [(name, other) for other in others for name in reading if name not in (other, baseline)]
 
 
 def _by_seed(a: Sequence[Trained], b: Sequence[Trained]) -> dict[int, float]:
@@ -532,6 +539,7 @@ def _learning_rates(
     tried: Mapping[str, Mapping[float, Sequence[Trained]]],
     selected: Mapping[str, Selection],
     baseline: str,
+    ablated: str | None,
     patterns: Mapping[str, str],
 ) -> list[str]:
     """What each configuration loses at each learning rate, and the comparisons, by likelihood alone."""
@@ -551,7 +559,7 @@ def _learning_rates(
             for name, of in selection.items()
             if (found := [run for run in of if run.sets("zero_shot")])
         }
-        for a, b in _pairs(measured, baseline):
+        for a, b in _pairs(measured, baseline, ablated):
             both = pair(measured[a], measured[b])
             if both[0]:
                 cells = [title, f"{a} - {b}"]

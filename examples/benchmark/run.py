@@ -73,6 +73,7 @@ def main(args: BenchmarkArguments, sft: SFTConfig, command: str) -> None:
     console.print(f"{len(runs)} runs, {len(runs) - len(missing)} of them done before.")
     plan = {
         "baseline": args.baseline,
+        "ablated": args.ablated,
         "configurations": list(args.configurations),
         "clusters": args.clusters,
         "command": command,

@@ -78,6 +78,12 @@ class BenchmarkArguments:
     baseline: str = field(
         default="lora-36", metadata={"help": "The configuration that the others are compared with."}
     )
+    ablated: str | None = field(
+        default=None,
+        metadata={
+            "help": "The configuration that all others which read the task are compared with as well: its ablations."
+        },
+    )
     prompt_style: Literal["dataclass", "compact"] = field(
         default="dataclass", metadata={"help": "The paper's, or one of half the tokens."}
     )
@@ -139,10 +145,11 @@ class BenchmarkArguments:
             raise ValueError(
                 f"`only` names {missing}, which is no configuration; there are {sorted(self.configurations)}."
             )
-        if self.baseline not in self.configurations:
-            raise ValueError(
-                f'`baseline` is "{self.baseline}", which is no configuration; there are {sorted(self.configurations)}.'
-            )
+        for role, named in (("baseline", self.baseline), ("ablated", self.ablated)):
+            if named is not None and named not in self.configurations:
+                raise ValueError(
+                    f'`{role}` is "{named}", which is no configuration; there are {sorted(self.configurations)}.'
+                )
         for name in self.configurations:
             Configuration.of(name, self.configurations[name], self.task_encoder)
 
@@ -260,6 +267,7 @@ class Run:
             "only",
             "measure",
             "baseline",
+            "ablated",
             "clusters",
             "results_dir",
         ):
