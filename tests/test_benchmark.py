@@ -239,6 +239,60 @@ runpy.run_path({str(FOLDER / "run.py")!r}, run_name="__main__")
         assert resumed[part] == whole[part]
 
 
+def test_two_processes_carry_out_the_papers_preset_as_one_does(tmp_path, models) -> None:  # noqa: F811
+    """DDP over `codellama-7b.yaml` but for sizes, dropout and bfloat16, which differ with the random numbers and roundings."""
+    preset = yaml.safe_load((FOLDER / "codellama-7b.yaml").read_text())
+    for adapter in preset["configurations"].values():
+        adapter["lora_dropout"] = 0.0
+    for part, source in (
+        ("train_data", "train"),
+        ("supervised_data", "test_seen"),
+        ("zero_shot_data", "test_unseen"),
+    ):
+        lines = (ROOT / "examples" / "data" / "demo" / f"{source}.jsonl").read_text().splitlines()
+        paths = [tmp_path / path for path in preset[part]]
+        for i, path in enumerate(paths):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("\n".join((lines * 2)[2 * i : 2 * i + 8]) + "\n")
+        preset[part] = [str(path) for path in paths]
+    preset |= {"train_documents": 4, "dev_documents": 1, "epochs": 1, "max_new_tokens": 2}
+    preset |= {"zero_shot_documents": 3, "supervised_documents": 3, "only": ["task-aware"]}
+    preset |= {
+        "dtype": "float32",
+        "bf16": False,
+        "use_cpu": True,
+        "max_length": 16384,
+        "learning_rates": [0.01],
+    }
+    (tmp_path / "preset.yaml").write_text(yaml.safe_dump(preset))
+    found = {}
+    for processes in (1, 2):
+        results, output = tmp_path / f"results{processes}", tmp_path / f"out{processes}"
+        run(
+            "benchmark/run.py",
+            *("--config", tmp_path / "preset.yaml", "--model_name_or_path", models[0]),
+            *("--task_encoder", models[1], "--results_dir", results, "--output_dir", output),
+            *("--gradient_accumulation_steps", 4 // processes),
+            *(("--measure", "likelihood") if processes == 1 else ()),
+            launcher=(*("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)),),
+            HF_HOME=str(tmp_path / "home"),
+            HF_HUB_OFFLINE="1",
+        )
+        (path,) = results.glob("*/task-aware_lr0.01_seed42.json")
+        found[processes] = json.loads(path.read_text())
+        assert found[processes]["settings"]["training"]["world_size"] == processes
+    alone, shared = (found[n]["figures"] for n in (1, 2))
+    # 24 examples in batches of 4, four batches a step.
+    assert alone["training"]["steps"] == shared["training"]["steps"] == 2
+    for part, sets in (("nll_dev", 6), ("nll_zero_shot", 19), ("nll_supervised", 6)):
+        assert len(shared[part]) == sets
+        for name, losses in shared[part].items():
+            assert set(losses) == set(alone[part][name]), name
+            for key, (loss, tokens) in losses.items():
+                assert [loss, tokens] == pytest.approx(alone[part][name][key], rel=1e-4), (name, key)
+    assert set(shared["scores"]["answers"]) == set(shared["nll_zero_shot"]) | set(shared["nll_supervised"])
+
+
 def test_a_head_asked_about_answers_only_changes_nothing(parts, models, tmp_path) -> None:  # noqa: F811
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -35,10 +36,10 @@ def models(tmp_path) -> tuple[Path, Path]:
     return language_model, encoder
 
 
-def run(script: str, *arguments: object, **environment: str) -> str:
-    """Run a script of `examples/` and return what it printed."""
+def run(script: str, *arguments: object, launcher: Sequence[str] = (), **environment: str) -> str:
+    """Run a script of `examples/`, under a launcher if one is named, and return what it printed."""
     done = subprocess.run(
-        [sys.executable, ROOT / "examples" / script, *map(str, arguments)],
+        [sys.executable, *launcher, ROOT / "examples" / script, *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONPATH": str(ROOT), **environment},
         cwd=ROOT,
         capture_output=True,
