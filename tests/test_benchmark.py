@@ -274,7 +274,7 @@ def test_two_processes_carry_out_the_papers_preset_as_one_does(tmp_path, models)
             *("--task_encoder", models[1], "--results_dir", results, "--output_dir", output),
             *("--gradient_accumulation_steps", 4 // processes),
             *(("--measure", "likelihood") if processes == 1 else ()),
-            launcher=(*("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)),),
+            launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)),
             HF_HOME=str(tmp_path / "home"),
             HF_HUB_OFFLINE="1",
         )
