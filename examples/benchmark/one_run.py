@@ -327,6 +327,23 @@ class AnswerTrainer(SFTTrainer):
         return loss / num_items_in_batch * processes
 
 
+def scale_router_rate(trainer: SFTTrainer, ratio: float) -> None:
+    """Let the routers be trained at `ratio` times the learning rate of the rest: they get parameter groups of their own."""
+    create = trainer.create_optimizer
+
+    def create_optimizer(*args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = create(*args, **kwargs)
+        routers = {id(weight) for name, weight in trainer.model.named_parameters() if "taskmoe_lora_router" in name}
+        for group in list(optimizer.param_groups):
+            own = [weight for weight in group["params"] if id(weight) in routers]
+            group["params"] = [weight for weight in group["params"] if id(weight) not in routers]
+            if own:
+                optimizer.add_param_group({**group, "params": own, "lr": group["lr"] * ratio})
+        return optimizer
+
+    trainer.create_optimizer = create_optimizer
+
+
 def train(
     run: Run,
     args: BenchmarkArguments,
@@ -373,6 +390,8 @@ def train(
         peft_config=run.configuration.peft_config(None if encoder is None else encoder.task_dim),
         callbacks=[clock],
     )
+    if run.configuration.router_lr_ratio != 1:
+        scale_router_rate(trainer, run.configuration.router_lr_ratio)
     if encoder is not None:
         trainer.data_collator = TaskCollator(trainer.data_collator, task_dim=encoder.task_dim)
     trainer.train(resume_from_checkpoint=last_checkpoint(Path(config.output_dir)))

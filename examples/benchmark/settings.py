@@ -192,23 +192,26 @@ class Configuration:
         method: "lora" (PEFT's) or "moelora" (ours).
         adapter: Arguments of `LoraConfig` or `TaskMoELoraConfig`.
         encoder: The task encoder; None where the router reads no task.
+        router_lr_ratio: The routers' learning rate over that of all other weights.
     """
 
     name: str
     method: Literal["lora", "moelora"]
     adapter: dict[str, Any]
     encoder: TaskEncoderConfig | None
+    router_lr_ratio: float = 1.0
 
     @classmethod
     def of(cls, name: str, settings: dict[str, Any], task_encoder: str) -> Configuration:
-        """Read an entry of the YAML file: `method`, `encoder` (fields of `TaskEncoderConfig`), and the config's own fields.
+        """Read an entry of the YAML file: `method`, `encoder` (fields of `TaskEncoderConfig`), `router_lr_ratio`, and the config's own fields.
 
         Raises:
-            ValueError: If the method or a field is not known, or the size is not given.
+            ValueError: If the method or a field is not known, the size is not given, or the ratio is for no router or not above 0.
         """
         adapter = dict(settings)
         method = adapter.pop("method", None)
         encoder = {"name_or_path": task_encoder, **adapter.pop("encoder", {})}
+        ratio = adapter.pop("router_lr_ratio", 1.0)
         known = {"lora": LoraConfig, "moelora": TaskMoELoraConfig}
         if method not in known:
             raise ValueError(
@@ -218,6 +221,11 @@ class Configuration:
             raise ValueError(
                 f'Configuration "{name}" has {unknown}, which `{known[method].__name__}` does not take.'
             )
+        if ratio != 1 and (method == "lora" or not ratio > 0):
+            raise ValueError(
+                f'Configuration "{name}" has `router_lr_ratio: {ratio}` and `method: {method}`. The ratio multiplies the learning rate of '
+                "routers, which `lora` has none of: write a number above 0, for `moelora` only."
+            )
         sizes = ("r", "lora_alpha") if method == "lora" else ("num_experts", "r", "lora_alpha")
         if missing := [size for size in sizes if size not in adapter]:
             raise ValueError(
@@ -225,7 +233,7 @@ class Configuration:
                 "and scale."
             )
         reads_task = method == "moelora" and adapter.get("router_inputs", "token+task") != "token"
-        return cls(name, method, adapter, TaskEncoderConfig(**encoder) if reads_task else None)
+        return cls(name, method, adapter, TaskEncoderConfig(**encoder) if reads_task else None, ratio)
 
     def peft_config(self, task_dim: int | None) -> PeftConfig:
         """The config for `get_peft_model`."""
@@ -279,6 +287,8 @@ class Run:
         configuration = asdict(self.configuration)
         if configuration["encoder"] is not None:
             configuration["encoder"]["name_or_path"] = _named(configuration["encoder"]["name_or_path"])
+        if self.configuration.router_lr_ratio == 1:  # as in runs made before there was the field
+            del configuration["router_lr_ratio"]
         run = {
             "configuration": configuration,
             "effective_scale": self.configuration.effective_scale,
