@@ -27,7 +27,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_taskmoe import TaskMoELoraConfig, task_context
-from peft_taskmoe.fused import ExpertShape, FusedUpdate
+from peft_taskmoe.fused import ExpertShape, FusedUpdate, LayerTensors
 
 VIEWS = {
     "view", "_unsafe_view", "t", "transpose", "expand", "slice", "unsqueeze", "squeeze", "alias", "detach", "as_strided",
@@ -82,9 +82,8 @@ def eager() -> Table:
         lora = adapted(LoraConfig(r=36, lora_alpha=36, lora_dropout=dropout, target_modules=["linear"]))
 
         def ours(x: torch.Tensor, dropout: float = dropout) -> torch.Tensor:
-            return FusedUpdate.apply(
-                x, None, base.weight, None, weight_a, weight_b, router_weight, task, None, shape, 1.0, dropout
-            )
+            tensors = LayerTensors(None, base.weight, None, weight_a, weight_b, router_weight)
+            return FusedUpdate.apply(x, task, None, shape, (1.0,), dropout, *tensors)[0]
 
         for name, forward in (("LoRA-36", lora), ("ours 8x4", ours)):
             for leaf in (weight_a, weight_b, router_weight):

@@ -86,6 +86,8 @@ class TaskState:
         token_mask: `(rows, length)` bool, False for padding; filled only for a recorder.
         owner: Whose forward it is the state of, so that a wrapper inside that forward leaves it alone; None in a
             `task_context` or a generation.
+        together: Layers that are expected to read the same tensor, by the one that is called first.
+        made_ahead: Outputs of the others, computed with the first one's, until they are called with that tensor.
     """
 
     task_embeds: torch.Tensor | None = None
@@ -98,6 +100,8 @@ class TaskState:
     recorder: GateRecorder | None = None
     token_mask: torch.Tensor | None = None
     owner: Any = None
+    together: dict[Any, tuple[Any, ...]] = field(default_factory=dict)
+    made_ahead: dict[Any, Any] = field(default_factory=dict)
     normalized: dict[Hashable, torch.Tensor] = field(default_factory=dict)
 
     def normalized_embeds(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,10 +39,43 @@ class ExpertShape:
     reads_task: bool
 
 
-def _mix(h: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
-    """`mix_bottleneck` for `(e*r, tokens)` and `(e, tokens)`."""
-    by_expert = h.unflatten(0, (gates.shape[0], h.shape[0] // gates.shape[0]))
-    return (by_expert * gates.to(h.dtype).unsqueeze(1)).view(h.shape)
+class LayerTensors(NamedTuple):
+    """What `FusedUpdate` takes of each layer.
+
+    Attributes:
+        base: Output of the base layer `(..., out)`, or None to compute it from `weight`.
+        weight: Frozen `(out, in)`, or None.
+        bias: Frozen `(out,)`, or None.
+        weight_a: `(e*r, in)`.
+        weight_b: `(out, e*r)`.
+        router_weight: `(e, in + task_dim)`, or what of it the router reads.
+    """
+
+    base: torch.Tensor | None
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    weight_a: torch.Tensor
+    weight_b: torch.Tensor
+    router_weight: torch.Tensor
+
+
+_PER_LAYER = len(LayerTensors._fields)
+
+
+def _stacked(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The rows of all in one tensor; of a single one no copy."""
+    return rows[0] if len(rows) == 1 else torch.cat(tuple(rows))
+
+
+def _mix(h: torch.Tensor, gates: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """`mix_bottleneck` for `(m*e*r, tokens)` and `(m, e, tokens)`."""
+    all_experts, tokens = gates.shape[0] * gates.shape[1], gates.shape[2]
+    by_expert = h.view(all_experts, h.shape[0] // all_experts, tokens)
+    gates = gates.to(h.dtype).view(all_experts, 1, tokens)
+    if out is None:
+        return (by_expert * gates).view(h.shape)
+    torch.mul(by_expert, gates, out=out.view(by_expert.shape))
+    return out
 
 
 def _gates(
@@ -50,156 +83,166 @@ def _gates(
     per_task: torch.Tensor | None,
     tokens: int,
     token_tasks: torch.Tensor | None,
-    top_k: int | None,
+    num_layers: int,
+    shape: ExpertShape,
 ) -> torch.Tensor:
-    """Softmax of token part `(e, tokens)` plus task part `(n, e)`, as `(e, tokens)`."""
+    """Softmax over the experts of token part `(m*e, tokens)` plus task part `(n, m*e)`, as `(m, e, tokens)`."""
     logits = None if token is None else token.to(torch.promote_types(token.dtype, torch.float32))
     if per_task is not None:
-        n, num_experts = per_task.shape
+        n, all_experts = per_task.shape
         if logits is None:
             logits = spread_over_tokens(per_task, tokens, token_tasks).t()
         elif token_tasks is not None:
             logits = logits + spread_over_tokens(per_task, tokens, token_tasks).t()
         else:
-            by_task = logits.view(num_experts, n, tokens // n) + per_task.t().unsqueeze(-1)
-            logits = by_task.view(num_experts, tokens)
+            logits = logits.view(all_experts, n, tokens // n) + per_task.t().unsqueeze(-1)
     assert logits is not None
-    if top_k is not None:
-        logits = keep_top_k(logits.t(), top_k).t()
-    return torch.softmax(logits, dim=0)
+    logits = logits.view(num_layers, shape.num_experts, tokens)
+    if shape.top_k is not None:
+        logits = keep_top_k(logits.transpose(1, 2), shape.top_k).transpose(1, 2)
+    return torch.softmax(logits, dim=1)
 
 
 class FusedUpdate(torch.autograd.Function):
-    """`y = base + scaling * sum_i g_i B_i A_i dropout(x)` with its gates, for tensors of one dtype.
+    """`y = base + scaling * sum_i g_i B_i A_i dropout(x)` with its gates, of m layers that read the same x, for tensors of one dtype.
 
-    The base output is either given (`base`, any layer's) or computed here from a frozen `weight` and `bias`, in which case
-    the input's gradient is accumulated in one buffer. Gradients are those of the plain form. Double backward refuses.
+    One product serves A and the token part of the router of all layers, and the gradient of x is accumulated in one buffer. The base
+    output is either given (`base`, any layer's) or computed here from a frozen `weight` and `bias`. Gradients are those of the plain
+    form. Double backward refuses.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        base: torch.Tensor | None,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        weight_a: torch.Tensor,
-        weight_b: torch.Tensor,
-        router_weight: torch.Tensor,
         task: torch.Tensor | None,
         token_tasks: torch.Tensor | None,
         shape: ExpertShape,
-        scaling: float,
+        scalings: tuple[float, ...],
         dropout: float,
-    ) -> torch.Tensor:
-        """Compute the output.
+        *tensors: Any,
+    ) -> tuple[torch.Tensor, ...]:
+        """Compute the outputs.
 
         Args:
             ctx: Autograd's context.
             x: `(..., in)`.
-            base: Output of the base layer `(..., out)`, or None to compute it from `weight`.
-            weight: Frozen `(out, in)`, or None.
-            bias: Frozen `(out,)`, or None.
-            weight_a: `(e*r, in)`.
-            weight_b: `(out, e*r)`.
-            router_weight: `(e, in + task_dim)`, or what of it the router reads.
             task: `(n, task_dim)`, or None.
             token_tasks: `(tokens,)` index of each token's task, or None.
-            shape: The plain numbers.
-            scaling: `lora_alpha / r`, unless it was set otherwise.
-            dropout: Probability of dropping an input feature; 0.0 when not training.
+            shape: The plain numbers, the same for all layers.
+            scalings: `lora_alpha / r` of each layer, unless it was set otherwise.
+            dropout: Probability of dropping an input feature, for all layers alike; 0.0 when not training.
+            *tensors: The `LayerTensors` of each layer, one after the other.
 
         Returns:
-            `(..., out)`.
+            `(..., out)` of each layer.
         """
+        bases, weights, biases, weights_a, weights_b, routers = (
+            tensors[i::_PER_LAYER] for i in range(_PER_LAYER)
+        )
         in_features = x.shape[-1]
         tokens_x = x.reshape(-1, in_features)
-        tokens, rank = tokens_x.shape[0], shape.num_experts * shape.r
-        dropped = None
-        w_x = router_weight[:, :in_features] if shape.reads_token else None
+        tokens, ranks = tokens_x.shape[0], sum(weight.shape[0] for weight in weights_a)
+        read = [router[:, :in_features] for router in routers] if shape.reads_token else []
+        token, dropped = None, None
         if dropout:
+            scalings = tuple(scaling / (1.0 - dropout) for scaling in scalings)
             dropped = draw_dropped(tokens_x, dropout)
-            scaling /= 1.0 - dropout
-            h = weight_a @ zero_dropped(tokens_x.clone(), dropped).t()
-            token = None if w_x is None else w_x @ tokens_x.t()
-        elif w_x is None:
-            h, token = weight_a @ tokens_x.t(), None
+            h = _stacked(weights_a) @ zero_dropped(tokens_x.clone(), dropped).t()
+            if read:
+                token = _stacked(read) @ tokens_x.t()
         else:
-            h_and_token = torch.cat((weight_a, w_x)) @ tokens_x.t()
-            h, token = h_and_token[:rank].clone(), h_and_token[rank:]  # a view would keep the logits as well
-        per_task = None if task is None else task_logits(task, router_weight)
-        gates = _gates(token, per_task, tokens, token_tasks, shape.top_k)
-        if weight is not None:
-            out = F.linear(x, weight, bias)
-        else:
-            assert base is not None
-            out = base.clone(memory_format=torch.contiguous_format)
-        out.view(tokens, out.shape[-1]).addmm_(_mix(h, gates).t(), weight_b.t(), alpha=scaling)
+            h = _stacked((*weights_a, *read)) @ tokens_x.t()
+            if read:
+                h, token = h[:ranks].clone(), h[ranks:]  # a view would keep the logits as well
+        per_task = None
+        if task is not None:
+            per_task = task_logits(task, _stacked([router[:, -task.shape[1] :] for router in routers]))
+        gates = _gates(token, per_task, tokens, token_tasks, len(routers), shape)
+        outs = []
+        for base, weight, bias, weight_b, mixed, scaling in zip(
+            bases, weights, biases, weights_b, _mix(h, gates).chunk(len(weights_b)), scalings, strict=True
+        ):
+            if weight is not None:
+                out = F.linear(x, weight, bias)
+            else:
+                out = base.clone(memory_format=torch.contiguous_format)
+            out.view(tokens, out.shape[-1]).addmm_(mixed.t(), weight_b.t(), alpha=scaling)
+            outs.append(out)
         ctx.save_for_backward(
-            x, h, gates, dropped, weight, weight_a, weight_b, router_weight, task, token_tasks
+            x, h, gates, dropped, task, token_tasks, *weights, *weights_a, *weights_b, *routers
         )
-        ctx.scaling, ctx.reads_token = scaling, shape.reads_token
-        return out
+        ctx.scalings, ctx.reads_token = scalings, shape.reads_token
+        return tuple(outs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of x, base, A, B, the router and the task embedding."""
-        x, h, gates, dropped, weight, weight_a, weight_b, router_weight, task, token_tasks = ctx.saved_tensors
-        in_features = x.shape[-1]
+    def backward(ctx: Any, *grad_outs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of x, the task embedding, and base, A, B and router of each layer."""
+        x, h, gates, dropped, task, token_tasks, *saved = ctx.saved_tensors
+        m, in_features = len(grad_outs), x.shape[-1]
+        weights, weights_a, weights_b, routers = (saved[i * m : (i + 1) * m] for i in range(4))
         tokens_x = x.reshape(-1, in_features)
-        tokens, rank, num_experts = tokens_x.shape[0], h.shape[0], gates.shape[0]
-        dy = grad_out.reshape(tokens, grad_out.shape[-1])
-        w_x = router_weight[:, :in_features] if ctx.reads_token else None
+        tokens, ranks, all_experts = tokens_x.shape[0], h.shape[0], gates.shape[0] * gates.shape[1]
+        dys = [grad.reshape(tokens, grad.shape[-1]) for grad in grad_outs]
+        read = [router[:, :in_features] for router in routers] if ctx.reads_token else []
 
-        dz = torch.addmm(h, weight_b.t(), dy.t(), beta=0, alpha=ctx.scaling)
-        grad_b = torch.addmm(weight_b, dy.t(), _mix(h, gates).t(), beta=0, alpha=ctx.scaling)
-        d_gates = (dz * h).view(num_experts, rank // num_experts, tokens).sum(1).to(gates.dtype)
-        d_logits = torch._softmax_backward_data(d_gates, gates, 0, gates.dtype)
-        dh = _mix(dz, gates)
-        left, right = dh, weight_a
-        d_token = None
-        if w_x is not None:
-            d_token = d_logits.to(dh.dtype)
-            if dropped is None:
-                left, right = torch.cat((dh, d_token)), torch.cat((weight_a, w_x))
+        dz, grads_b = torch.empty_like(h), []
+        for dy, weight_b, mixed, dz_here, scaling in zip(
+            dys, weights_b, _mix(h, gates).chunk(m), dz.chunk(m), ctx.scalings, strict=True
+        ):
+            torch.addmm(dz_here, weight_b.t(), dy.t(), beta=0, alpha=scaling, out=dz_here)
+            grads_b.append(torch.addmm(weight_b, dy.t(), mixed.t(), beta=0, alpha=scaling))
+        d_gates = (dz * h).view(*gates.shape[:2], ranks // all_experts, tokens).sum(2).to(gates.dtype)
+        d_logits = torch._softmax_backward_data(d_gates, gates, 1, gates.dtype).view(all_experts, tokens)
+        # Gradients of the bottlenecks, then of the logits.
+        left = h.new_empty(ranks + (all_experts if read else 0), tokens)
+        dh, d_token = left[:ranks], left[ranks:]
+        _mix(dz, gates, out=dh)
+        if read:
+            d_token.copy_(d_logits)
 
+        if dropped is None:
+            grads_a, of_token = (left @ tokens_x).split([ranks, left.shape[0] - ranks])
+        else:
+            grads_a, of_token = dh @ zero_dropped(tokens_x.clone(), dropped), d_token @ tokens_x
         grad_x = None
         if ctx.needs_input_grad[0]:
-            if dropped is None and weight is not None:
-                grad_x = (dy @ weight).addmm_(left.t(), right)
+            products = [(dy, weight) for dy, weight in zip(dys, weights, strict=True) if weight is not None]
+            if dropped is None:
+                products.append((left.t(), _stacked((*weights_a, *read))))
             else:
-                grad_x = left.t() @ right
-                if dropped is not None:
-                    zero_dropped(grad_x, dropped)
-                    if d_token is not None and w_x is not None:
-                        grad_x.addmm_(d_token.t(), w_x)
-                    if weight is not None:
-                        grad_x.addmm_(dy, weight)
+                grad_x = zero_dropped(dh.t() @ _stacked(weights_a), dropped)
+                if read:
+                    products.append((d_token.t(), _stacked(read)))
+            for one, other in products:
+                grad_x = one @ other if grad_x is None else grad_x.addmm_(one, other)
+            assert grad_x is not None
             grad_x = grad_x.view(x.shape)
 
-        grad_a = left @ (tokens_x if dropped is None else zero_dropped(tokens_x.clone(), dropped))
-        grad_w_x = None
-        if d_token is not None:
-            if dropped is None:
-                grad_a, grad_w_x = grad_a[:rank], grad_a[rank:]
-            else:
-                grad_w_x = d_token @ tokens_x
-
-        grad_router, grad_task = grad_w_x, None
+        grad_routers = of_token if read else None
+        grad_task = None
         if task is not None:
             n = task.shape[0]
             if token_tasks is None:
-                per_task = d_logits.view(num_experts, n, tokens // n).sum(2).t()
+                per_task = d_logits.view(all_experts, n, tokens // n).sum(2)
             else:
-                per_task = d_logits.new_zeros(n, num_experts).index_add_(0, token_tasks, d_logits.t())
-            per_task = per_task.to(router_weight.dtype)
-            grad_w_e = per_task.t() @ task.to(per_task.dtype)
-            grad_router = grad_w_e if grad_w_x is None else torch.cat((grad_w_x, grad_w_e), 1)
-            if ctx.needs_input_grad[7]:
-                grad_task = (per_task @ router_weight[:, -task.shape[1] :]).to(task.dtype)
-        grad_base = grad_out if ctx.needs_input_grad[1] else None
-        return grad_x, grad_base, None, None, grad_a, grad_b, grad_router, grad_task, None, None, None, None
+                per_task = d_logits.new_zeros(n, all_experts).index_add_(0, token_tasks, d_logits.t()).t()
+            per_task = per_task.to(routers[0].dtype)
+            of_task = per_task @ task.to(per_task.dtype)
+            grad_routers = of_task if grad_routers is None else torch.cat((grad_routers, of_task), 1)
+            if ctx.needs_input_grad[1]:
+                grad_task = (per_task.t() @ _stacked([router[:, -task.shape[1] :] for router in routers])).to(
+                    task.dtype
+                )
+        grads: list[torch.Tensor | None] = [grad_x, grad_task, None, None, None, None]
+        assert grad_routers is not None  # a router reads the token or the task
+        for grad_out, grad_a, grad_b, grad_router in zip(
+            grad_outs, grads_a.chunk(m), grads_b, grad_routers.chunk(m), strict=True
+        ):
+            grad_base = grad_out if ctx.needs_input_grad[len(grads)] else None
+            grads += LayerTensors(grad_base, None, None, grad_a, grad_b, grad_router)
+        return tuple(grads)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from .conditioning import TaskState, collect_aux_loss, current_state
 from .config import TaskMoELoraConfig
 from .experts import mix_bottleneck
-from .fused import DecodingWeights, ExpertShape, FusedUpdate, decoding_step, decoding_weights
+from .fused import DecodingWeights, ExpertShape, FusedUpdate, LayerTensors, decoding_step, decoding_weights
 from .peft_type import PREFIX
 from .router import gates_from_logits, load_balancing_loss, sum_logits, task_logits
 
@@ -40,6 +40,19 @@ class _Decoding(NamedTuple):
 
 
 _GENERAL = _Decoding(None, 0, None, None)
+
+
+class _MadeAhead(NamedTuple):
+    """A layer's output, computed together with that of another layer that reads the same tensor, until the layer is called."""
+
+    out: torch.Tensor
+    x: torch.Tensor
+    version: int
+    grad_enabled: bool
+
+    def is_of(self, x: torch.Tensor) -> bool:
+        """Whether it is the output for this x as it is now."""
+        return self.x is x and self.version == x._version and self.grad_enabled == torch.is_grad_enabled()
 
 
 class _Readers:
@@ -449,15 +462,57 @@ class Linear(nn.Module, TaskMoELoraLayer):
 
     def _forward_one(self, x: torch.Tensor, adapter_name: str, state: TaskState | None) -> torch.Tensor:
         """One adapter, no other arguments: the fast cases."""
-        if not torch.compiler.is_compiling() and self._frozen_linear(x, adapter_name):
-            task, token_tasks = self._task_of(x, adapter_name, state)
-            if not self._needs_plain_form(adapter_name, state):
-                base = self.base_layer
-                return FusedUpdate.apply(
-                    x, None, base.weight, base.bias, *self._weights(adapter_name), task, token_tasks,
-                    self.shapes[adapter_name], self.scaling[adapter_name], self._dropout(adapter_name),
-                )  # fmt: skip
-        return self._add_update(x, self.base_layer(x), adapter_name, state)
+        if torch.compiler.is_compiling() or not self._frozen_linear(x, adapter_name):
+            return self._add_update(x, self.base_layer(x), adapter_name, state)
+        if state is not None and self in state.made_ahead:
+            made = state.made_ahead[self]
+            if made.is_of(x):
+                del state.made_ahead[self]
+                return made.out
+        task, token_tasks = self._task_of(x, adapter_name, state)
+        if self._needs_plain_form(adapter_name, state):
+            return self._add_update(x, self.base_layer(x), adapter_name, state)
+        together = [self]
+        if state is not None and not x.is_inference():
+            others = state.together.get(self, ())[1:]
+            together += [layer for layer in others if layer._computes_like(self, x, adapter_name)]
+        tensors: list[torch.Tensor | None] = []
+        for layer in together:
+            base = cast(nn.Linear, layer.base_layer)
+            tensors += LayerTensors(None, base.weight, base.bias, *layer._weights(adapter_name))
+        scalings = tuple(layer.scaling[adapter_name] for layer in together)
+        outs = FusedUpdate.apply(
+            x, task, token_tasks, self.shapes[adapter_name], scalings, self._dropout(adapter_name), *tensors
+        )
+        for layer, out in zip(together[1:], outs[1:], strict=True):
+            assert state is not None
+            state.made_ahead[layer] = _MadeAhead(out, x, x._version, torch.is_grad_enabled())
+        return outs[0]
+
+    def _computes_like(self, other: Linear, x: torch.Tensor, adapter_name: str) -> bool:
+        """Whether this layer's output for x may be computed together with the other's, before this layer is called.
+
+        Its weights have to be there already: FSDP, ZeRO-3 and offloading bring them for the time of a module's call, by hooks, and
+        leave other types, shapes or empty storages in between.
+        """
+        if (
+            self._disable_adapters
+            or self.merged_adapters
+            or self._forward_pre_hooks
+            or self._active_here() != [adapter_name]
+            or self.shapes[adapter_name] != other.shapes[adapter_name]
+            or self._dropout(adapter_name) != other._dropout(adapter_name)
+            or not self._frozen_linear(x, adapter_name)
+        ):
+            return False
+        parts = [getattr(self, name)[adapter_name] for name in self.adapter_layer_names]
+        return all(type(part) is AdapterWeight for part in parts) and all(
+            type(part.weight) in (nn.Parameter, torch.Tensor)
+            and part.weight.shape == (part.out_features, part.in_features)
+            and part.weight.device == x.device
+            and part.weight.untyped_storage().nbytes() > 0
+            for part in (self.base_layer, *parts)
+        )
 
     def _add_update(
         self, x: torch.Tensor, out: torch.Tensor, adapter_name: str, state: TaskState | None
@@ -475,10 +530,10 @@ class Linear(nn.Module, TaskMoELoraLayer):
                 return torch.addmm(out.reshape(-1, out.shape[-1]), mixed, weights[1].t()).view(out.shape)
             return (out + F.linear(mixed, weights[1]).view(out.shape)).to(out.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            weight_a, weight_b, router_weight = (weight.to(dtype) for weight in weights)
-            total = FusedUpdate.apply(
-                x.to(dtype), out.to(dtype), None, None, weight_a, weight_b, router_weight, task, token_tasks,
-                self.shapes[adapter_name], self.scaling[adapter_name], self._dropout(adapter_name),
+            tensors = LayerTensors(out.to(dtype), None, None, *(weight.to(dtype) for weight in weights))
+            (total,) = FusedUpdate.apply(
+                x.to(dtype), task, token_tasks, self.shapes[adapter_name], (self.scaling[adapter_name],),
+                self._dropout(adapter_name), *tensors,
             )  # fmt: skip
         return total.to(out.dtype)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from functools import partial
@@ -38,6 +38,15 @@ from .layer import Linear, TaskMoELoraLayer, missing_task_message, repeat_names,
 from .peft_type import PREFIX
 
 _CHECKPOINT_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
+_READ_THE_SAME = (  # names of children of one module
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q", "k", "v"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("wi_0", "wi_1"),
+)
 _TRAINED_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
@@ -59,6 +68,12 @@ class Conditioner:
     def find_layers(self, model: nn.Module) -> None:
         """Look up the adapted layers; again after every injection."""
         self.layers = [m for m in model.modules() if isinstance(m, TaskMoELoraLayer)]
+        self.together = layers_that_read_the_same(model)
+
+    def part(self, layers: Container[Linear]) -> None:
+        """Compute these layers alone from now on: they were called with other tensors than expected, or not at all."""
+        groups = [tuple(layer for layer in group if layer not in layers) for group in self.together.values()]
+        self.together = {group[0]: group for group in groups if len(group) > 1}
 
     def adapters_that_read_the_task(self, adapter_names: Sequence[str] | None) -> list[tuple[str, int]]:
         """Names and task dimensions of the adapters this forward uses whose router reads the task."""
@@ -131,6 +146,23 @@ class Conditioner:
         mean = float(torch.stack(list(self._aux_losses)).mean())
         self._aux_losses.clear()
         return mean
+
+
+def layers_that_read_the_same(model: nn.Module) -> dict[Linear, tuple[Linear, ...]]:
+    """Adapted layers that are expected to be given the very same tensor, by the first of them: q, k and v, gate and up.
+
+    By the names that transformers gives them. In an encoder-decoder q is left out, which its cross-attention gives another tensor
+    than k and v. A layer whose expectation fails is parted from the others (`Conditioner.part`).
+    """
+    found = {}
+    for parent in model.modules():
+        for names in _READ_THE_SAME:
+            named = names[1:] if len(names) > 2 and _is_encoder_decoder(model) else names
+            layers = [parent._modules.get(name) for name in named]
+            group = tuple(layer for layer in layers if isinstance(layer, Linear))
+            if len(group) > 1:
+                found[group[0]] = group
+    return found
 
 
 def install_conditioning(model: nn.Module) -> Conditioner:
@@ -231,6 +263,8 @@ def _forward(
         _carry_task_into_recompute(model)
     with entered(state):
         outputs = inner(*args, **kwargs)
+    if state.made_ahead:
+        conditioner.part(state.made_ahead)
     return outputs if state.aux is None else conditioner.add_aux_loss(state.aux, outputs)
 
 
@@ -347,6 +381,7 @@ def _state_for_forward(
         rows=rows,
         length=length,
         recorder=None if outer is None else outer.recorder,
+        together=conditioner.together,
     )
     if state.recorder is not None:
         state.token_mask = _token_mask(call)

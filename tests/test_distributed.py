@@ -44,10 +44,11 @@ def test_the_gradients_are_those_of_one_process(found, way, checkpointing) -> No
     gradients, _ = found[way, checkpointing]
     assert len(expected) == 42 and all(grad.abs().max() > 0 for grad in expected.values())
     assert set(gradients) == set(expected)
-    for name, grad in gradients.items():
-        torch.testing.assert_close(
-            grad, expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    for (
+        name,
+        grad,
+    ) in gradients.items():  # in float32, where layers computed together round otherwise than alone
+        assert (grad - expected[name]).abs().max() < 5e-5 * expected[name].abs().max(), name
 
 
 @pytest.mark.parametrize(

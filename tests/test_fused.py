@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from peft_taskmoe.experts import draw_dropped, zero_dropped
-from peft_taskmoe.fused import ExpertShape, FusedUpdate, decoding_step, decoding_weights
+from peft_taskmoe.fused import ExpertShape, FusedUpdate, LayerTensors, decoding_step, decoding_weights
 
 IN, OUT, TASK_DIM, TOKENS = 5, 4, 3, 6
 CLOSE = {"rtol": 0, "atol": 1e-10}
@@ -53,7 +53,20 @@ def drawn_mask(like: torch.Tensor, p: float) -> torch.Tensor:
 
 
 def fused(given: dict[str, torch.Tensor | None], shape: ExpertShape, dropout: float = 0.0) -> torch.Tensor:
-    return FusedUpdate.apply(*given.values(), shape, SCALINGS[shape], dropout)
+    return fused_at(given, shape, SCALINGS[shape], dropout)
+
+
+def fused_at(
+    given: dict[str, torch.Tensor | None], shape: ExpertShape, scaling: float, dropout: float = 0.0
+) -> torch.Tensor:
+    (out,) = FusedUpdate.apply(
+        given["x"], given["task"], given["token_tasks"], shape, (scaling,), dropout, *of_layer(given)
+    )
+    return out
+
+
+def of_layer(given: dict[str, torch.Tensor | None]) -> LayerTensors:
+    return LayerTensors(*(given[name] for name in ("base", "weight", "bias", "a", "b", "router")))
 
 
 def by_loops(
@@ -226,13 +239,14 @@ def _train_step(
     def draw(*size: int) -> torch.Tensor:
         return torch.randn(*size, dtype=dtype, requires_grad=True)
 
-    arguments = (
-        draw(tokens, width), None, draw(width, width).detach(), None, draw(num_experts * r, width),
-        draw(width, num_experts * r), draw(num_experts, width + task_dim * reads_task),
-        draw(2, task_dim).detach() if reads_task else None, None,
+    layer = LayerTensors(
+        None, draw(width, width).detach(), None, draw(num_experts * r, width), draw(width, num_experts * r),
+        draw(num_experts, width + task_dim * reads_task),
     )  # fmt: skip
+    task = draw(2, task_dim).detach() if reads_task else None
+    x = draw(tokens, width)
     with _Seen() as seen:
-        FusedUpdate.apply(*arguments, shape, 1.0, dropout).sum().backward()
+        FusedUpdate.apply(x, task, None, shape, (1.0,), dropout, *layer)[0].sum().backward()
     return seen
 
 
@@ -262,8 +276,8 @@ def test_backward_keeps_nothing_of_the_output() -> None:
     """Kept are x, the bottleneck with the token part of the logits, the gates and, with dropout, 8 bytes a dropped feature."""
     tokens, width, out_width, num_experts, r, p = 64, 32, 256, 8, 2, 0.1
     shape = ExpertShape(num_experts, r, None, True, False)
-    weights = (
-        torch.randn(out_width, width), None, torch.randn(num_experts * r, width, requires_grad=True),
+    weights = LayerTensors(
+        None, torch.randn(out_width, width), None, torch.randn(num_experts * r, width, requires_grad=True),
         torch.randn(out_width, num_experts * r), torch.randn(num_experts, width),
     )  # fmt: skip
     x = torch.randn(tokens, width, requires_grad=True)
@@ -276,7 +290,7 @@ def test_backward_keeps_nothing_of_the_output() -> None:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            FusedUpdate.apply(x, None, *weights, None, None, shape, 1.0, dropout)
+            FusedUpdate.apply(x, None, None, shape, (1.0,), dropout, *weights)
         for weight in weights:
             if weight is not None:
                 del kept[weight.untyped_storage().data_ptr()]
@@ -311,4 +325,4 @@ def test_other_numbers_give_other_outputs() -> None:
     given = tensors(SHAPES[0], frozen_base=True)
     out = fused(given, SHAPES[0])
     for shape, scaling in ((SHAPES[0], 2.0), (replace(SHAPES[0], top_k=1), SCALINGS[SHAPES[0]])):
-        assert not torch.allclose(out, FusedUpdate.apply(*given.values(), shape, scaling, 0.0))
+        assert not torch.allclose(out, fused_at(given, shape, scaling))

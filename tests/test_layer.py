@@ -317,9 +317,10 @@ def test_only_a_frozen_plain_linear_is_computed_from_its_weight(path, from_weigh
 
     class Spy(peft_taskmoe.layer.FusedUpdate):
         @classmethod
-        def apply(cls, x, base, weight, *args):
-            seen.append((base is not None, weight is not None))
-            return peft_taskmoe.fused.FusedUpdate.apply(x, base, weight, *args)
+        def apply(cls, *args):
+            tensors = peft_taskmoe.fused.LayerTensors(*args[-6:])
+            seen.append((tensors.base is not None, tensors.weight is not None))
+            return peft_taskmoe.fused.FusedUpdate.apply(*args)
 
     monkeypatch.setattr(peft_taskmoe.layer, "FusedUpdate", Spy)
     layer = make_layer(path, router_inputs="token")
