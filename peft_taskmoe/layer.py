@@ -27,6 +27,7 @@ from .fused import DecodingWeights, ExpertShape, FusedUpdate, LayerTensors, deco
 from .peft_type import PREFIX
 from .router import gates_from_logits, load_balancing_loss, sum_logits, task_logits
 
+_CAST = (torch.float32, torch.bfloat16, torch.float16)  # what autocast casts before a product
 _NOT_LINEAR = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.MultiheadAttention)
 
 
@@ -466,7 +467,7 @@ class Linear(nn.Module, TaskMoELoraLayer):
             return self._add_update(x, self.base_layer(x), adapter_name, state)
         if state is not None and self in state.made_ahead:
             made = state.made_ahead[self]
-            if made.is_of(x):
+            if made.is_of(x) and made.out.dtype == self._dtype(x, adapter_name):
                 del state.made_ahead[self]
                 return made.out
         task, token_tasks = self._task_of(x, adapter_name, state)
@@ -476,14 +477,20 @@ class Linear(nn.Module, TaskMoELoraLayer):
         if state is not None and not x.is_inference():
             others = state.together.get(self, ())[1:]
             together += [layer for layer in others if layer._computes_like(self, x, adapter_name)]
-        tensors: list[torch.Tensor | None] = []
-        for layer in together:
-            base = cast(nn.Linear, layer.base_layer)
-            tensors += LayerTensors(None, base.weight, base.bias, *layer._weights(adapter_name))
-        scalings = tuple(layer.scaling[adapter_name] for layer in together)
-        outs = FusedUpdate.apply(
-            x, task, token_tasks, self.shapes[adapter_name], scalings, self._dropout(adapter_name), *tensors
+        dtype, scalings = (
+            self._dtype(x, adapter_name),
+            tuple(layer.scaling[adapter_name] for layer in together),
         )
+        with torch.autocast(x.device.type, enabled=False):
+            tensors: list[torch.Tensor | None] = []
+            for layer in together:
+                base = cast(nn.Linear, layer.base_layer)
+                weights = (weight.to(dtype) for weight in layer._weights(adapter_name))
+                tensors += LayerTensors(None, base.weight, base.bias, *weights)
+            outs = FusedUpdate.apply(
+                x.to(dtype), task, token_tasks, self.shapes[adapter_name], scalings, self._dropout(adapter_name),
+                *tensors,
+            )  # fmt: skip
         for layer, out in zip(together[1:], outs[1:], strict=True):
             assert state is not None
             state.made_ahead[layer] = _MadeAhead(out, x, x._version, torch.is_grad_enabled())
@@ -520,10 +527,9 @@ class Linear(nn.Module, TaskMoELoraLayer):
         """Add one adapter's update to the output of any base layer, in the adapter's dtype (or autocast's)."""
         task, token_tasks = self._task_of(x, adapter_name, state)
         weights = self._weights(adapter_name)
+        dtype = weights[0].dtype  # FSDP may gather them in another one
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
-        else:
-            dtype = weights[0].dtype
         if torch.compiler.is_compiling() or self._needs_plain_form(adapter_name, state):
             mixed = self._plain_bottleneck(x.to(dtype), adapter_name, task, token_tasks, state)
             if out.dtype == mixed.dtype:  # one product that adds to the base output
@@ -633,6 +639,12 @@ class Linear(nn.Module, TaskMoELoraLayer):
         wants_loss = self.training and self.configs[adapter_name].router_aux_loss_coef > 0
         return state.recorder is not None or (state.aux is not None and wants_loss)
 
+    def _dtype(self, x: torch.Tensor, adapter_name: str) -> torch.dtype:
+        """What an adapter computes in: autocast's dtype, or its own."""
+        if torch.is_autocast_enabled(x.device.type):
+            return torch.get_autocast_dtype(x.device.type)
+        return cast(AdapterWeight, self.taskmoe_lora_A[adapter_name]).weight.dtype
+
     def _frozen_linear(self, x: torch.Tensor, adapter_name: str) -> bool:
         """Whether the base is a plain frozen `nn.Linear` that nobody hooked, so that its product may be computed here.
 
@@ -647,8 +659,8 @@ class Linear(nn.Module, TaskMoELoraLayer):
             type(weight) in (nn.Parameter, torch.Tensor)
             and not weight.requires_grad
             and (base.bias is None or not base.bias.requires_grad)
-            and x.dtype == weight.dtype == self.taskmoe_lora_A[adapter_name].weight.dtype
-            and not torch.is_autocast_enabled(x.device.type)
+            and weight.dtype == self._dtype(x, adapter_name)
+            and (x.dtype == weight.dtype or (x.dtype in _CAST and torch.is_autocast_enabled(x.device.type)))
             and not is_in_torch_dispatch_mode()
             and not (
                 base._forward_hooks

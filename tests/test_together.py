@@ -309,3 +309,50 @@ def test_a_copy_has_groups_of_its_own_layers(copied) -> None:
     own = {m for m in twin.modules() if isinstance(m, TaskMoELoraLayer)}
     assert all(layer in own for group in groups.values() for layer in group)
     assert_same(outputs_and_gradients(twin), outputs_and_gradients(model))
+
+
+@pytest.mark.parametrize("stream", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("base", [torch.bfloat16, torch.float32])
+def test_autocast(base, stream, monkeypatch) -> None:
+    """As trainers with `bf16=True` run it: adapters in float32. A base in float32 is called, so that autocast casts it."""
+    model = loud().to(base)
+    for name, parameter in model.named_parameters():
+        if "taskmoe_lora_" in name:
+            parameter.data = parameter.data.float()
+    embeds = model.get_input_embeddings()(MODELS["llama"].inputs()["input_ids"]).detach().to(stream)
+
+    def run() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        leaf = embeds.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(inputs_embeds=leaf, task_embeds=tasks()).logits
+        logits.float().square().mean().backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        return {"logits": logits.detach(), "input": leaf.grad, **grads}
+
+    with functions(monkeypatch) as sizes:
+        found = run()
+    assert sizes == ([3, 1, 2, 1] * 2 if base is torch.bfloat16 else [1] * 14)
+    expected = (alone(model), run())[1]
+    assert len(found) == 2 + 3 * 14
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype == (torch.float32 if "taskmoe" in name else value.dtype)
+        assert (found[name] - value).abs().max() < 0.05 * value.abs().max(), name
+
+
+def test_a_layer_called_outside_of_autocast_is_not_given_what_was_made_inside(monkeypatch) -> None:
+    model = loud().to(torch.bfloat16)
+    for layer in named(model, "v_proj"):
+        own = type(layer).forward
+
+        def outside(x: torch.Tensor, layer: Any = layer, own: Any = own) -> torch.Tensor:
+            with torch.autocast("cpu", enabled=False):
+                return own(layer, x)
+
+        layer.forward = outside
+    for name, parameter in model.named_parameters():
+        if "taskmoe_lora_" in name:
+            parameter.data = parameter.data.float()
+    with functions(monkeypatch) as sizes, torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(**MODELS["llama"].inputs(), task_embeds=tasks())
+    assert sizes[:2] == [3, 1]
