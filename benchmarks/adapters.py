@@ -2,6 +2,7 @@
 
     python benchmarks/adapters.py                      # the table of the README
     python benchmarks/adapters.py --dtype bfloat16 --device cuda --layers 8
+    python benchmarks/adapters.py --dtype bfloat16 --autocast --methods "frozen base" LoRA-36 "ours 8x4"
     python benchmarks/adapters.py --compile --methods "frozen base" LoRA-36 "ours 8x4"
 
 Every method adapts all seven linears of a Llama of SmolLM2-135M's shape. Rounds are interleaved: each round times every method
@@ -88,7 +89,7 @@ def build(name: str, args: argparse.Namespace, task: torch.Tensor, dropout: floa
     model: nn.Module = base_model(args)
     common = {"task_type": "CAUSAL_LM", "target_modules": LINEARS}
     call: dict[str, torch.Tensor] = {}
-    keep = {"autocast_adapter_dtype": False}
+    keep = {"autocast_adapter_dtype": args.autocast}
     if name == "frozen base":
         pass
     elif name.startswith("LoRA"):
@@ -141,15 +142,21 @@ def timed(function: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
-def train_step(method: Method, embeds: torch.Tensor, labels: torch.Tensor) -> None:
-    """Forward and backward down to the embeddings, as gradient checkpointing and input gradients make every method do."""
+def loss_of(method: Method, embeds: torch.Tensor, labels: torch.Tensor, autocast: bool) -> torch.Tensor:
+    """Forward from the embeddings, which ask for a gradient, as gradient checkpointing and input gradients make every method do."""
     leaf = embeds.detach().requires_grad_()
-    method.model(inputs_embeds=leaf, labels=labels, **method.call).loss.backward()
+    with torch.autocast(embeds.device.type, embeds.dtype, enabled=autocast):
+        return method.model(inputs_embeds=leaf, labels=labels, **method.call).loss
+
+
+def train_step(method: Method, embeds: torch.Tensor, labels: torch.Tensor, autocast: bool = False) -> None:
+    """Forward and backward."""
+    loss_of(method, embeds, labels, autocast).backward()
     for parameter in method.model.parameters():
         parameter.grad = None
 
 
-def kept_bytes(method: Method, embeds: torch.Tensor, labels: torch.Tensor) -> int:
+def kept_bytes(method: Method, embeds: torch.Tensor, labels: torch.Tensor, autocast: bool = False) -> int:
     """Bytes that autograd keeps for backward: each storage once, parameters and buffers left out."""
     weights = {t.untyped_storage().data_ptr() for t in (*method.model.parameters(), *method.model.buffers())}
     kept: dict[int, int] = {}
@@ -160,9 +167,8 @@ def kept_bytes(method: Method, embeds: torch.Tensor, labels: torch.Tensor) -> in
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    leaf = embeds.detach().requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = method.model(inputs_embeds=leaf, labels=labels, **method.call).loss
+        loss = loss_of(method, embeds, labels, autocast)
     total = sum(kept.values())
     del loss
     return total
@@ -221,6 +227,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dropouts", type=float, nargs="+", default=[0.0, 0.05])
     parser.add_argument("--skip-decoding", action="store_true")
+    parser.add_argument(
+        "--autocast",
+        action="store_true",
+        help="adapters in float32, trained under autocast to --dtype; no decoding then",
+    )
     parser.add_argument("--compile", action="store_true", help="compile the models; no decoding then")
     parser.add_argument(
         "--methods", nargs="+",
@@ -248,10 +259,12 @@ def main() -> None:
             method.model.train()
             if args.compile:
                 method.model.compile()
-        seconds = interleaved(methods, lambda m: train_step(m, embeds, labels), args.rounds, args.device)
-        byte_counts = {m.name: kept_bytes(m, embeds, labels) for m in methods}
+        step = lambda m: train_step(m, embeds, labels, args.autocast)  # noqa: E731
+        seconds = interleaved(methods, step, args.rounds, args.device)
+        byte_counts = {m.name: kept_bytes(m, embeds, labels, args.autocast) for m in methods}
         table = Table(
             title=f"train step, {args.dtype}, dropout {dropout}, {args.batch} x {args.length} tokens, {args.layers} layers"
+            + (", autocast" if args.autocast else "")
             + (", compiled" if args.compile else "")
         )
         for column in ("method", "time / LoRA-36", "min .. max", "ms", "bytes / LoRA-36", "MiB", "trainable"):
@@ -271,7 +284,7 @@ def main() -> None:
             )  # fmt: skip
         console.print(table)
         results[f"train dropout {dropout}"] = rows
-        if dropout == args.dropouts[0] and not (args.skip_decoding or args.compile):
+        if dropout == args.dropouts[0] and not (args.skip_decoding or args.compile or args.autocast):
             decoding = [m for m in methods if m.name not in ("X-LoRA", "Poly")]
             for method in decoding:
                 method.model.eval()
