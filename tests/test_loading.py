@@ -278,8 +278,8 @@ def _after(model: nn.Module) -> Any:
 @pytest.mark.parametrize("build", [_before, _after])
 def test_models_with_accelerate_hooks(build, saved):
     model = build(MODELS["llama"].build())
-    for _ in range(2):
-        assert_same(model, saved[1])
+    for _ in range(2):  # up to rounding: layers whose base is hooked are computed alone
+        torch.testing.assert_close(logits(model), saved[1])
     assert model.generate(**BATCH, task_embeds=tasks(), max_new_tokens=2).shape == (ROWS, LENGTH + 2)
     model.train()(**BATCH, task_embeds=tasks(), labels=BATCH["input_ids"]).loss.backward()
     base = model.unload()
@@ -297,10 +297,8 @@ def test_layers_offloaded_to_disk_with_their_adapters(saved, tmp_path):
     model = get_peft_model(MODELS["llama"].build(), config_for("llama"))
     model = dispatch_model(model, devices, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
     assert layers_of(model)[QV[2]].taskmoe_lora_router["default"].weight.is_meta
-    assert_same(model, saved[1])
-    torch.testing.assert_close(
-        model(**BATCH, task_embeds=tasks()).logits, saved[1]
-    )  # with grad on: another path
+    torch.testing.assert_close(logits(model), saved[1])
+    torch.testing.assert_close(model(**BATCH, task_embeds=tasks()).logits, saved[1])  # with grad on
     expected = adapted("llama").generate(**BATCH, task_embeds=tasks(), max_new_tokens=3, do_sample=False)
     assert torch.equal(
         model.generate(**BATCH, task_embeds=tasks(), max_new_tokens=3, do_sample=False), expected
