@@ -646,6 +646,12 @@ def test_a_report_says_which_seeds_versions_and_documents_its_figures_are_of(par
     assert report.clusters_of(run_, "zero_shot", {"a": r"(.*)-E\d+$"}) == {"a": of_a}
 
 
+def test_an_interval_over_trainings_is_a_paired_t_interval(parts) -> None:
+    """Of -0.1, 0.0, 0.4: mean 0.1, standard error 0.15275; 2 degrees of freedom: 4.30265 times that."""
+    assert parts.report.over_trainings([-0.1, 0.0, 0.4]) == "+0.1000 [-0.5572, +0.7572]"
+    assert parts.report.over_trainings([-0.1, 0.0]) == "-"
+
+
 def test_runs_measured_by_likelihood_alone_are_compared_by_it_and_each_at_its_best(parts, tmp_path) -> None:
     for kind in ("runs", "likelihoods"):
         (tmp_path / kind).mkdir()

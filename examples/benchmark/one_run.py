@@ -333,7 +333,9 @@ def scale_router_rate(trainer: SFTTrainer, ratio: float) -> None:
 
     def create_optimizer(*args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = create(*args, **kwargs)
-        routers = {id(weight) for name, weight in trainer.model.named_parameters() if "taskmoe_lora_router" in name}
+        routers = {
+            id(weight) for name, weight in trainer.model.named_parameters() if "taskmoe_lora_router" in name
+        }
         for group in list(optimizer.param_groups):
             own = [weight for weight in group["params"] if id(weight) in routers]
             group["params"] = [weight for weight in group["params"] if id(weight) not in routers]

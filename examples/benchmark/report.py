@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import matplotlib.pyplot as plt
 import numpy as np
-from scipy.stats import spearmanr
+from scipy.stats import spearmanr, ttest_1samp
 from settings import first_difference
 
 from peft_taskmoe.uie import Comparison, ScoreReport, compare, compare_values
@@ -319,6 +319,14 @@ def interval(line: Difference) -> str:
     return f"{line.difference:+.4f} [{line.low:+.4f}, {line.high:+.4f}]"
 
 
+def over_trainings(differences: Sequence[float]) -> str:
+    """Mean of the seeds' differences with the 95 % interval of a paired t-test, which takes each training as one draw; "-" for fewer than three."""
+    if len(differences) < 3:
+        return "-"
+    low, high = ttest_1samp(differences, 0.0).confidence_interval(0.95)
+    return f"{_mean(differences):+.4f} [{low:+.4f}, {high:+.4f}]"
+
+
 def _what_was_run(runs: Sequence[Trained]) -> list[str]:
     rows = []
     for run in runs:
@@ -529,9 +537,9 @@ def _pairs(
     return found + [(name, other) for other in others for name in reading if name not in (other, baseline)]
 
 
-def _by_seed(a: Sequence[Trained], b: Sequence[Trained]) -> dict[int, float]:
-    """Differences of the zero-shot loss, seed by seed."""
-    of_a, of_b = ({run.seed: run.mean_likelihood("zero_shot") for run in of} for of in (a, b))
+def _by_seed(a: Sequence[Trained], b: Sequence[Trained], part: str = "zero_shot") -> dict[int, float]:
+    """Differences of the loss, seed by seed."""
+    of_a, of_b = ({run.seed: run.mean_likelihood(part) for run in of} for of in (a, b))
     return {seed: of_a[seed] - of_b[seed] for seed in sorted(of_a)}
 
 
@@ -564,10 +572,16 @@ def _learning_rates(
             if both[0]:
                 cells = [title, f"{a} - {b}"]
                 for part in ("zero_shot", "supervised"):
-                    has = both[0][0].sets(part)
-                    cells.append(interval(compare_likelihood(*both, part, patterns)["all"]) if has else "-")
-                by_seed = ", ".join(f"{value:+.4f}" for value in _by_seed(*both).values())
-                differences.append([*cells[:3], by_seed, cells[3]])
+                    if not both[0][0].sets(part):
+                        cells += ["-"] * 3
+                        continue
+                    by_seed = list(_by_seed(*both, part).values())
+                    cells += [
+                        interval(compare_likelihood(*both, part, patterns)["all"]),
+                        ", ".join(f"{value:+.4f}" for value in by_seed),
+                        over_trainings(by_seed),
+                    ]
+                differences.append(cells)
     lines = [
         "",
         "## Learning rates",
@@ -583,9 +597,18 @@ def _learning_rates(
     if differences:
         lines += [
             "",
-            "Differences of NLL (95 % intervals as below; lower is better):",
+            "Differences of NLL, lower is better. Intervals of 95 %: over documents as below; over trainings by a paired t-test of the seeds "
+            "(three or more), which speaks of other seeds and their documents, and of the same test documents.",
             "",
-            table(["", "", "zero-shot", "zero-shot, seed by seed", "supervised"], differences),
+            table(
+                [
+                    "",
+                    "",
+                    *("zero-shot, over documents", "seed by seed", "over trainings"),
+                    *("supervised, over documents", "seed by seed", "over trainings"),
+                ],
+                differences,
+            ),
         ]
     return lines
 
