@@ -36,6 +36,7 @@ class TaskMoELoraConfig(PeftConfig):
         lora_alpha: Numerator of the scale `s`. Soft gates average `1 / num_experts`, so the mixture as a whole acts at
             about `lora_alpha / (r * num_experts)`: 1.0 for the defaults.
         lora_dropout: Probability of zeroing an input feature of the experts; the router sees the input undropped.
+            Layers that read the same tensor (q, k and v; gate and up) mostly share one draw.
         router_inputs: What the router reads: `"token+task"`, `"token"` (no task embedding needed) or `"task"`
             (all tokens of an example share their gates; only this kind merges exactly, see `to_lora`).
         top_k: If given, only the `top_k` largest gates of a token are kept, and renormalised to sum to 1.

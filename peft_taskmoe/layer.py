@@ -477,10 +477,8 @@ class Linear(nn.Module, TaskMoELoraLayer):
         if state is not None and not x.is_inference():
             others = state.together.get(self, ())[1:]
             together += [layer for layer in others if layer._computes_like(self, x, adapter_name)]
-        dtype, scalings = (
-            self._dtype(x, adapter_name),
-            tuple(layer.scaling[adapter_name] for layer in together),
-        )
+        dtype = self._dtype(x, adapter_name)
+        scalings = tuple(layer.scaling[adapter_name] for layer in together)
         with torch.autocast(x.device.type, enabled=False):
             tensors: list[torch.Tensor | None] = []
             for layer in together:
