@@ -326,6 +326,34 @@ def test_a_head_asked_about_answers_only_changes_nothing(parts, models, tmp_path
         trainer.compute_loss(model, dict(batch), return_outputs=True)
 
 
+def test_routers_have_a_learning_rate_and_first_weights_of_their_own(parts, models, tmp_path) -> None:  # noqa: F811
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    language_model, _ = models
+    settings = {"method": "moelora", "num_experts": 3, "r": 2, "lora_alpha": 6, "router_inputs": "token"}
+    settings |= {"router_lr_ratio": 4, "router_init_scale": 0}
+    configuration = parts.settings.Configuration.of("x", settings, "encoder")
+    trainer = SFTTrainer(
+        str(language_model),
+        SFTConfig(
+            str(tmp_path), report_to=[], use_cpu=True, bf16=False, learning_rate=1e-3
+        ),
+        train_dataset=Dataset.from_list([{"prompt": "w5 w6", "completion": "w7"}] * 8),
+        processing_class=transformers.AutoTokenizer.from_pretrained(language_model),
+        peft_config=configuration.peft_config(None),
+    )  # fmt: skip
+    routers = [p for n, p in trainer.model.named_parameters() if "router" in n]
+    others = [p for n, p in trainer.model.named_parameters() if p.requires_grad and "router" not in n]
+    assert routers and all(weight.any() for weight in routers)
+    parts.one_run.scale_routers(trainer.model, configuration.router_init_scale)
+    assert not any(weight.any() for weight in routers)
+    parts.one_run.scale_router_rate(trainer, configuration.router_lr_ratio)
+    groups = trainer.create_optimizer().param_groups
+    rates = [(id(weight), group["lr"]) for group in groups for weight in group["params"]]
+    assert sorted(rates) == sorted([(id(p), 4e-3) for p in routers] + [(id(p), 1e-3) for p in others])
+
+
 def test_every_configuration_of_a_seed_trains_on_the_same_examples_in_the_same_order(parts) -> None:
     args, sft = arguments_of(parts, "smoke")
     data = parts.one_run.Data.read(args)
@@ -516,6 +544,15 @@ def test_wrong_settings_are_refused(parts) -> None:
         (
             {"configurations": {"lora-36": {"method": "lora", "rank": 3}}},
             r"has \['rank'\], which `LoraConfig` does not take",
+        ),
+        *(
+            (
+                {"configurations": {"lora-36": {"method": method, **size, setting: value}}},
+                f"`{setting}: {value}`",
+            )
+            for setting, wrong in (("router_lr_ratio", 0), ("router_init_scale", -1))
+            for method, value in (("lora", 2), ("moelora", wrong))
+            for size in [{"r": 4, "lora_alpha": 4} | ({"num_experts": 8} if method == "moelora" else {})]
         ),
     ):
         with pytest.raises(ValueError, match=message):

@@ -327,6 +327,14 @@ class AnswerTrainer(SFTTrainer):
         return loss / num_items_in_batch * processes
 
 
+def scale_routers(model: torch.nn.Module, factor: float) -> None:
+    """Multiply the routers' weights by a factor."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "taskmoe_lora_router" in name:
+                weight.mul_(factor)
+
+
 def scale_router_rate(trainer: SFTTrainer, ratio: float) -> None:
     """Let the routers be trained at `ratio` times the learning rate of the rest: they get parameter groups of their own."""
     create = trainer.create_optimizer
@@ -392,6 +400,8 @@ def train(
         peft_config=run.configuration.peft_config(None if encoder is None else encoder.task_dim),
         callbacks=[clock],
     )
+    if run.configuration.router_init_scale != 1:
+        scale_routers(trainer.model, run.configuration.router_init_scale)
     if run.configuration.router_lr_ratio != 1:
         scale_router_rate(trainer, run.configuration.router_lr_ratio)
     if encoder is not None:

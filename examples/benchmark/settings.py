@@ -193,6 +193,7 @@ class Configuration:
         adapter: Arguments of `LoraConfig` or `TaskMoELoraConfig`.
         encoder: The task encoder; None where the router reads no task.
         router_lr_ratio: The routers' learning rate over that of all other weights.
+        router_init_scale: What the routers' first weights are multiplied by; 0: all gates equal at the start.
     """
 
     name: str
@@ -200,18 +201,19 @@ class Configuration:
     adapter: dict[str, Any]
     encoder: TaskEncoderConfig | None
     router_lr_ratio: float = 1.0
+    router_init_scale: float = 1.0
 
     @classmethod
     def of(cls, name: str, settings: dict[str, Any], task_encoder: str) -> Configuration:
-        """Read an entry of the YAML file: `method`, `encoder` (fields of `TaskEncoderConfig`), `router_lr_ratio`, and the config's own fields.
+        """Read an entry of the YAML file: `method`, `encoder` (fields of `TaskEncoderConfig`), `router_lr_ratio`, `router_init_scale`, and the config's own fields.
 
         Raises:
-            ValueError: If the method or a field is not known, the size is not given, or the ratio is for no router or not above 0.
+            ValueError: If the method or a field is not known, the size is not given, or a router's setting is for no router or out of range.
         """
         adapter = dict(settings)
         method = adapter.pop("method", None)
         encoder = {"name_or_path": task_encoder, **adapter.pop("encoder", {})}
-        ratio = adapter.pop("router_lr_ratio", 1.0)
+        ratio, init_scale = adapter.pop("router_lr_ratio", 1.0), adapter.pop("router_init_scale", 1.0)
         known = {"lora": LoraConfig, "moelora": TaskMoELoraConfig}
         if method not in known:
             raise ValueError(
@@ -226,6 +228,11 @@ class Configuration:
                 f'Configuration "{name}" has `router_lr_ratio: {ratio}` and `method: {method}`. The ratio multiplies the learning rate of '
                 "routers, which `lora` has none of: write a number above 0, for `moelora` only."
             )
+        if init_scale != 1 and (method == "lora" or not init_scale >= 0):
+            raise ValueError(
+                f'Configuration "{name}" has `router_init_scale: {init_scale}` and `method: {method}`. The scale multiplies the first weights '
+                "of routers, which `lora` has none of: write 0 or a number above it, for `moelora` only."
+            )
         sizes = ("r", "lora_alpha") if method == "lora" else ("num_experts", "r", "lora_alpha")
         if missing := [size for size in sizes if size not in adapter]:
             raise ValueError(
@@ -233,7 +240,9 @@ class Configuration:
                 "and scale."
             )
         reads_task = method == "moelora" and adapter.get("router_inputs", "token+task") != "token"
-        return cls(name, method, adapter, TaskEncoderConfig(**encoder) if reads_task else None, ratio)
+        return cls(
+            name, method, adapter, TaskEncoderConfig(**encoder) if reads_task else None, ratio, init_scale
+        )
 
     def peft_config(self, task_dim: int | None) -> PeftConfig:
         """The config for `get_peft_model`."""
@@ -287,8 +296,9 @@ class Run:
         configuration = asdict(self.configuration)
         if configuration["encoder"] is not None:
             configuration["encoder"]["name_or_path"] = _named(configuration["encoder"]["name_or_path"])
-        if self.configuration.router_lr_ratio == 1:  # as in runs made before there was the field
-            del configuration["router_lr_ratio"]
+        for name in ("router_lr_ratio", "router_init_scale"):
+            if configuration[name] == 1:  # as in runs made before there was the field
+                del configuration[name]
         run = {
             "configuration": configuration,
             "effective_scale": self.configuration.effective_scale,
