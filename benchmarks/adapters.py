@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -259,7 +260,7 @@ def main() -> None:
             method.model.train()
             if args.compile:
                 method.model.compile()
-        step = lambda m: train_step(m, embeds, labels, args.autocast)  # noqa: E731
+        step = partial(train_step, embeds=embeds, labels=labels, autocast=args.autocast)
         seconds = interleaved(methods, step, args.rounds, args.device)
         byte_counts = {m.name: kept_bytes(m, embeds, labels, args.autocast) for m in methods}
         table = Table(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -86,8 +86,10 @@ class TaskState:
         token_mask: `(rows, length)` bool, False for padding; filled only for a recorder.
         owner: Whose forward it is the state of, so that a wrapper inside that forward leaves it alone; None in a
             `task_context` or a generation.
-        together: Layers that are expected to read the same tensor, by the one that is called first.
+        together: Layers that read the same tensor, by the first of them, as they were known when the model's forward began; None
+            outside of a model's forward.
         made_ahead: Outputs of the others, computed with the first one's, until they are called with that tensor.
+        apart: Layers that were not, in a checkpointed part of the forward.
     """
 
     task_embeds: torch.Tensor | None = None
@@ -100,8 +102,9 @@ class TaskState:
     recorder: GateRecorder | None = None
     token_mask: torch.Tensor | None = None
     owner: Any = None
-    together: dict[Any, tuple[Any, ...]] = field(default_factory=dict)
+    together: dict[Any, tuple[Any, ...]] | None = None
     made_ahead: dict[Any, Any] = field(default_factory=dict)
+    apart: set[Any] = field(default_factory=set)
     normalized: dict[Hashable, torch.Tensor] = field(default_factory=dict)
 
     def normalized_embeds(
@@ -124,6 +127,7 @@ class TaskState:
 class _Scope(threading.local):
     def __init__(self) -> None:
         self.state: TaskState | None = None
+        self.made_ahead: dict[Any, Any] = {}  # where there is no state: in what others recompute in backward
 
 
 _SCOPE = _Scope()
@@ -132,6 +136,12 @@ _SCOPE = _Scope()
 def current_state() -> TaskState | None:
     """The state of the forward that runs in this thread, or None."""
     return _SCOPE.state
+
+
+def made_ahead() -> dict[Any, Any]:
+    """Outputs that were computed ahead in the running forward, by layer; see `TaskState.made_ahead`."""
+    state = _SCOPE.state
+    return _SCOPE.made_ahead if state is None else state.made_ahead
 
 
 class entered:  # written as a class so that torch.compile traces it without a break
@@ -209,8 +219,14 @@ class _CarryState:
             return self.checkpoint(function, *args, **kwargs)
 
         def under_state(*inner_args: Any, **inner_kwargs: Any) -> Any:
-            with entered(state):
-                return function(*inner_args, **inner_kwargs)
+            if torch.compiler.is_compiling():
+                with entered(state):
+                    return function(*inner_args, **inner_kwargs)
+            inner = replace(state, made_ahead={})  # what runs here runs again: it takes and leaves nothing
+            with entered(inner):
+                out = function(*inner_args, **inner_kwargs)
+            state.apart.update(inner.made_ahead)
+            return out
 
         return self.checkpoint(under_state, *args, **kwargs)
 

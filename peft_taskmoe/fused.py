@@ -173,24 +173,29 @@ class FusedUpdate(torch.autograd.Function):
             x, h, gates, dropped, task, token_tasks, *weights, *weights_a, *weights_b, *routers
         )
         ctx.scalings, ctx.reads_token = scalings, shape.reads_token
+        ctx.set_materialize_grads(False)  # an output that nobody used has None
         return tuple(outs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outs: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         """Gradients of x, the task embedding, and base, A, B and router of each layer."""
         x, h, gates, dropped, task, token_tasks, *saved = ctx.saved_tensors
         m, in_features = len(grad_outs), x.shape[-1]
         weights, weights_a, weights_b, routers = (saved[i * m : (i + 1) * m] for i in range(4))
         tokens_x = x.reshape(-1, in_features)
         tokens, ranks, all_experts = tokens_x.shape[0], h.shape[0], gates.shape[0] * gates.shape[1]
-        dys = [grad.reshape(tokens, grad.shape[-1]) for grad in grad_outs]
+        dys = [None if grad is None else grad.reshape(tokens, grad.shape[-1]) for grad in grad_outs]
         read = [router[:, :in_features] for router in routers] if ctx.reads_token else []
 
-        dz, grads_b = torch.empty_like(h), []
+        dz, grads_b = torch.empty_like(h), list[torch.Tensor | None]()
         for dy, weight_b, mixed, dz_here, scaling in zip(
             dys, weights_b, _mix(h, gates).chunk(m), dz.chunk(m), ctx.scalings, strict=True
         ):
+            if dy is None:
+                dz_here.zero_()
+                grads_b.append(None)
+                continue
             torch.addmm(dz_here, weight_b.t(), dy.t(), beta=0, alpha=scaling, out=dz_here)
             grads_b.append(torch.addmm(weight_b, dy.t(), mixed.t(), beta=0, alpha=scaling))
         d_gates = (dz * h).view(*gates.shape[:2], ranks // all_experts, tokens).sum(2).to(gates.dtype)
@@ -208,7 +213,11 @@ class FusedUpdate(torch.autograd.Function):
             grads_a, of_token = dh @ zero_dropped(tokens_x.clone(), dropped), d_token @ tokens_x
         grad_x = None
         if ctx.needs_input_grad[0]:
-            products = [(dy, weight) for dy, weight in zip(dys, weights, strict=True) if weight is not None]
+            products = [
+                (dy, weight)
+                for dy, weight in zip(dys, weights, strict=True)
+                if dy is not None and weight is not None
+            ]
             if dropped is None:
                 products.append((left.t(), _stacked((*weights_a, *read))))
             else:
@@ -240,8 +249,11 @@ class FusedUpdate(torch.autograd.Function):
         for grad_out, grad_a, grad_b, grad_router in zip(
             grad_outs, grads_a.chunk(m), grads_b, grad_routers.chunk(m), strict=True
         ):
+            if grad_out is None:
+                grads += [None] * _PER_LAYER
+                continue
             grad_base = grad_out if ctx.needs_input_grad[len(grads)] else None
-            grads += LayerTensors(grad_base, None, None, grad_a, grad_b, grad_router)
+            grads += [grad_base, None, None, grad_a, grad_b, grad_router]
         return tuple(grads)
 
 

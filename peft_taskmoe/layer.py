@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers.pytorch_utils import Conv1D
 
-from .conditioning import TaskState, collect_aux_loss, current_state
+from .conditioning import TaskState, collect_aux_loss, current_state, made_ahead
 from .config import TaskMoELoraConfig
 from .experts import mix_bottleneck
 from .fused import DecodingWeights, ExpertShape, FusedUpdate, LayerTensors, decoding_step, decoding_weights
@@ -365,6 +365,8 @@ class Linear(nn.Module, TaskMoELoraLayer):
         super().__init__()
         TaskMoELoraLayer.__init__(self, base_layer)
         self._active_adapter = adapter_name
+        self.together: tuple[Linear, ...] = ()
+        """This layer and those that are expected to read the same tensor after it; empty if there are none, or it is not the first."""
         self.update_layer(adapter_name, r, lora_alpha, config)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -465,18 +467,18 @@ class Linear(nn.Module, TaskMoELoraLayer):
         """One adapter, no other arguments: the fast cases."""
         if torch.compiler.is_compiling() or not self._frozen_linear(x, adapter_name):
             return self._add_update(x, self.base_layer(x), adapter_name, state)
-        if state is not None and self in state.made_ahead:
-            made = state.made_ahead[self]
-            if made.is_of(x) and made.out.dtype == self._dtype(x, adapter_name):
-                del state.made_ahead[self]
-                return made.out
+        ahead = made_ahead()
+        made = ahead.get(self)
+        if made is not None and made.is_of(x) and made.out.dtype == self._dtype(x, adapter_name):
+            del ahead[self]
+            return made.out
         task, token_tasks = self._task_of(x, adapter_name, state)
         if self._needs_plain_form(adapter_name, state):
             return self._add_update(x, self.base_layer(x), adapter_name, state)
         together = [self]
-        if state is not None and not x.is_inference():
-            others = state.together.get(self, ())[1:]
-            together += [layer for layer in others if layer._computes_like(self, x, adapter_name)]
+        if not x.is_inference():
+            group = self.together if state is None or state.together is None else state.together.get(self, ())
+            together += [layer for layer in group[1:] if layer._computes_like(self, x, adapter_name)]
         dtype = self._dtype(x, adapter_name)
         scalings = tuple(layer.scaling[adapter_name] for layer in together)
         with torch.autocast(x.device.type, enabled=False):
@@ -490,8 +492,7 @@ class Linear(nn.Module, TaskMoELoraLayer):
                 *tensors,
             )  # fmt: skip
         for layer, out in zip(together[1:], outs[1:], strict=True):
-            assert state is not None
-            state.made_ahead[layer] = _MadeAhead(out, x, x._version, torch.is_grad_enabled())
+            ahead[layer] = _MadeAhead(out, x, x._version, torch.is_grad_enabled())
         return outs[0]
 
     def _computes_like(self, other: Linear, x: torch.Tensor, adapter_name: str) -> bool:
@@ -506,6 +507,7 @@ class Linear(nn.Module, TaskMoELoraLayer):
             or self._forward_pre_hooks
             or self._active_here() != [adapter_name]
             or self.shapes[adapter_name] != other.shapes[adapter_name]
+            or self.in_features != other.in_features
             or self._dropout(adapter_name) != other._dropout(adapter_name)
             or not self._frozen_linear(x, adapter_name)
         ):
@@ -656,7 +658,7 @@ class Linear(nn.Module, TaskMoELoraLayer):
         return (
             type(weight) in (nn.Parameter, torch.Tensor)
             and not weight.requires_grad
-            and (base.bias is None or not base.bias.requires_grad)
+            and (base.bias is None or (not base.bias.requires_grad and base.bias.dtype == weight.dtype))
             and weight.dtype == self._dtype(x, adapter_name)
             and (x.dtype == weight.dtype or (x.dtype in _CAST and torch.is_autocast_enabled(x.device.type)))
             and not is_in_torch_dispatch_mode()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections import deque
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from functools import partial
@@ -68,12 +68,25 @@ class Conditioner:
     def find_layers(self, model: nn.Module) -> None:
         """Look up the adapted layers; again after every injection."""
         self.layers = [m for m in model.modules() if isinstance(m, TaskMoELoraLayer)]
-        self.together = layers_that_read_the_same(model)
+        self.group(layers_that_read_the_same(model))
 
-    def part(self, layers: Container[Linear]) -> None:
-        """Compute these layers alone from now on: they were called with other tensors than expected, or not at all."""
-        groups = [tuple(layer for layer in group if layer not in layers) for group in self.together.values()]
+    def group(self, groups: Iterable[tuple[Linear, ...]]) -> None:
+        """Let the layers of each group be computed together, when the first of them is called."""
         self.together = {group[0]: group for group in groups if len(group) > 1}
+        for layer in self.layers:
+            layer.together = self.together.get(layer, ())
+
+    def part(self, state: TaskState) -> None:
+        """Take layers out of their groups that were called with other tensors than expected in a forward, or not at all."""
+        left = state.apart.union(state.made_ahead)
+        state.made_ahead.clear()
+        if left:
+            halves = [
+                tuple(layer for layer in group if (layer in left) is taken_out)
+                for group in self.together.values()
+                for taken_out in (False, True)  # k and v may still read the same, if it was q that did not
+            ]
+            self.group(halves)
 
     def adapters_that_read_the_task(self, adapter_names: Sequence[str] | None) -> list[tuple[str, int]]:
         """Names and task dimensions of the adapters this forward uses whose router reads the task."""
@@ -148,20 +161,20 @@ class Conditioner:
         return mean
 
 
-def layers_that_read_the_same(model: nn.Module) -> dict[Linear, tuple[Linear, ...]]:
-    """Adapted layers that are expected to be given the very same tensor, by the first of them: q, k and v, gate and up.
+def layers_that_read_the_same(model: nn.Module) -> list[tuple[Linear, ...]]:
+    """Adapted layers that are expected to be given the very same tensor, in the order of their calls: q, k and v, gate and up.
 
     By the names that transformers gives them. In an encoder-decoder q is left out, which its cross-attention gives another tensor
     than k and v. A layer whose expectation fails is parted from the others (`Conditioner.part`).
     """
-    found = {}
+    found = []
     for parent in model.modules():
         for names in _READ_THE_SAME:
             named = names[1:] if len(names) > 2 and _is_encoder_decoder(model) else names
             layers = [parent._modules.get(name) for name in named]
             group = tuple(layer for layer in layers if isinstance(layer, Linear))
-            if len(group) > 1:
-                found[group[0]] = group
+            if len({layer.in_features for layer in group}) == 1:
+                found.append(group)
     return found
 
 
@@ -255,7 +268,11 @@ def _forward(
         if outer.memo is not None:
             if outer.recorder is not None:
                 outer.token_mask = _token_mask(_bind(type(model), args, kwargs))
-            return inner(*args, **kwargs)  # a step of `generate`, whose state is set
+            outputs = inner(*args, **kwargs)  # a step of `generate`, whose state is set
+            if outer.made_ahead:
+                conditioner.part(outer)
+                outer.together = conditioner.together
+            return outputs
     call = _bind(type(model), args, kwargs)
     state = _state_for_forward(model, conditioner, call, task_embeds, outer)
     state.owner = conditioner
@@ -263,8 +280,8 @@ def _forward(
         _carry_task_into_recompute(model)
     with entered(state):
         outputs = inner(*args, **kwargs)
-    if state.made_ahead:
-        conditioner.part(state.made_ahead)
+    if state.made_ahead or state.apart:
+        conditioner.part(state)
     return outputs if state.aux is None else conditioner.add_aux_loss(state.aux, outputs)
 
 

@@ -156,7 +156,7 @@ def test_gradients_of_every_schedule_stay(kind, adapter, run):
 def test_dropout_is_drawn_again_as_it_was(kind, run):
     model = loud("llama", lora_dropout=0.4)
     if kind == "selective":  # computes every layer alone, each with a mask of its own
-        conditioner_of(model.get_base_model()).together = {}
+        conditioner_of(model.get_base_model()).group([])
     expected = gradients(model, run(model, "llama"))
     switch_on(model, kind)
     assert_same(gradients(model, run(model, "llama")), expected)

@@ -153,6 +153,38 @@ def test_gradients_equal_finite_differences(shape, dropout) -> None:
     assert torch.autograd.gradcheck(function, [given[n] for n in ("x", "a", "b", "router", "task")])
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_several_layers_are_computed_as_each_alone(shape, packed, dropout) -> None:
+    """Three layers of other sizes and scalings on one x, one task and one mask; the second is given its base output."""
+    layers = [tensors(shape, frozen_base=i != 1, packed=packed) for i in range(3)]
+    for i, given in enumerate(layers):
+        for name in ("x", "task", "token_tasks"):
+            given[name] = layers[0][name]
+        for name in ("base", "weight", "bias", "b"):  # other numbers of outputs
+            if given[name] is not None:
+                wider = torch.cat([given[name]] * (i + 1), 1 if name == "base" else 0)
+                given[name] = wider.detach().requires_grad_(given[name].requires_grad)
+    first, scalings = layers[0], (0.5, 1.0, 2.0)
+    torch.manual_seed(5)
+    together = FusedUpdate.apply(
+        first["x"], first["task"], first["token_tasks"], shape, scalings, dropout,
+        *(tensor for given in layers for tensor in of_layer(given)),
+    )  # fmt: skip
+    alone = []
+    for given, scaling in zip(layers, scalings, strict=True):
+        torch.manual_seed(5)  # the same mask
+        alone.append(fused_at(given, shape, scaling, dropout))
+    torch.testing.assert_close(together, tuple(alone), **CLOSE)
+    wanted = [given[name] for given in layers for name in NAMES if given[name] is not None]
+    wanted = list({id(leaf): leaf for leaf in wanted if leaf.requires_grad}.values())
+    found, expected = (
+        torch.autograd.grad(sum((out * out).sum() for out in outs), wanted) for outs in (together, alone)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
 def test_gradcheck_on_a_given_base() -> None:
     given = tensors(SHAPES[1], frozen_base=False)
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from cases import MODELS, adapted, config_for, logits_of, louder, tasks
+from cases import MODELS, WIDTH, adapted, config_for, logits_of, louder, tasks
 from peft import inject_adapter_in_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import peft_taskmoe.fused
 import peft_taskmoe.layer
-from peft_taskmoe import record_gates
+from peft_taskmoe import record_gates, task_context
 from peft_taskmoe.layer import Linear, TaskMoELoraLayer
 from peft_taskmoe.model import conditioner_of
 
@@ -29,7 +33,7 @@ def loud(name: str = "llama", adapter: str = "token+task", **changes: Any) -> An
 
 def alone(model: nn.Module) -> nn.Module:
     """The model with every layer computed by itself."""
-    conditioner_of(getattr(model, "get_base_model", lambda: model)()).together = {}
+    conditioner_of(getattr(model, "get_base_model", lambda: model)()).group([])
     return model
 
 
@@ -160,7 +164,6 @@ def test_a_layer_that_differs_is_computed_alone(change, monkeypatch) -> None:
 
 
 def _another_input(layer: Linear) -> None:
-    layer.register_forward_hook(lambda module, args, out: None)
     own = type(layer).forward
     layer.forward = lambda x, *args, **kwargs: own(layer, x + 1, *args, **kwargs)
 
@@ -190,6 +193,28 @@ def test_a_layer_that_is_given_another_tensor_is_right_and_from_then_on_alone(ch
     expected = (alone(model), run())[1]
     torch.testing.assert_close([found, again], [expected, expected], rtol=0, atol=1e-9)
     assert all(len(group) == 2 for group in conditioner_of(model.get_base_model()).together.values())
+
+
+def test_where_q_alone_reads_another_tensor_k_and_v_stay_together(monkeypatch) -> None:
+    model = loud()
+    for layer in named(model, "q_proj"):
+        _another_input(layer)
+    for sizes in ([3, 1, 1, 1, 2, 1] * 2, [1, 2, 1, 2, 1] * 2):
+        with functions(monkeypatch) as seen:
+            found = outputs_and_gradients(model)
+        assert seen == sizes
+    assert_same(found, outputs_and_gradients(alone(model)))
+
+
+def test_a_generation_learns_too_who_does_not_read_the_same(monkeypatch) -> None:
+    model = loud(adapter="top_k")  # whose decoding steps take the general way
+    for layer in named(model, "v_proj"):
+        _another_input(layer)
+    batch = {**MODELS["llama"].inputs(), "task_embeds": tasks().double()}
+    with functions(monkeypatch) as sizes:
+        found = model.generate(**batch, max_new_tokens=3, do_sample=False)
+    assert sizes == [3, 1, 1, 2, 1] * 2 + [2, 1, 1, 2, 1] * 4
+    assert torch.equal(found, alone(model).generate(**batch, max_new_tokens=3, do_sample=False))
 
 
 @pytest.mark.parametrize("missing", ["storage", "shape", "device"])
@@ -290,9 +315,9 @@ def test_a_second_adapter_and_a_bare_model(monkeypatch) -> None:
             found = model(**batch).logits
         if sizes is not None:
             assert seen == sizes
-        groups = conditioner_of(model.get_base_model()).together
+        groups = conditioner_of(model.get_base_model()).together.values()
         expected = alone(model)(**batch).logits
-        conditioner_of(model.get_base_model()).together = groups
+        conditioner_of(model.get_base_model()).group(groups)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
     bare = inject_adapter_in_model(config_for("llama"), MODELS["llama"].build()).double()
     with functions(monkeypatch) as seen:
@@ -356,3 +381,134 @@ def test_a_layer_called_outside_of_autocast_is_not_given_what_was_made_inside(mo
     with functions(monkeypatch) as sizes, torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         model(**MODELS["llama"].inputs(), task_embeds=tasks())
     assert sizes[:2] == [3, 1]
+
+
+class Attention(nn.Module):
+    """Three linears that read the same tensor, or with `from_memory` two that read another one; it checkpoints as it is told to."""
+
+    def __init__(self, memory: int = WIDTH, from_memory: bool = False) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(size, WIDTH) for size in (WIDTH, memory, memory))
+        self.memory, self.from_memory, self.how = memory, from_memory, "no"
+        self.checkpoint_fn: Any = None
+
+    def whole(self, x: torch.Tensor) -> torch.Tensor:
+        other = x.new_ones(*x.shape[:-1], self.memory) if self.from_memory else x
+        return self.q_proj(x).tanh() * self.k_proj(other) + self.v_proj(other).sin()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.how == "no":
+            return self.whole(x)
+        again = self.checkpoint_fn or partial(checkpoint, use_reentrant=self.how.startswith("reentrant"))
+        if "each" not in self.how:
+            return again(self.whole, x)
+        return again(self.q_proj, x).tanh() * again(self.k_proj, x) + again(self.v_proj, x).sin()
+
+
+class Wrapped(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.block = Attention(**options)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block(x)
+
+
+def attention(router_inputs: str, dropout: float = 0.0, **options: Any) -> Any:
+    torch.manual_seed(0)
+    config = config_for("plain", lora_dropout=dropout, router_inputs=router_inputs)
+    config.target_modules = {"q_proj", "k_proj", "v_proj"}
+    return louder(inject_adapter_in_model(config, Wrapped(**options))).double().train()
+
+
+def gradients_of(model: Any, embeds: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    torch.manual_seed(5)
+    x = torch.randn(3, 4, WIDTH, dtype=torch.float64, requires_grad=True)
+    with nullcontext() if embeds is None else task_context(embeds):
+        out = model(x)
+        out.square().sum().backward()
+    return {"x": x.grad, **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("how", ["reentrant", "not reentrant"])
+@pytest.mark.parametrize("router_inputs", ["token", "token+task"])
+def test_a_checkpoint_that_knows_nothing_of_the_task_recomputes_together(
+    router_inputs, how, dropout, monkeypatch
+) -> None:
+    """PyTorch's own, called by a module of the user's: what runs in backward runs outside of the model's forward."""
+    model = attention(router_inputs, dropout)
+    embeds = None if router_inputs == "token" else tasks().double()
+    expected = gradients_of(model, embeds)
+    model.block.how = how
+    with functions(monkeypatch) as sizes:
+        found = gradients_of(model, embeds)
+    assert sizes == [3, 3]
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("how", ["reentrant, each", "not reentrant, each"])
+def test_nothing_is_handed_from_one_checkpointed_part_to_another(how) -> None:
+    """Each linear is a part of its own, with a mask of its own, which the recomputation draws again."""
+    model = attention("token", 0.4)
+    model.block.how = how
+    model.block.checkpoint_fn = partial(checkpoint, use_reentrant=how.startswith("reentrant"))
+    found = gradients_of(model, None)  # q still expects the others
+    assert_same(found, gradients_of(model, None))  # k expects v
+    assert conditioner_of(model).together == {}
+    assert_same(found, gradients_of(model, None))
+    model.block.how = "no"
+    assert_same(found, gradients_of(model, None))  # each alone, without checkpoints
+
+
+def test_layers_of_other_widths_are_not_expected_to_read_the_same() -> None:
+    model = attention("token", memory=24, from_memory=True)
+    assert gradients_of(model, None)["block.q_proj.taskmoe_lora_A.default.weight"].abs().max() > 0
+    assert conditioner_of(model).together == {}
+
+
+@pytest.mark.parametrize("carried", [True, False])
+@pytest.mark.parametrize("how", ["no", "reentrant", "not reentrant"])
+def test_a_forward_without_backward_leaves_no_tensor_behind(how, carried) -> None:
+    """Also where q expected k and v to read what it reads, and they did not."""
+    model = attention("token", from_memory=True)
+    model.block.how = how
+    if carried:
+        model.block.checkpoint_fn = partial(checkpoint, use_reentrant=how == "reentrant")
+    made: list[weakref.ref] = []
+    compute = peft_taskmoe.fused.FusedUpdate.forward
+
+    def watched(ctx: Any, *args: Any) -> tuple[torch.Tensor, ...]:
+        outs = compute(ctx, *args)
+        made.extend(weakref.ref(out) for out in outs)
+        return outs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peft_taskmoe.fused.FusedUpdate, "forward", staticmethod(watched))
+        model(torch.randn(3, 4, WIDTH, dtype=torch.float64, requires_grad=True))
+    gc.collect()
+    assert len(made) == 5  # q's, with k's and v's in vain, then these
+    assert not any(out() is not None for out in made)
+
+
+def test_an_output_that_nobody_used_has_no_gradient() -> None:
+    model = attention("token")
+    model.block.whole = lambda x: (model.block.k_proj.requires_grad_(True), model.block.q_proj(x))[1]
+    for layer in (model.block.k_proj, model.block.v_proj):
+        own = layer
+        model.block.register_forward_hook(lambda module, args, out, own=own: (own(args[0]), out)[1])
+    found = gradients_of(model, None)
+    assert {name.split(".")[1] for name in found if name != "x" and "taskmoe" in name} == {"q_proj"}
+
+
+@pytest.mark.parametrize("bias", [torch.bfloat16, torch.float32])
+def test_a_bias_of_another_dtype_is_left_to_the_base_layer(bias, monkeypatch) -> None:
+    model = attention("token").requires_grad_(True)
+    for layer in model.block.children():
+        layer.base_layer.requires_grad_(False).to(torch.bfloat16)
+        layer.base_layer.bias.data = layer.base_layer.bias.data.to(bias)
+    with functions(monkeypatch) as sizes, torch.autocast("cpu", torch.bfloat16):
+        out = model(torch.randn(3, 4, WIDTH))
+    assert out.dtype == torch.bfloat16 or out.dtype == torch.float32
+    assert sizes == ([3] if bias is torch.bfloat16 else [1, 1, 1])
