@@ -491,6 +491,8 @@ class Linear(nn.Module, TaskMoELoraLayer):
                 x.to(dtype), task, token_tasks, self.shapes[adapter_name], scalings, self._dropout(adapter_name),
                 *tensors,
             )  # fmt: skip
+        if state is None and len(outs) > 1:  # no end of a forward clears what was not taken
+            ahead.clear()
         for layer, out in zip(together[1:], outs[1:], strict=True):
             ahead[layer] = _MadeAhead(out, x, x._version, torch.is_grad_enabled())
         return outs[0]

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import peft_taskmoe.fused
 import peft_taskmoe.layer
 from peft_taskmoe import record_gates, task_context
+from peft_taskmoe.conditioning import made_ahead
 from peft_taskmoe.layer import Linear, TaskMoELoraLayer
 from peft_taskmoe.model import conditioner_of
 
@@ -512,3 +513,17 @@ def test_a_bias_of_another_dtype_is_left_to_the_base_layer(bias, monkeypatch) ->
         out = model(torch.randn(3, 4, WIDTH))
     assert out.dtype == torch.bfloat16 or out.dtype == torch.float32
     assert sizes == ([3] if bias is torch.bfloat16 else [1, 1, 1])
+
+
+def test_outside_of_any_forward_the_last_outputs_that_were_not_taken_are_kept_and_no_others() -> None:
+    """Layers that are called by hand, q alone: nothing tells that the others will not come."""
+    model = attention("token")
+    x = torch.randn(2, 4, WIDTH, dtype=torch.float64)
+    for _ in range(3):
+        model.block.q_proj(x.clone())
+    ahead = made_ahead()
+    assert set(ahead) == {model.block.k_proj, model.block.v_proj}
+    model.block.q_proj(x)
+    torch.testing.assert_close(model.block.k_proj(x), alone(model).block.k_proj(x), rtol=0, atol=1e-9)
+    assert set(ahead) == {model.block.v_proj}
+    ahead.clear()
