@@ -212,9 +212,15 @@ def test_a_generation_learns_too_who_does_not_read_the_same(monkeypatch) -> None
     for layer in named(model, "v_proj"):
         _another_input(layer)
     batch = {**MODELS["llama"].inputs(), "task_embeds": tasks().double()}
+    states = []
+    for layer in named(model, "down_proj"):
+        layer.register_forward_hook(lambda *_: states.append(peft_taskmoe.layer.current_state()))
     with functions(monkeypatch) as sizes:
         found = model.generate(**batch, max_new_tokens=3, do_sample=False)
     assert sizes == [3, 1, 1, 2, 1] * 2 + [2, 1, 1, 2, 1] * 4
+    assert states and not any(
+        state.made_ahead for state in states
+    )  # of the prompt, all through the generation
     assert torch.equal(found, alone(model).generate(**batch, max_new_tokens=3, do_sample=False))
 
 
@@ -519,8 +525,9 @@ def test_outside_of_any_forward_the_last_outputs_that_were_not_taken_are_kept_an
     """Layers that are called by hand, q alone: nothing tells that the others will not come."""
     model = attention("token")
     x = torch.randn(2, 4, WIDTH, dtype=torch.float64)
-    for _ in range(3):
-        model.block.q_proj(x.clone())
+    other = attention("token")
+    for called in (other, model):
+        called.block.q_proj(x.clone())
     ahead = made_ahead()
     assert set(ahead) == {model.block.k_proj, model.block.v_proj}
     model.block.q_proj(x)
