@@ -1,13 +1,15 @@
 """ATen operations per adapted linear, forward and backward: ours against PEFT's LoRA. On a GPU each of them is a launch or a view.
 
-    python benchmarks/op_count.py             # eager
+    python benchmarks/op_count.py             # eager, as on a GPU
+    python benchmarks/op_count.py --device cpu
     python benchmarks/op_count.py --compiled  # kernels that torch.compile makes of it, products included
 
 Counted is what reaches the dispatcher while the seven linears of a Llama layer of SmolLM2-135M's shape run forward and backward, less what
 the linears take without adapters, divided by seven; views and allocations, which launch nothing, are counted apart. Layers that read the
 same tensor (q, k and v; gate and up) are one function of ours. It takes another way under a dispatch mode, so it is called here directly;
 the normalisation of the task, once per forward and width, is therefore not included; compiled, where a single linear of 576 x 576 is
-counted, it is. Knows no model and measures no time.
+counted, it is. Tensors of the meta device, which have no data, take the ways of a GPU's, but for dropout itself (LoRA's is one operation
+forward and one backward there); on a CPU ours copies more, where that makes products faster. Knows no model and measures no time.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import argparse
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +34,8 @@ from peft_taskmoe.fused import ExpertShape, FusedUpdate, LayerTensors
 
 VIEWS = {
     "view", "_unsafe_view", "t", "transpose", "expand", "slice", "unsqueeze", "squeeze", "alias", "detach", "as_strided",
-    "_reshape_alias", "split", "split_with_sizes", "select", "promote_types", "new_empty", "empty_like",
+    "_reshape_alias", "split", "split_with_sizes", "select", "promote_types", "new_empty", "new_empty_strided", "empty",
+    "empty_like",
 }  # fmt: skip
 
 
@@ -49,9 +52,11 @@ class Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def counted(forward: Callable[[torch.Tensor], Sequence[torch.Tensor]], width: int) -> Counter[str]:
+def counted(
+    forward: Callable[[torch.Tensor], Sequence[torch.Tensor]], width: int, device: str
+) -> Counter[str]:
     """Operations of one forward and backward of a batch of 4 rows of 256 tokens."""
-    x = torch.randn(4, 256, width, requires_grad=True)
+    x = torch.randn(4, 256, width, requires_grad=True, device=device)
     with Counting() as mode:
         outs = forward(x)
         torch.autograd.backward(outs, [torch.ones_like(out) for out in outs])
@@ -69,11 +74,11 @@ def adapted(config: PeftConfig, in_features: int = WIDTH, out_features: int = WI
     return inject_adapter_in_model(config, model)["linear"]
 
 
-def of_readers(in_features: int, outs: Sequence[int], dropout: float) -> dict[str, Counter[str]]:
+def of_readers(in_features: int, outs: Sequence[int], dropout: float, device: str) -> dict[str, Counter[str]]:
     """Operations beyond the linears' own, of the linears that read one tensor."""
-    weights = [torch.randn(out, in_features) for out in outs]
+    weights = [torch.randn(out, in_features, device=device) for out in outs]
     config = LoraConfig(r=36, lora_alpha=36, lora_dropout=dropout, target_modules=["linear"])
-    loras = [adapted(config, in_features, out) for out in outs]
+    loras = [adapted(config, in_features, out).to(device) for out in outs]
     tensors: list[torch.Tensor | None] = []
     for weight, out in zip(weights, outs, strict=True):
         sizes = (
@@ -82,15 +87,16 @@ def of_readers(in_features: int, outs: Sequence[int], dropout: float) -> dict[st
             (NUM_EXPERTS, in_features + TASK_DIM),
         )
         tensors += LayerTensors(
-            None, weight, None, *(torch.randn(*size, requires_grad=True) for size in sizes)
+            None, weight, None, *(torch.randn(*size, requires_grad=True, device=device) for size in sizes)
         )
-    task, shape = torch.randn(4, TASK_DIM), ExpertShape(NUM_EXPERTS, R, None, True, True)
-    alone = counted(lambda x: [F.linear(x, weight) for weight in weights], in_features)
+    task, shape = torch.randn(4, TASK_DIM, device=device), ExpertShape(NUM_EXPERTS, R, None, True, True)
+    alone = counted(lambda x: [F.linear(x, weight) for weight in weights], in_features, device)
     found = {
-        "LoRA-36": counted(lambda x: [lora(x) for lora in loras], in_features),
+        "LoRA-36": counted(lambda x: [lora(x) for lora in loras], in_features, device),
         "ours 8x4": counted(
             lambda x: FusedUpdate.apply(x, task, None, shape, (1.0,) * len(outs), dropout, *tensors),
             in_features,
+            device,
         ),
     }
     for counts in found.values():
@@ -98,22 +104,38 @@ def of_readers(in_features: int, outs: Sequence[int], dropout: float) -> dict[st
     return found
 
 
-def eager() -> Table:
-    """What eager mode launches."""
-    table = Table(title="operations per adapted linear of a Llama layer, forward and backward")
+class PerLinear(NamedTuple):
+    """Of all seven linears, divided by seven."""
+
+    launched: float
+    views: float
+    which: dict[str, int]
+
+
+def per_linear(dropout: float, device: str) -> dict[str, PerLinear]:
+    """What eager mode launches, by method."""
+    totals: dict[str, Counter[str]] = {}
+    for in_features, outs in LLAMA_LAYER:
+        for name, counts in of_readers(in_features, outs, dropout, device).items():
+            totals.setdefault(name, Counter()).update(counts)
+    found = {}
+    for name, counts in totals.items():
+        launched = {op: n for op, n in sorted(counts.items()) if n and op not in VIEWS}
+        views = sum(n for op, n in counts.items() if op in VIEWS)
+        found[name] = PerLinear(sum(launched.values()) / 7, views / 7, launched)
+    return found
+
+
+def eager(device: str) -> Table:
+    """The table of it."""
+    table = Table(title=f"operations per adapted linear of a Llama layer, forward and backward, {device}")
     for column in ("dropout", "method", "operations", "views, allocations", "which, of all seven"):
         table.add_column(column, overflow="fold")
     for dropout in (0.0, 0.05):
-        totals: dict[str, Counter[str]] = {}
-        for in_features, outs in LLAMA_LAYER:
-            for name, counts in of_readers(in_features, outs, dropout).items():
-                totals.setdefault(name, Counter()).update(counts)
-        for name, counts in totals.items():
-            launched = {op: n for op, n in counts.items() if n and op not in VIEWS}
-            views = sum(n for op, n in counts.items() if op in VIEWS)
+        for name, found in per_linear(dropout, device).items():
             table.add_row(
-                str(dropout), name, f"{sum(launched.values()) / 7:.1f}", f"{views / 7:.1f}",
-                ", ".join(f"{op} {n}" for op, n in sorted(launched.items())),
+                str(dropout), name, f"{found.launched:.1f}", f"{found.views:.1f}",
+                ", ".join(f"{op} {n}" for op, n in found.which.items()),
             )  # fmt: skip
     return table
 
@@ -156,7 +178,9 @@ def main() -> None:
     parser.add_argument(
         "--compiled", action="store_true", help="Count what torch.compile makes of the layer."
     )
-    Console().print(compiled() if parser.parse_args().compiled else eager())
+    parser.add_argument("--device", default="meta", help="Where the tensors of the eager count lie.")
+    args = parser.parse_args()
+    Console().print(compiled() if args.compiled else eager(args.device))
 
 
 if __name__ == "__main__":

@@ -78,3 +78,10 @@ def zero_dropped(features: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
         return features.mul_(dropped)
     features.view(-1).index_fill_(0, dropped, 0.0)
     return features
+
+
+def without_dropped(features: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
+    """A copy of contiguous features with the dropped ones set to zero; `dropped` as `draw_dropped` returns it."""
+    if dropped.dtype == torch.int8:
+        return features * dropped
+    return zero_dropped(features.clone(), dropped)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import reference
@@ -10,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import peft_taskmoe.fused as fused_module
 from peft_taskmoe.experts import draw_dropped, zero_dropped
 from peft_taskmoe.fused import ExpertShape, FusedUpdate, LayerTensors, decoding_step, decoding_weights
 
@@ -183,6 +186,45 @@ def test_several_layers_are_computed_as_each_alone(shape, packed, dropout) -> No
         torch.autograd.grad(sum((out * out).sum() for out in outs), wanted) for outs in (together, alone)
     )
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_ways_of_bfloat16_and_of_other_devices_agree(shape, dropout, monkeypatch) -> None:
+    """Products with few rows in the other memory order, and a mask instead of indices, in float64 to be told from a wrong one."""
+    layers = [tensors(shape, frozen_base=True) for _ in range(2)]
+    first = layers[0]
+    wanted = [first["x"], *([] if first["task"] is None else [first["task"]])]
+    wanted += [given[name] for given in layers for name in ("a", "b", "router")]
+    results = []
+    for other in (False, True):
+        torch.manual_seed(5)
+        if other:
+            monkeypatch.setattr(fused_module, "_long_side_first", lambda tensor: False)
+            monkeypatch.setattr(
+                fused_module, "draw_dropped", lambda like, p: drawn_mask(like, p).to(torch.int8)
+            )
+        outs = FusedUpdate.apply(
+            first["x"], first["task"], None, shape, (0.5, 2.0), dropout,
+            *(tensor for given in layers for tensor in of_layer(given)),
+        )  # fmt: skip
+        results.append((*outs, *torch.autograd.grad(sum((out * out).sum() for out in outs), wanted)))
+    torch.testing.assert_close(results[0], results[1], **CLOSE)
+
+
+def test_at_most_three_operations_more_than_lora() -> None:
+    """Per linear of a Llama layer, forward and backward, on tensors that are on no CPU."""
+    path = Path(__file__).parents[1] / "benchmarks" / "op_count.py"
+    if not path.exists():
+        pytest.skip("benchmarks/ is not here")
+    spec = importlib.util.spec_from_file_location("benchmark_op_count", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    found = benchmark.per_linear(dropout=0.0, device="meta")
+    assert found["LoRA-36"].launched == 10
+    assert 10 < found["ours 8x4"].launched <= 13
+    with_dropout = benchmark.per_linear(dropout=0.05, device="meta")
+    assert found["ours 8x4"].launched < with_dropout["ours 8x4"].launched < 17
 
 
 def test_gradcheck_on_a_given_base() -> None:
