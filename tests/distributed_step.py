@@ -40,6 +40,7 @@ def adapted(checkpointing: bool) -> nn.Module:
     for name, parameter in sorted(model.named_parameters()):
         if "taskmoe_lora_" in name:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    model.double()
     if checkpointing:
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()

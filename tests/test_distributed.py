@@ -45,8 +45,8 @@ def test_the_gradients_are_those_of_one_process(found, way, checkpointing) -> No
     assert len(expected) == 42 and all(grad.abs().max() > 0 for grad in expected.values())
     assert set(gradients) == set(expected)
     for name, grad in gradients.items():
-        # In float32, where layers that are computed together round otherwise than alone, relative to the largest entry.
-        tolerance = 5e-5 * expected[name].abs().max().item()
+        # In float64, but for what transformers computes in float32; layers that are computed together round otherwise than alone.
+        tolerance = 1e-9 * expected[name].abs().max().item()
         torch.testing.assert_close(
             grad, expected[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
         )
