@@ -60,6 +60,7 @@ class LayerTensors(NamedTuple):
 
 
 _PER_LAYER = len(LayerTensors._fields)
+_FEW_ROWS = 32  # see `decoding_dtype`
 
 
 def _stacked(rows: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -321,11 +322,10 @@ class DecodingWeights:
     Attributes:
         a_and_router: A of every layer, then the token part of every router, `(m*e*r + m*e, in)`; A alone if the routers do not read
             the token.
-        b: `(e*r, out)` of each layer.
+        b: `scaling * B`, `(e*r, out)`, of each layer.
         per_task: Task part of the logits, `(n, m*e)`, or None if the routers do not read the task; if they read nothing else, the
             gates themselves.
         shape: The adapter's, the same on all layers.
-        scalings: Of each layer.
         workspaces: By the number of rows.
         source: What the workspace was computed from, as the layers got it, and its version; None if nothing was.
         waiting: The layers that have not taken their part of it.
@@ -335,21 +335,31 @@ class DecodingWeights:
     b: tuple[torch.Tensor, ...]
     per_task: torch.Tensor | None
     shape: ExpertShape
-    scalings: tuple[float, ...]
     workspaces: dict[int, _Workspace] = field(default_factory=dict)
     source: tuple[torch.Tensor, int] | None = None
     waiting: set[int] = field(default_factory=set)
 
 
+def decoding_dtype(weight: torch.Tensor, rows: int) -> torch.dtype:
+    """What decoding steps of so many rows compute in: what the adapter is in, or float32 where that is faster and fits.
+
+    In half precision a CPU's library takes 20 to 30 us to start a product of any size; a float32 product of a few rows is done in 10.
+    """
+    low = weight.dtype in (torch.bfloat16, torch.float16)
+    return torch.float32 if low and weight.device.type == "cpu" and rows <= _FEW_ROWS else weight.dtype
+
+
 def decoding_weights(
     layers: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, float]],
     shape: ExpertShape,
+    dtype: torch.dtype,
 ) -> DecodingWeights:
     """Prepare `decoding_step` for a generation.
 
     Args:
         layers: `weight_a`, `weight_b`, `router_weight`, `task` and `scaling` of each, as in `FusedUpdate`.
         shape: Of all of them, without `top_k`.
+        dtype: To compute in.
 
     Returns:
         What the steps take.
@@ -363,8 +373,9 @@ def decoding_weights(
         per_task = torch.cat(per_layer, 1)
     if shape.reads_token:
         weights_a += tuple(router[:, : weights_a[0].shape[1]] for router in routers)
+    scaled = (weight.to(dtype).t() * scaling for weight, scaling in zip(weights_b, scalings, strict=True))
     return DecodingWeights(
-        torch.cat(weights_a), tuple(weight.t() for weight in weights_b), per_task, shape, scalings
+        torch.cat(weights_a).to(dtype), tuple(weight.contiguous() for weight in scaled), per_task, shape
     )
 
 
@@ -400,6 +411,7 @@ def _workspace(prepared: DecodingWeights, rows: int) -> _Workspace:
 
 def _mix_for_all(x: torch.Tensor, space: _Workspace, prepared: DecodingWeights) -> None:
     """Fill the workspace with the mixed bottlenecks of all layers that read x `(rows, in)`."""
+    x = x.to(prepared.a_and_router.dtype)
     if space.row_part is None:
         torch.mm(prepared.a_and_router, x.t(), out=space.product)
     else:
@@ -441,4 +453,5 @@ def decoding_step(
             prepared.source = (source, source._version)
             prepared.waiting.update(range(len(prepared.b)))
         prepared.waiting.remove(layer)
-    return out.addmm_(space.mixed[layer], prepared.b[layer], alpha=prepared.scalings[layer])
+    mixed, weight_b = space.mixed[layer], prepared.b[layer]
+    return out.addmm_(mixed, weight_b) if out.dtype == weight_b.dtype else out.add_(mixed @ weight_b)

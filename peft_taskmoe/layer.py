@@ -23,7 +23,15 @@ from transformers.pytorch_utils import Conv1D
 from .conditioning import TaskState, collect_aux_loss, current_state, made_ahead
 from .config import TaskMoELoraConfig
 from .experts import mix_bottleneck
-from .fused import DecodingWeights, ExpertShape, FusedUpdate, LayerTensors, decoding_step, decoding_weights
+from .fused import (
+    DecodingWeights,
+    ExpertShape,
+    FusedUpdate,
+    LayerTensors,
+    decoding_dtype,
+    decoding_step,
+    decoding_weights,
+)
 from .peft_type import PREFIX
 from .router import gates_from_logits, load_balancing_loss, sum_logits, task_logits
 
@@ -426,14 +434,15 @@ class Linear(nn.Module, TaskMoELoraLayer):
                 and layer._active_here() == [name]
                 and layer.shapes[name] == self.shapes[name]
                 and layer.taskmoe_lora_A[name].weight.device == self.taskmoe_lora_A[name].weight.device
+                and layer.taskmoe_lora_A[name].weight.dtype == self.taskmoe_lora_A[name].weight.dtype
             ]
         parts = [
             (*layer._weights(name), layer._task_of(x, name, state)[0], layer.scaling[name])
             for layer in together
         ]
-        weights = decoding_weights(parts, self.shapes[name])
+        weights = decoding_weights(parts, self.shapes[name], decoding_dtype(parts[0][0], x.shape[0]))
         for place, layer in enumerate(together):
-            frozen = layer.base_layer if layer._frozen_linear(x, name) else None
+            frozen = layer.base_layer if layer._frozen_linear(x, x.dtype) else None
             of_base = (None, None) if frozen is None else (frozen.weight, frozen.bias)
             memo[layer] = _Decoding(weights, place, *of_base)
         return memo[self]
@@ -450,7 +459,7 @@ class Linear(nn.Module, TaskMoELoraLayer):
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled(x.device.type)
             and self.shapes[active[0]].top_k is None
-            and self.taskmoe_lora_A[active[0]].weight.dtype == x.dtype
+            and self.taskmoe_lora_A[active[0]].weight.dtype in (x.dtype, torch.float32)
         )
 
     def _decode(self, x: torch.Tensor, prepared: _Decoding) -> torch.Tensor:
@@ -465,7 +474,7 @@ class Linear(nn.Module, TaskMoELoraLayer):
 
     def _forward_one(self, x: torch.Tensor, adapter_name: str, state: TaskState | None) -> torch.Tensor:
         """One adapter, no other arguments: the fast cases."""
-        if torch.compiler.is_compiling() or not self._frozen_linear(x, adapter_name):
+        if torch.compiler.is_compiling() or not self._frozen_linear(x, self._dtype(x, adapter_name)):
             return self._add_update(x, self.base_layer(x), adapter_name, state)
         ahead = made_ahead()
         made = ahead.get(self)
@@ -511,7 +520,7 @@ class Linear(nn.Module, TaskMoELoraLayer):
             or self.shapes[adapter_name] != other.shapes[adapter_name]
             or self.in_features != other.in_features
             or self._dropout(adapter_name) != other._dropout(adapter_name)
-            or not self._frozen_linear(x, adapter_name)
+            or not self._frozen_linear(x, self._dtype(x, adapter_name))
         ):
             return False
         parts = [getattr(self, name)[adapter_name] for name in self.adapter_layer_names]
@@ -647,8 +656,8 @@ class Linear(nn.Module, TaskMoELoraLayer):
             return torch.get_autocast_dtype(x.device.type)
         return cast(AdapterWeight, self.taskmoe_lora_A[adapter_name]).weight.dtype
 
-    def _frozen_linear(self, x: torch.Tensor, adapter_name: str) -> bool:
-        """Whether the base is a plain frozen `nn.Linear` that nobody hooked, so that its product may be computed here.
+    def _frozen_linear(self, x: torch.Tensor, dtype: torch.dtype) -> bool:
+        """Whether the base is a plain frozen `nn.Linear` of this dtype that nobody hooked, so that its product may be computed here.
 
         Under a dispatch mode it may not: selective checkpointing keeps the product itself, and the update would be
         accumulated into what it keeps.
@@ -661,7 +670,7 @@ class Linear(nn.Module, TaskMoELoraLayer):
             type(weight) in (nn.Parameter, torch.Tensor)
             and not weight.requires_grad
             and (base.bias is None or (not base.bias.requires_grad and base.bias.dtype == weight.dtype))
-            and weight.dtype == self._dtype(x, adapter_name)
+            and weight.dtype == dtype
             and (x.dtype == weight.dtype or (x.dtype in _CAST and torch.is_autocast_enabled(x.device.type)))
             and not is_in_torch_dispatch_mode()
             and not (

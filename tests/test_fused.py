@@ -377,7 +377,7 @@ def test_a_decoding_step_equals_the_loops(shape) -> None:
     expected = by_loops(given, shape)
     with torch.no_grad():
         parts = (given["a"], given["b"], given["router"], given["task"], SCALINGS[shape])
-        prepared = decoding_weights([parts], shape)
+        prepared = decoding_weights([parts], shape, torch.float64)
         for _ in range(2):  # the second step finds what the first one left
             out = torch.nn.functional.linear(given["x"], given["weight"], given["bias"])
             result = decoding_step(given["x"], out, prepared, 0, given["x"])

@@ -111,6 +111,37 @@ def test_a_decoding_step_of_a_llama_mixes_experts_four_times_a_layer(monkeypatch
     assert layers_of == [1] * (NEW - 1) * linears  # each layer for itself
 
 
+@pytest.mark.parametrize("rows", [2, fused._FEW_ROWS + 2])
+@pytest.mark.parametrize(
+    ("base", "adapter"),
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),  # what PEFT makes of a base in half precision
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float32),
+    ],
+)
+def test_decoding_steps_are_taken_in_every_precision(base, adapter, rows, monkeypatch):
+    """Four a layer, in float32 for a few rows."""
+    model, batch, embeds = adapted("llama").to(base), prompts(), tasks()
+    for name, parameter in model.named_parameters():
+        if "taskmoe_lora_" in name:
+            parameter.data = parameter.data.to(adapter)
+    batch = {key: value[:2].repeat(rows // 2, 1) for key, value in batch.items()}
+    embeds = embeds[:2].repeat(rows // 2, 1)
+    computed_in = []
+    compute = fused._mix_for_all
+    monkeypatch.setattr(
+        fused,
+        "_mix_for_all",
+        lambda *args: (computed_in.append(args[1].product.dtype), compute(*args)),
+    )
+    generated(model, "llama", batch, embeds)
+    few = adapter == torch.float32 or rows <= fused._FEW_ROWS
+    assert set(computed_in) == {torch.float32 if few else adapter}
+    assert len(computed_in) == (NEW - 1) * MODELS["llama"].config["num_hidden_layers"] * 4
+
+
 @pytest.mark.parametrize(
     "settings", [{"num_return_sequences": 3}, {"num_return_sequences": 2, "top_p": 0.9, "temperature": 1.7}]
 )

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 import peft_taskmoe.fused
 import peft_taskmoe.layer
-from peft_taskmoe import TaskMoELoraConfig, task_context
+from peft_taskmoe import TaskMoELoraConfig, fused, task_context
 from peft_taskmoe.conditioning import TaskState, entered
 from peft_taskmoe.experts import draw_dropped, zero_dropped
 from peft_taskmoe.layer import Linear
@@ -221,6 +221,42 @@ def test_outputs_and_gradients_equal_the_loops(path, router_inputs, variation) -
     wanted = leaves(layer, x, tasks)
     assert len(wanted) >= 3
     torch.testing.assert_close(gradients(out, wanted), gradients(expected, wanted), **CLOSE)
+
+
+@pytest.mark.parametrize("rows", [2, fused._FEW_ROWS + 2])
+@pytest.mark.parametrize("path", ["memo", "memo_conv1d"])
+@pytest.mark.parametrize(
+    ("base", "adapter"),
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),  # what PEFT makes of a base in half precision
+        (torch.float16, torch.float16),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float32),
+    ],
+)
+def test_a_decoding_step_in_every_precision(base, adapter, path, rows) -> None:
+    """What the layer's usual way gives, as close to the loops in float64 as that, up to one rounding of the output."""
+    layer = make_layer(path).to(base)
+    layer.scaling["default"] *= 0.3  # no power of two
+    for part in (layer.taskmoe_lora_A, layer.taskmoe_lora_B, layer.taskmoe_lora_router):
+        part.to(adapter)
+    x, tasks = torch.randn(rows, 1, IN).to(base), torch.randn(rows, TASK_DIM)
+    state = TaskState(task_embeds=tasks)
+    with torch.no_grad():
+        with entered(state):
+            usual = layer(x)
+        state.memo = {}
+        with entered(state):
+            layer(x)
+            found = layer(x)
+        kept_in = state.memo[layer].weights.a_and_router.dtype
+        assert kept_in == (torch.float32 if rows == 2 else adapter)
+        expected = by_loops(layer.double(), x.double(), tasks.double(), scale=0.3)
+    assert found.dtype == usual.dtype == base
+    largest, eps = expected.abs().max(), torch.finfo(base).eps
+    error, of_usual = ((out.double() - expected).abs().max() / largest for out in (found, usual))
+    assert error <= of_usual + eps < 8 * eps
 
 
 @pytest.mark.parametrize("path", PATHS)
