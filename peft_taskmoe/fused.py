@@ -60,7 +60,7 @@ class LayerTensors(NamedTuple):
 
 
 _PER_LAYER = len(LayerTensors._fields)
-_FEW_ROWS = 32  # see `decoding_dtype`
+_FEW_ROWS = 8  # see `decoding_dtype`
 
 
 def _stacked(rows: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -343,7 +343,7 @@ class DecodingWeights:
 def decoding_dtype(weight: torch.Tensor, rows: int) -> torch.dtype:
     """What decoding steps of so many rows compute in: what the adapter is in, or float32 where that is faster and fits.
 
-    In half precision a CPU's library takes 20 to 30 us to start a product of any size; a float32 product of a few rows is done in 10.
+    In half precision a CPU's library takes 20 to 30 us to start a product of any size; a float32 product of up to 8 rows is done in 10.
     """
     low = weight.dtype in (torch.bfloat16, torch.float16)
     return torch.float32 if low and weight.device.type == "cpu" and rows <= _FEW_ROWS else weight.dtype
