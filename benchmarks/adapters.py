@@ -301,6 +301,8 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--output", type=Path, default=None, help="write the figures here as JSON")
     args = parser.parse_args()
+    if args.compile and "bare products" in args.methods:
+        parser.error("compiled layers take their plain form, so that there are no bare products of them")
     torch.set_num_threads(args.threads)
     console = Console(width=110)
     reference = "LoRA-36"
@@ -316,7 +318,8 @@ def main() -> None:
     }
 
     for dropout in args.dropouts:
-        methods = [build(name, args, task, dropout) for name in args.methods]
+        names = [name for name in args.methods if not dropout or name != "bare products"]
+        methods = [build(name, args, task, dropout) for name in names]
         for method in methods:
             method.model.train()
             if args.compile:

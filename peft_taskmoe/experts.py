@@ -81,7 +81,7 @@ def zero_dropped(features: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
 
 
 def without_dropped(features: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
-    """A copy of contiguous features with the dropped ones set to zero; `dropped` as `draw_dropped` returns it."""
+    """A contiguous copy with the dropped features set to zero; `dropped` as `draw_dropped` returns it."""
     if dropped.dtype == torch.int8:
         return features * dropped
-    return zero_dropped(features.clone(), dropped)
+    return zero_dropped(features.clone(memory_format=torch.contiguous_format), dropped)

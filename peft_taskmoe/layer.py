@@ -469,7 +469,7 @@ class Linear(nn.Module, TaskMoELoraLayer):
         if prepared.base_weight is not None:
             out = F.linear(x2, prepared.base_weight, prepared.base_bias)
         else:
-            out = self.base_layer(x).reshape(x2.shape[0], -1).to(x.dtype)
+            out = self.base_layer(x).reshape(x2.shape[0], -1).clone()  # a hook or the layer may keep its own
         return decoding_step(x2, out, prepared.weights, prepared.place, x).unsqueeze(1)
 
     def _forward_one(self, x: torch.Tensor, adapter_name: str, state: TaskState | None) -> torch.Tensor:

@@ -186,6 +186,7 @@ def test_several_layers_are_computed_as_each_alone(shape, packed, dropout) -> No
         torch.autograd.grad(sum((out * out).sum() for out in outs), wanted) for outs in (together, alone)
     )
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    assert all(grad.is_contiguous() for grad in found)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -209,6 +210,7 @@ def test_the_ways_of_bfloat16_and_of_other_devices_agree(shape, dropout, monkeyp
             *(tensor for given in layers for tensor in of_layer(given)),
         )  # fmt: skip
         results.append((*outs, *torch.autograd.grad(sum((out * out).sum() for out in outs), wanted)))
+        assert all(tensor.is_contiguous() for tensor in results[-1])
     for other in results[1:]:
         torch.testing.assert_close(results[0], other, **CLOSE)
 
@@ -279,6 +281,7 @@ def test_lower_precision_is_close_to_float64(dtype) -> None:
     }
     out, expected = fused(given, SHAPES[0]), by_loops(exact, SHAPES[0])
     assert out.dtype == dtype
+    assert all(grad.is_contiguous() for grad in gradients(fused(given, SHAPES[0]), given).values())
     found = {"out": out.detach(), **gradients(out, given)}
     wanted = {"out": expected.detach(), **gradients(expected, exact)}
     for name, value in found.items():
@@ -349,14 +352,17 @@ def test_the_softmax_runs_in_float32(reads_task) -> None:
     assert _train_step(4, torch.bfloat16, reads_task=reads_task).softmax_dtypes == {torch.float32}
 
 
-def test_backward_keeps_nothing_of_the_output() -> None:
-    """Kept are x, the bottleneck with the token part of the logits, the gates and, with dropout, 8 bytes a dropped feature."""
-    tokens, width, out_width, num_experts, r, p = 64, 32, 256, 8, 2, 0.1
+@pytest.mark.parametrize("layers", [1, 2])
+def test_backward_keeps_nothing_of_the_output(layers) -> None:
+    """Kept are x, the bottlenecks, the gates and, with dropout, 8 bytes a dropped feature; the logits are not."""
+    tokens, width, out_width, num_experts, r, p = 64, 32, 256, 4, 2, 0.1
     shape = ExpertShape(num_experts, r, None, True, False)
-    weights = LayerTensors(
-        None, torch.randn(out_width, width), None, torch.randn(num_experts * r, width, requires_grad=True),
-        torch.randn(out_width, num_experts * r), torch.randn(num_experts, width),
-    )  # fmt: skip
+    weights: list[torch.Tensor | None] = []
+    for _ in range(layers):
+        weights += LayerTensors(
+            None, torch.randn(out_width, width), None, torch.randn(num_experts * r, width, requires_grad=True),
+            torch.randn(out_width, num_experts * r), torch.randn(num_experts, width),
+        )  # fmt: skip
     x = torch.randn(tokens, width, requires_grad=True)
     for dropout, dropped in ((0.0, 0.0), (p, tokens * width * p + 6 * (tokens * width * p) ** 0.5 + 18)):
         kept: dict[int, int] = {}
@@ -367,11 +373,12 @@ def test_backward_keeps_nothing_of_the_output() -> None:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            FusedUpdate.apply(x, None, None, shape, (1.0,), dropout, *weights)
+            FusedUpdate.apply(x, None, None, shape, (1.0,) * layers, dropout, *weights)
         for weight in weights:
             if weight is not None:
                 del kept[weight.untyped_storage().data_ptr()]
-        assert sum(kept.values()) <= 4 * tokens * (width + num_experts * r + 2 * num_experts) + 8 * dropped
+        of_layers = layers * (num_experts * r + num_experts)
+        assert sum(kept.values()) <= 4 * tokens * (width + of_layers) + 8 * dropped
 
 
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape.top_k is None])

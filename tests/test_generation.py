@@ -142,6 +142,19 @@ def test_decoding_steps_are_taken_in_every_precision(base, adapter, rows, monkey
     assert len(computed_in) == (NEW - 1) * MODELS["llama"].config["num_hidden_layers"] * 4
 
 
+def test_layers_whose_adapters_differ_in_precision_decode_apart(monkeypatch):
+    """k's adapter is in the base's bfloat16, q's and v's in float32."""
+    model, groups = adapted("llama").bfloat16(), []
+    for name, parameter in model.named_parameters():
+        if "taskmoe_lora_" in name and "k_proj" not in name:
+            parameter.data = parameter.data.float()
+    compute = fused._mix_for_all
+    monkeypatch.setattr(fused, "_mix_for_all", lambda *args: (groups.append(len(args[2].b)), compute(*args)))
+    generated(model, "llama", prompts(), tasks())
+    layers = MODELS["llama"].config["num_hidden_layers"]
+    assert sorted(groups) == sorted([1, 1, 1, 2, 2] * layers * (NEW - 1))
+
+
 @pytest.mark.parametrize(
     "settings", [{"num_return_sequences": 3}, {"num_return_sequences": 2, "top_p": 0.9, "temperature": 1.7}]
 )
