@@ -168,7 +168,9 @@ class FusedUpdate(torch.autograd.Function):
             scalings = tuple(scaling / (1.0 - dropout) for scaling in scalings)
             dropped = draw_dropped(tokens_x, dropout)
             seen_by_a = without_dropped(tokens_x, dropped)
-        if dropout or len(read) < 2:
+        # For one layer two products are an operation less than a joined one. But MKL rounds by where a weight lies in memory: joined, the
+        # weights are always copied to the same alignment, and a reloaded adapter gives the same bits.
+        if dropout or not read or (len(read) == 1 and x.device.type != "cpu"):
             h = _few_rows(_stacked(weights_a), seen_by_a.t()).contiguous()
             if read:
                 token = _few_rows(_stacked(read), tokens_x.t()).contiguous()
