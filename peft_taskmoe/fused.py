@@ -68,23 +68,6 @@ def _stacked(rows: Sequence[torch.Tensor]) -> torch.Tensor:
     return rows[0] if len(rows) == 1 else torch.cat(tuple(rows))
 
 
-def _long_side_first(few: torch.Tensor) -> bool:
-    """Whether a product of few rows is faster as one of few columns.
-
-    On a CPU MKL, which multiplies float32, takes up to 40 % less time so for 32 and more rows, and up to six times as long for 8;
-    oneDNN, which multiplies half precision, always longer.
-    """
-    return few.device.type == "cpu" and few.dtype in (torch.float32, torch.float64) and few.shape[0] >= 32
-
-
-def _few_rows(few: torch.Tensor, many: torch.Tensor, scaling: float = 1.0) -> torch.Tensor:
-    """`scaling * few @ many`, in whatever memory order is fast."""
-    nothing = few.new_empty(())
-    if _long_side_first(few):
-        return torch.addmm(nothing, many.t(), few.t(), beta=0, alpha=scaling).t()
-    return torch.addmm(nothing, few, many, beta=0, alpha=scaling)
-
-
 def _mix(h: torch.Tensor, gates: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """`mix_bottleneck` for `(m*e*r, tokens)` and `(m, e, tokens)`."""
     all_experts, tokens = gates.shape[0] * gates.shape[1], gates.shape[2]
@@ -171,14 +154,12 @@ class FusedUpdate(torch.autograd.Function):
         # For one layer two products are an operation less than a joined one. But MKL rounds by where a weight lies in memory: joined, the
         # weights are always copied to the same alignment, and a reloaded adapter gives the same bits.
         if dropout or not read or (len(read) == 1 and x.device.type != "cpu"):
-            h = _few_rows(_stacked(weights_a), seen_by_a.t()).contiguous()
+            h = _stacked(weights_a) @ seen_by_a.t()
             if read:
-                token = _few_rows(_stacked(read), tokens_x.t()).contiguous()
+                token = _stacked(read) @ tokens_x.t()
         else:
-            both = _few_rows(_stacked((*weights_a, *read)), tokens_x.t())
-            # No view of it, which would keep the logits as well.
-            h = both[:ranks].clone(memory_format=torch.contiguous_format)
-            token = both[ranks:].contiguous()
+            both = _stacked((*weights_a, *read)) @ tokens_x.t()
+            h, token = both[:ranks].clone(), both[ranks:]  # a view would keep the logits as well
         per_task = None
         if task is not None:
             per_task = task_logits(task, _stacked([router[:, -task.shape[1] :] for router in routers]))
@@ -220,14 +201,8 @@ class FusedUpdate(torch.autograd.Function):
                 dz_here.zero_()
                 grads_b.append(None)
                 continue
-            if _long_side_first(weight_b.t()):
-                dz_here.copy_(_few_rows(weight_b.t(), dy.t(), scaling))
-            else:
-                torch.addmm(dz_here, weight_b.t(), dy.t(), beta=0, alpha=scaling, out=dz_here)
-            if dy.device.type == "cpu" and dy.dtype.itemsize == 2:  # oneDNN is up to a third faster so
-                grads_b.append(_few_rows(mixed, dy, scaling).t().contiguous())
-            else:
-                grads_b.append(torch.addmm(weight_b, dy.t(), mixed.t(), beta=0, alpha=scaling))
+            torch.addmm(dz_here, weight_b.t(), dy.t(), beta=0, alpha=scaling, out=dz_here)
+            grads_b.append(torch.addmm(weight_b, dy.t(), mixed.t(), beta=0, alpha=scaling))
         by_expert = (dz * h).view(*gates.shape[:2], ranks // all_experts, tokens)
         d_gates = by_expert.sum(2, dtype=gates.dtype)
         # Gradients of the bottlenecks, then of the logits.
@@ -241,10 +216,9 @@ class FusedUpdate(torch.autograd.Function):
             d_token.copy_(d_logits)
 
         if dropped is None:
-            grads_a, of_token = _few_rows(left, tokens_x).contiguous().split([ranks, left.shape[0] - ranks])
+            grads_a, of_token = (left @ tokens_x).split([ranks, left.shape[0] - ranks])
         else:
-            grads_a = _few_rows(dh, without_dropped(tokens_x, dropped)).contiguous()
-            of_token = _few_rows(d_token, tokens_x).contiguous() if read else d_token
+            grads_a, of_token = dh @ without_dropped(tokens_x, dropped), d_token @ tokens_x
         grad_x = None
         if ctx.needs_input_grad[0]:
             products = [

@@ -189,30 +189,19 @@ def test_several_layers_are_computed_as_each_alone(shape, packed, dropout) -> No
     assert all(grad.is_contiguous() for grad in found)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_ways_of_bfloat16_and_of_other_devices_agree(shape, dropout, monkeypatch) -> None:
-    """Products with few rows in either memory order, and a mask instead of indices, in float64 to be told from a wrong one."""
-    layers = [tensors(shape, frozen_base=True) for _ in range(2)]
-    first = layers[0]
-    wanted = [first["x"], *([] if first["task"] is None else [first["task"]])]
-    wanted += [given[name] for given in layers for name in ("a", "b", "router")]
-    results = []
-    for long_side_first, masks in ((False, False), (True, False), (False, True)):
+def test_a_mask_drops_what_indices_drop(shape, monkeypatch) -> None:
+    """Other devices than CPUs draw a mask."""
+    given, results = tensors(shape, frozen_base=True), []
+    for masks in (False, True):
         torch.manual_seed(5)
-        monkeypatch.setattr(fused_module, "_long_side_first", lambda few, answer=long_side_first: answer)
         if masks:
             monkeypatch.setattr(
                 fused_module, "draw_dropped", lambda like, p: drawn_mask(like, p).to(torch.int8)
             )
-        outs = FusedUpdate.apply(
-            first["x"], first["task"], None, shape, (0.5, 2.0), dropout,
-            *(tensor for given in layers for tensor in of_layer(given)),
-        )  # fmt: skip
-        results.append((*outs, *torch.autograd.grad(sum((out * out).sum() for out in outs), wanted)))
-        assert all(tensor.is_contiguous() for tensor in results[-1])
-    for other in results[1:]:
-        torch.testing.assert_close(results[0], other, **CLOSE)
+        out = fused(given, shape, 0.4)
+        results.append({"out": out, **gradients(out, given)})
+    torch.testing.assert_close(results[0], results[1], **CLOSE)
 
 
 def test_at_most_three_operations_more_than_lora() -> None:
@@ -342,9 +331,7 @@ def test_the_task_part_is_computed_per_example_not_per_token() -> None:
 
 
 def test_there_is_no_loop_over_experts() -> None:
-    assert _train_step(2).operations == _train_step(12).operations > 10
-    # From 32 rows on products take another memory order.
-    assert _train_step(32).operations == _train_step(64).operations > 10
+    assert _train_step(2).operations == _train_step(16).operations > 10
 
 
 @pytest.mark.parametrize("reads_task", [True, False])
