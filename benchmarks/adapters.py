@@ -60,6 +60,12 @@ class BareProducts(torch.autograd.Function):
     """
 
     @staticmethod
+    def stacked(layers: list[LayerTensors], in_features: int) -> torch.Tensor:
+        """A of all layers, then the token part of their routers."""
+        routers = [one.router_weight[:, :in_features] for one in layers]
+        return torch.cat([one.weight_a for one in layers] + routers)
+
+    @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, task: Any, token_tasks: Any, shape: ExpertShape, scalings: Any, dropout: Any,
         *tensors: Any,
@@ -67,8 +73,7 @@ class BareProducts(torch.autograd.Function):
         """The outputs of all layers that read x."""
         layers = [LayerTensors(*tensors[i : i + 6]) for i in range(0, len(tensors), 6)]
         rank, tokens_x = shape.num_experts * shape.r, x.flatten(0, -2)
-        stacked = [one.weight_a for one in layers] + [one.router_weight[:, : x.shape[-1]] for one in layers]
-        h = (tokens_x @ torch.cat(stacked).t())[:, : rank * len(layers)].clone()
+        h = (tokens_x @ BareProducts.stacked(layers, x.shape[-1]).t())[:, : rank * len(layers)].clone()
         outs = []
         for one, of_one in zip(layers, h.split(rank, 1), strict=True):
             out = F.linear(x, one.weight)
@@ -93,10 +98,9 @@ class BareProducts(torch.autograd.Function):
             torch.mm(dy, one.weight_b, out=left[:, i * rank : (i + 1) * rank])
             grads_b.append(dy.t() @ of_one if long_first else (of_one.t() @ dy).t())
             grad_x = dy @ one.weight if grad_x is None else grad_x.addmm_(dy, one.weight)
-        stacked = [one.weight_a for one in layers] + [one.router_weight[:, : x.shape[-1]] for one in layers]
         grads = (tokens_x.t() @ left).t() if long_first else left.t() @ tokens_x
         assert grad_x is not None
-        grad_x.addmm_(left, torch.cat(stacked))
+        grad_x.addmm_(left, BareProducts.stacked(layers, x.shape[-1]))
         found: list[torch.Tensor | None] = [grad_x.view(x.shape), None, None, None, None, None]
         for i, grad_b in enumerate(grads_b):
             found += [None, None, None, grads[i * rank : (i + 1) * rank], grad_b, None]

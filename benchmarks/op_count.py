@@ -9,7 +9,7 @@ the linears take without adapters, divided by seven; views and allocations, whic
 same tensor (q, k and v; gate and up) are one function of ours. It takes another way under a dispatch mode, so it is called here directly;
 the normalisation of the task, once per forward and width, is therefore not included; compiled, where a single linear of 576 x 576 is
 counted, it is. Tensors of the meta device, which have no data, take the ways of a GPU's, but for dropout itself (LoRA's is one operation
-forward and one backward there); on a CPU ours copies more, where that makes products faster. Knows no model and measures no time.
+forward and one backward there); on a CPU ours joins the products of a layer that reads alone. Knows no model and measures no time.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ from peft_taskmoe.fused import ExpertShape, FusedUpdate, LayerTensors
 
 VIEWS = {
     "view", "_unsafe_view", "t", "transpose", "expand", "slice", "unsqueeze", "squeeze", "alias", "detach", "as_strided",
-    "_reshape_alias", "split", "split_with_sizes", "select", "promote_types", "new_empty", "new_empty_strided", "empty",
-    "empty_like",
+    "_reshape_alias", "split", "split_with_sizes", "select", "promote_types", "new_empty", "empty", "empty_like",
 }  # fmt: skip
 
 

@@ -353,9 +353,9 @@ def decoding_weights(
         per_task = torch.cat(per_layer, 1)
     if shape.reads_token:
         weights_a += tuple(router[:, : weights_a[0].shape[1]] for router in routers)
-    scaled = (weight.to(dtype).t() * scaling for weight, scaling in zip(weights_b, scalings, strict=True))
+    scaled = (weight.to(dtype) * scaling for weight, scaling in zip(weights_b, scalings, strict=True))
     return DecodingWeights(
-        torch.cat(weights_a).to(dtype), tuple(weight.contiguous() for weight in scaled), per_task, shape
+        torch.cat(weights_a).to(dtype), tuple(weight.t().contiguous() for weight in scaled), per_task, shape
     )
 
 

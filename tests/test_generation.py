@@ -92,23 +92,27 @@ def test_every_architecture_generates_the_same_alone_and_without_cache(name):
         assert torch.equal(together[row : row + 1], one)
 
 
+def spied(monkeypatch) -> list[fused.DecodingWeights]:
+    """What decoding steps mix from now on, one entry for each time."""
+    computed: list[fused.DecodingWeights] = []
+    compute = fused._mix_for_all
+    monkeypatch.setattr(fused, "_mix_for_all", lambda *args: (computed.append(args[2]), compute(*args)))
+    return computed
+
+
 def test_a_decoding_step_of_a_llama_mixes_experts_four_times_a_layer(monkeypatch):
     """Once for q, k and v, once for o, once for gate and up, once for down; and the tokens are those of the general way."""
     model, batch, embeds = adapted("llama"), prompts(), tasks()
-    layers_of = []
-    compute = fused._mix_for_all
-    monkeypatch.setattr(
-        fused, "_mix_for_all", lambda *args: (layers_of.append(len(args[2].b)), compute(*args))
-    )
+    computed = spied(monkeypatch)
     found = generated(model, "llama", batch, embeds)
     linears = MODELS["llama"].config["num_hidden_layers"] * 7
-    assert len(layers_of) == (NEW - 1) * linears * 4 // 7
-    assert sum(layers_of) == (NEW - 1) * linears
-    layers_of.clear()
-    assert torch.equal(generated(model, "llama", batch, embeds, use_cache=False), found) and not layers_of
+    assert len(computed) == (NEW - 1) * linears * 4 // 7
+    assert sum(len(weights.b) for weights in computed) == (NEW - 1) * linears
+    computed.clear()
+    assert torch.equal(generated(model, "llama", batch, embeds, use_cache=False), found) and not computed
     with torch.inference_mode():
         assert torch.equal(generated(model, "llama", batch, embeds), found)
-    assert layers_of == [1] * (NEW - 1) * linears  # each layer for itself
+    assert [len(weights.b) for weights in computed] == [1] * (NEW - 1) * linears  # each layer for itself
 
 
 @pytest.mark.parametrize("rows", [2, fused._FEW_ROWS + 2])
@@ -129,14 +133,9 @@ def test_decoding_steps_are_taken_in_every_precision(base, adapter, rows, monkey
             parameter.data = parameter.data.to(adapter)
     batch = {key: value[:2].repeat(rows // 2, 1) for key, value in batch.items()}
     embeds = embeds[:2].repeat(rows // 2, 1)
-    computed_in = []
-    compute = fused._mix_for_all
-    monkeypatch.setattr(
-        fused,
-        "_mix_for_all",
-        lambda *args: (computed_in.append(args[1].product.dtype), compute(*args)),
-    )
+    computed = spied(monkeypatch)
     generated(model, "llama", batch, embeds)
+    computed_in = [weights.a_and_router.dtype for weights in computed]
     few = adapter == torch.float32 or rows <= fused._FEW_ROWS
     assert set(computed_in) == {torch.float32 if few else adapter}
     assert len(computed_in) == (NEW - 1) * MODELS["llama"].config["num_hidden_layers"] * 4
@@ -144,13 +143,12 @@ def test_decoding_steps_are_taken_in_every_precision(base, adapter, rows, monkey
 
 def test_layers_whose_adapters_differ_in_precision_decode_apart(monkeypatch):
     """k's adapter is in the base's bfloat16, q's and v's in float32."""
-    model, groups = adapted("llama").bfloat16(), []
+    model, computed = adapted("llama").bfloat16(), spied(monkeypatch)
     for name, parameter in model.named_parameters():
         if "taskmoe_lora_" in name and "k_proj" not in name:
             parameter.data = parameter.data.float()
-    compute = fused._mix_for_all
-    monkeypatch.setattr(fused, "_mix_for_all", lambda *args: (groups.append(len(args[2].b)), compute(*args)))
     generated(model, "llama", prompts(), tasks())
+    groups = [len(weights.b) for weights in computed]
     layers = MODELS["llama"].config["num_hidden_layers"]
     assert sorted(groups) == sorted([1, 1, 1, 2, 2] * layers * (NEW - 1))
 
