@@ -41,7 +41,9 @@ def at_scales(
 def at_best(by_scale: dict[float, Losses]) -> Losses:
     """For each data set the losses at the scale that is best for the others."""
     names = next(iter(by_scale.values()))
-    return {name: min(by_scale.values(), key=lambda losses: mean(losses, name))[name] for name in names}
+    return {
+        name: min(by_scale.values(), key=lambda losses: mean(losses, name))[name] for name in names
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -52,10 +54,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--scales", type=float, nargs="+", default=[0.4, 0.6, 0.8, 1.0], help="default: %(default)s"
     )
     asked.add_argument("--batch-size", type=int, default=8)
-    asked.add_argument("--json", type=Path, help="also write every document's loss and tokens to this file")
+    asked.add_argument(
+        "--json", type=Path, help="also write every document's loss and tokens to this file"
+    )
     args = asked.parse_args(arguments)
     sets = read_datasets(args.files, split="test", limit=args.limit)
-    found = {adapter: at_scales(args, adapter, sets, args.scales) for adapter in (args.adapter, *args.others)}
+    found = {
+        adapter: at_scales(args, adapter, sets, args.scales)
+        for adapter in (args.adapter, *args.others)
+    }
     table = Table(title=f"{sum(map(len, sets.values()))} documents of {len(sets)} data sets")
     for column in ("adapter", "scale", *sets, "mean", "less the first adapter's"):
         table.add_column(column, justify="right")

@@ -73,7 +73,9 @@ class BareProducts(torch.autograd.Function):
         """The outputs of all layers that read x."""
         layers = [LayerTensors(*tensors[i : i + 6]) for i in range(0, len(tensors), 6)]
         rank, tokens_x = shape.num_experts * shape.r, x.flatten(0, -2)
-        h = (tokens_x @ BareProducts.stacked(layers, x.shape[-1]).t())[:, : rank * len(layers)].clone()
+        h = (tokens_x @ BareProducts.stacked(layers, x.shape[-1]).t())[
+            :, : rank * len(layers)
+        ].clone()
         outs = []
         for one, of_one in zip(layers, h.split(rank, 1), strict=True):
             out = F.linear(x, one.weight)
@@ -116,15 +118,21 @@ class LoopedExperts(nn.Module):
         super().__init__()
         self.base, self.scaling, self.dropout, self.holder = base, alpha / r, dropout, holder
         options = {"bias": False, "device": base.weight.device, "dtype": base.weight.dtype}
-        self.a = nn.ModuleList(nn.Linear(base.in_features, r, **options) for _ in range(num_experts))
-        self.b = nn.ModuleList(nn.Linear(r, base.out_features, **options) for _ in range(num_experts))
+        self.a = nn.ModuleList(
+            nn.Linear(base.in_features, r, **options) for _ in range(num_experts)
+        )
+        self.b = nn.ModuleList(
+            nn.Linear(r, base.out_features, **options) for _ in range(num_experts)
+        )
         self.router = nn.Linear(base.in_features + TASK_DIM, num_experts, **options)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """One product pair per expert."""
         out = self.base(x)
         task = self.holder["task"].to(x.dtype)
-        task = task.repeat_interleave(x.shape[0] // task.shape[0], 0)[:, None].expand(-1, x.shape[1], -1)
+        task = task.repeat_interleave(x.shape[0] // task.shape[0], 0)[:, None].expand(
+            -1, x.shape[1], -1
+        )
         gates = torch.softmax(self.router(torch.cat((x, task), -1)).float(), -1).to(x.dtype)
         dropped = F.dropout(x, self.dropout, self.training)
         for i, (a, b) in enumerate(zip(self.a, self.b, strict=True)):
@@ -154,7 +162,9 @@ def build(name: str, args: argparse.Namespace, task: torch.Tensor, dropout: floa
         pass
     elif name.startswith("LoRA"):
         r = int(name.rpartition("-")[2])
-        model = get_peft_model(model, LoraConfig(r=r, lora_alpha=r, lora_dropout=dropout, **common), **keep)
+        model = get_peft_model(
+            model, LoraConfig(r=r, lora_alpha=r, lora_dropout=dropout, **common), **keep
+        )
     elif name.startswith("ours"):
         num_experts, r = map(int, name.split()[1].split("x"))
         inputs = "token+task" if len(name.split()) == 2 else name.split()[2]
@@ -177,7 +187,9 @@ def build(name: str, args: argparse.Namespace, task: torch.Tensor, dropout: floa
             lora.save_pretrained(folder)
             adapters = {str(i): folder for i in range(8)}
             model.config.use_cache = False
-            config = XLoraConfig(task_type="CAUSAL_LM", hidden_size=576, xlora_depth=1, adapters=adapters)
+            config = XLoraConfig(
+                task_type="CAUSAL_LM", hidden_size=576, xlora_depth=1, adapters=adapters
+            )
             model = get_peft_model(model, config)
     elif name == "loop 8x4":
         holder = {"task": task}
@@ -189,7 +201,9 @@ def build(name: str, args: argparse.Namespace, task: torch.Tensor, dropout: floa
         raise ValueError(name)
     for parameter_name, parameter in model.named_parameters():
         if parameter.requires_grad and "lora_B" in parameter_name:
-            nn.init.normal_(parameter, std=0.02)  # as after some training, so that no product is with zeros
+            nn.init.normal_(
+                parameter, std=0.02
+            )  # as after some training, so that no product is with zeros
     model.to(args.device)
     return Method(name, model, call)
 
@@ -205,7 +219,9 @@ def timed(function: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
-def loss_of(method: Method, embeds: torch.Tensor, labels: torch.Tensor, autocast: bool) -> torch.Tensor:
+def loss_of(
+    method: Method, embeds: torch.Tensor, labels: torch.Tensor, autocast: bool
+) -> torch.Tensor:
     """Forward from the embeddings, which ask for a gradient, as gradient checkpointing and input gradients make every method do."""
     leaf = embeds.detach().requires_grad_()
     with (
@@ -215,16 +231,23 @@ def loss_of(method: Method, embeds: torch.Tensor, labels: torch.Tensor, autocast
         return method.model(inputs_embeds=leaf, labels=labels, **method.call).loss
 
 
-def train_step(method: Method, embeds: torch.Tensor, labels: torch.Tensor, autocast: bool = False) -> None:
+def train_step(
+    method: Method, embeds: torch.Tensor, labels: torch.Tensor, autocast: bool = False
+) -> None:
     """Forward and backward."""
     loss_of(method, embeds, labels, autocast).backward()
     for parameter in method.model.parameters():
         parameter.grad = None
 
 
-def kept_bytes(method: Method, embeds: torch.Tensor, labels: torch.Tensor, autocast: bool = False) -> int:
+def kept_bytes(
+    method: Method, embeds: torch.Tensor, labels: torch.Tensor, autocast: bool = False
+) -> int:
     """Bytes that autograd keeps for backward: each storage once, parameters and buffers left out."""
-    weights = {t.untyped_storage().data_ptr() for t in (*method.model.parameters(), *method.model.buffers())}
+    weights = {
+        t.untyped_storage().data_ptr()
+        for t in (*method.model.parameters(), *method.model.buffers())
+    }
     kept: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -263,7 +286,9 @@ def interleaved(
     return seconds
 
 
-def ratios(seconds: dict[str, list[float]], reference: str) -> dict[str, tuple[float, float, float]]:
+def ratios(
+    seconds: dict[str, list[float]], reference: str
+) -> dict[str, tuple[float, float, float]]:
     """Median, smallest and largest ratio to the reference of the same round."""
     found = {}
     for name, values in seconds.items():
@@ -298,7 +323,9 @@ def main() -> None:
         action="store_true",
         help="adapters in float32, trained under autocast to --dtype; no decoding then",
     )
-    parser.add_argument("--compile", action="store_true", help="compile the models; no decoding then")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the models; no decoding then"
+    )
     parser.add_argument(
         "--methods", nargs="+",
         default=["frozen base", "LoRA-32", "LoRA-36", "ours 8x4", "ours 32x1", "Poly", "X-LoRA", "loop 8x4"],
@@ -306,7 +333,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=None, help="write the figures here as JSON")
     args = parser.parse_args()
     if args.compile and "bare products" in args.methods:
-        parser.error("compiled layers take their plain form, so that there are no bare products of them")
+        parser.error(
+            "compiled layers take their plain form, so that there are no bare products of them"
+        )
     torch.set_num_threads(args.threads)
     console = Console(width=110)
     reference = "LoRA-36"
@@ -336,7 +365,15 @@ def main() -> None:
             + (", autocast" if args.autocast else "")
             + (", compiled" if args.compile else "")
         )
-        for column in ("method", "time / LoRA-36", "min .. max", "ms", "bytes / LoRA-36", "MiB", "trainable"):
+        for column in (
+            "method",
+            "time / LoRA-36",
+            "min .. max",
+            "ms",
+            "bytes / LoRA-36",
+            "MiB",
+            "trainable",
+        ):
             table.add_column(column, justify="left" if column == "method" else "right")
         found = ratios(seconds, reference)
         rows = {}
@@ -353,7 +390,9 @@ def main() -> None:
             )  # fmt: skip
         console.print(table)
         results[f"train dropout {dropout}"] = rows
-        if dropout == args.dropouts[0] and not (args.skip_decoding or args.compile or args.autocast):
+        if dropout == args.dropouts[0] and not (
+            args.skip_decoding or args.compile or args.autocast
+        ):
             decoding = [m for m in methods if m.name not in ("X-LoRA", "Poly", "bare products")]
             for method in decoding:
                 method.model.eval()

@@ -47,10 +47,15 @@ def valid(extractor: Extractor, document: Document, extraction: Extraction) -> b
     assert constraint is not None
     (answer,) = extraction.answers
     matcher = constraint.matcher(
-        answer_grammar(document.schema, document.text, question.given or ()), len(extractor.tokenizer)
+        answer_grammar(document.schema, document.text, question.given or ()),
+        len(extractor.tokenizer),
     )
     tokens = extractor._ids(answer.parsed.raw.removesuffix("\n"))
-    return answer.complete and matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
+    return (
+        answer.complete
+        and matcher.try_consume_tokens(tokens) == len(tokens)
+        and matcher.is_accepting()
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -64,7 +69,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     n_valid = n_same = n_judged = 0
     for name, documents in sets.items():
-        documents = sorted(documents, key=lambda document: len(document.text))  # batches of like length
+        documents = sorted(
+            documents, key=lambda document: len(document.text)
+        )  # batches of like length
         answers, of_set = measure(extractors, documents, args.batch_size)
         for way in WAYS:
             found[way][name] = answers[way]
@@ -76,8 +83,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             n_judged += 1
             if valid(extractors["constrained"], document, free):
                 n_valid += 1
-                n_same += free.answers[0].parsed.raw.removesuffix("\n") == held.answers[0].parsed.raw
-    ratios = [held / free for free, held in zip(seconds["free"], seconds["constrained"], strict=True)]
+                n_same += (
+                    free.answers[0].parsed.raw.removesuffix("\n") == held.answers[0].parsed.raw
+                )
+    ratios = [
+        held / free for free, held in zip(seconds["free"], seconds["constrained"], strict=True)
+    ]
     figures: dict[str, Any] = {
         "documents": sum(map(len, sets.values())),
         "judged": n_judged,
@@ -92,10 +103,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         of_all = [one for of_set in found[way].values() for one in of_set.values()]
         tokens = sum(answer.tokens for one in of_all for answer in one.answers)
         figures[way] = {
-            "f1": {name: report.select([name]).average_f1() for name in sets} | {"mean": report.average_f1()},
+            "f1": {name: report.select([name]).average_f1() for name in sets}
+            | {"mean": report.average_f1()},
             "parse_failures": sum(one.parse_failures for one in counts),
             "hallucinated": sum(one.hallucinated for one in counts),
-            "not_well_formed": sum(not answer.parsed.well_formed for one in of_all for answer in one.answers),
+            "not_well_formed": sum(
+                not answer.parsed.well_formed for one in of_all for answer in one.answers
+            ),
             "cut_off": sum(not answer.complete for one in of_all for answer in one.answers),
             "tokens": tokens,
             "seconds": sum(seconds[way]),

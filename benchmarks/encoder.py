@@ -60,7 +60,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--encoder", required=True, help="Hub id or folder")
-    parser.add_argument("--prompts", type=int, default=128, help="prompts of the throughput measurement")
+    parser.add_argument(
+        "--prompts", type=int, default=128, help="prompts of the throughput measurement"
+    )
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
@@ -71,9 +73,7 @@ def main() -> None:
     rng = random.Random(0)
     encoder = TaskEncoder(args.encoder, batch_size=args.batch_size, device=args.device)
     encoder(prompt(rng, 50))
-    setting = (
-        f"{Path(args.encoder).name}, {args.device}, {args.threads} threads, medians of {args.rounds} rounds"
-    )
+    setting = f"{Path(args.encoder).name}, {args.device}, {args.threads} threads, medians of {args.rounds} rounds"
 
     table = Table(title="One prompt: new and repeated", caption=setting)
     for column in ("words", "tokens", "new, ms", "repeated, µs", "new / repeated"):
@@ -97,7 +97,9 @@ def main() -> None:
         for text in texts:
             encoder(text)
 
-    def unsorted() -> None:  # the encoder sorts within a call; a call a batch leaves the order as it is
+    def unsorted() -> (
+        None
+    ):  # the encoder sorts within a call; a call a batch leaves the order as it is
         for start in range(0, len(texts), size):
             encoder(texts[start : start + size])
 

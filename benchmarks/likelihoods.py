@@ -20,7 +20,9 @@ def measure_of(extractor: Extractor, batch_size: int) -> Measure:
     """What measures an adapter, with the prompts and the task encoder that it was trained with."""
     reader = extractor._reader()
     settings: Any = SimpleNamespace(format=extractor.format, likelihood_batch_size=batch_size)
-    return Measure(extractor.model, extractor.tokenizer, None if reader is None else reader.encoder, settings)
+    return Measure(
+        extractor.model, extractor.tokenizer, None if reader is None else reader.encoder, settings
+    )
 
 
 def scale_layers(model: Any, scale: float) -> None:

@@ -24,9 +24,13 @@ from peft_taskmoe import TaskMoELoraConfig
 
 def import_seconds(statement: str) -> float:
     """Seconds that a statement takes in a fresh process, the interpreter's own start left out."""
-    code = f"import time; start = time.perf_counter(); {statement}; print(time.perf_counter() - start)"
+    code = (
+        f"import time; start = time.perf_counter(); {statement}; print(time.perf_counter() - start)"
+    )
     return float(
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
     )
 
 

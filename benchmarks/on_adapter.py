@@ -20,7 +20,9 @@ def parser(description: str, *, limit: int) -> argparse.ArgumentParser:
     )
     found.add_argument("--adapter", required=True, help="folder or Hub id")
     found.add_argument("--base", help="base model (default: the one that the adapter names)")
-    found.add_argument("--files", nargs="+", required=True, help="JSONL documents, or Hub data sets")
+    found.add_argument(
+        "--files", nargs="+", required=True, help="JSONL documents, or Hub data sets"
+    )
     found.add_argument(
         "--limit", type=int, default=limit, help="documents of each file (default: %(default)s)"
     )
@@ -59,7 +61,10 @@ def time_ratio(without: Extractor, with_it: Extractor, documents: Sequence[Docum
     Returns:
         Cells of a table: median, lowest and highest ratio, and how many answers differ.
     """
-    for extractor in (without, with_it):  # the encoder's first text, and what a tokenizer is asked once
+    for extractor in (
+        without,
+        with_it,
+    ):  # the encoder's first text, and what a tokenizer is asked once
         extractor.documents(documents[:1], progress=False)
     answers, seconds = measure({False: without, True: with_it}, documents, with_it.batch_size)
     ratios = [new / old for old, new in zip(seconds[False], seconds[True], strict=True)]

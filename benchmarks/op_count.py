@@ -73,7 +73,9 @@ def adapted(config: PeftConfig, in_features: int = WIDTH, out_features: int = WI
     return inject_adapter_in_model(config, model)["linear"]
 
 
-def of_readers(in_features: int, outs: Sequence[int], dropout: float, device: str) -> dict[str, Counter[str]]:
+def of_readers(
+    in_features: int, outs: Sequence[int], dropout: float, device: str
+) -> dict[str, Counter[str]]:
     """Operations beyond the linears' own, of the linears that read one tensor."""
     weights = [torch.randn(out, in_features, device=device) for out in outs]
     config = LoraConfig(r=36, lora_alpha=36, lora_dropout=dropout, target_modules=["linear"])
@@ -86,14 +88,22 @@ def of_readers(in_features: int, outs: Sequence[int], dropout: float, device: st
             (NUM_EXPERTS, in_features + TASK_DIM),
         )
         tensors += LayerTensors(
-            None, weight, None, *(torch.randn(*size, requires_grad=True, device=device) for size in sizes)
+            None,
+            weight,
+            None,
+            *(torch.randn(*size, requires_grad=True, device=device) for size in sizes),
         )
-    task, shape = torch.randn(4, TASK_DIM, device=device), ExpertShape(NUM_EXPERTS, R, None, True, True)
+    task, shape = (
+        torch.randn(4, TASK_DIM, device=device),
+        ExpertShape(NUM_EXPERTS, R, None, True, True),
+    )
     alone = counted(lambda x: [F.linear(x, weight) for weight in weights], in_features, device)
     found = {
         "LoRA-36": counted(lambda x: [lora(x) for lora in loras], in_features, device),
         "ours 8x4": counted(
-            lambda x: FusedUpdate.apply(x, task, None, shape, (1.0,) * len(outs), dropout, *tensors),
+            lambda x: FusedUpdate.apply(
+                x, task, None, shape, (1.0,) * len(outs), dropout, *tensors
+            ),
             in_features,
             device,
         ),
@@ -127,7 +137,9 @@ def per_linear(dropout: float, device: str) -> dict[str, PerLinear]:
 
 def eager(device: str) -> Table:
     """The table of it."""
-    table = Table(title=f"operations per adapted linear of a Llama layer, forward and backward, {device}")
+    table = Table(
+        title=f"operations per adapted linear of a Llama layer, forward and backward, {device}"
+    )
     for column in ("dropout", "method", "operations", "views, allocations", "which, of all seven"):
         table.add_column(column, overflow="fold")
     for dropout in (0.0, 0.05):
@@ -141,7 +153,9 @@ def eager(device: str) -> Table:
 
 def compiled() -> Table:
     """Calls of products and of fused kernels in the code that torch.compile generates."""
-    table = Table(title="kernels per adapted layer beyond the linear layer's two products, compiled")
+    table = Table(
+        title="kernels per adapted layer beyond the linear layer's two products, compiled"
+    )
     for column in ("dropout", "method", "kernels", "products", "fused"):
         table.add_column(column, overflow="fold")
     task = torch.randn(4, TASK_DIM)
@@ -149,7 +163,10 @@ def compiled() -> Table:
         common = {"lora_dropout": dropout, "target_modules": ["linear"]}
         for name, config in (
             ("LoRA-36", LoraConfig(r=36, lora_alpha=36, **common)),
-            ("ours 8x4", TaskMoELoraConfig(num_experts=NUM_EXPERTS, r=R, task_dim=TASK_DIM, **common)),
+            (
+                "ours 8x4",
+                TaskMoELoraConfig(num_experts=NUM_EXPERTS, r=R, task_dim=TASK_DIM, **common),
+            ),
         ):
             torch.compiler.reset()
             layer = torch.compile(adapted(config), fullgraph=True)
@@ -163,7 +180,8 @@ def compiled() -> Table:
             bodies = [source[source.index("def call(") :] for source in sources]
             products = sum(len(re.findall(r"extern_kernels\.\w*mm\(", body)) for body in bodies) - 2
             fused = sum(
-                len(re.findall(r"\b(?:cpp|triton)_\w*fused_\w+(?:\.run)?\(", body)) for body in bodies
+                len(re.findall(r"\b(?:cpp|triton)_\w*fused_\w+(?:\.run)?\(", body))
+                for body in bodies
             )
             table.add_row(str(dropout), name, str(products + fused), str(products), str(fused))
     return table
@@ -177,7 +195,9 @@ def main() -> None:
     parser.add_argument(
         "--compiled", action="store_true", help="Count what torch.compile makes of the layer."
     )
-    parser.add_argument("--device", default="meta", help="Where the tensors of the eager count lie.")
+    parser.add_argument(
+        "--device", default="meta", help="Where the tensors of the eager count lie."
+    )
     args = parser.parse_args()
     Console().print(compiled() if args.compiled else eager(args.device))
 

@@ -31,8 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--model", required=True, help="folder or Hub id of the base model")
     parser.add_argument("--task-encoder", required=True, help="folder or Hub id of the encoder")
-    parser.add_argument("--files", nargs="+", required=True, help="JSONL documents, or Hub data sets")
-    parser.add_argument("--limit", type=int, default=32, help="documents of each file (default: %(default)s)")
+    parser.add_argument(
+        "--files", nargs="+", required=True, help="JSONL documents, or Hub data sets"
+    )
+    parser.add_argument(
+        "--limit", type=int, default=32, help="documents of each file (default: %(default)s)"
+    )
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--device", default="cpu")
@@ -43,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     encoder = TaskEncoder(args.task_encoder, text="schema")
     base = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype)
-    config = TaskMoELoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", task_dim=encoder.task_dim)
+    config = TaskMoELoraConfig(
+        task_type="CAUSAL_LM", target_modules="all-linear", task_dim=encoder.task_dim
+    )
     model = get_peft_model(base, config).eval().to(args.device)
     sets = read_datasets(args.files, split="test", limit=args.limit)
     table = Table(

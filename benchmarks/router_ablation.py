@@ -39,7 +39,9 @@ def without(model: Any, part: str) -> Iterator[None]:
             weight = layer.taskmoe_lora_router[layer.active_adapters[0]].weight.data
             kept.append((weight, weight.clone()))
             edge = layer.in_features
-            columns = {"token": slice(None, edge), "task": slice(edge, None), "all": slice(None)}[part]
+            columns = {"token": slice(None, edge), "task": slice(edge, None), "all": slice(None)}[
+                part
+            ]
             weight[:, columns] = 0
     try:
         yield

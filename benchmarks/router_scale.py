@@ -141,7 +141,11 @@ def measure(
             task_spread = task.var(-1).mean(0).sqrt()
             top = (token + task).softmax(-1).amax(-1).mean()
             rows[how].append(
-                [float(token_spread.median()), float((task_spread / token_spread).median()), float(top)]
+                [
+                    float(token_spread.median()),
+                    float((task_spread / token_spread).median()),
+                    float(top),
+                ]
             )
     return {how: torch.tensor(values) for how, values in rows.items()}
 
@@ -212,7 +216,8 @@ def main() -> None:
         found = measure(layers, e, args.num_experts, args.draws, args.constant)
         ratio = {how: found[how][:, 1] for how in SCALES}
         cells = [
-            f"{ratio[how].median():.2f} ({ratio[how].min():.2f} .. {ratio[how].max():.2f})" for how in SCALES
+            f"{ratio[how].median():.2f} ({ratio[how].min():.2f} .. {ratio[how].max():.2f})"
+            for how in SCALES
         ]
         ratios.add_row(kind, f"{found['raw'][:, 0].median():.3f}", *cells)
         gates.add_row(kind, *(f"{found[how][:, 2].median():.3f}" for how in SCALES))

@@ -58,7 +58,11 @@ def kept_bytes(num_experts: int) -> dict[str, int]:
     bytes for each dropped feature.
     """
     features = 576 + 576 + 576 + 1536
-    return {"inputs": 4 * features, "gates": 7 * 4 * num_experts, "mask": round(0.05 * 8 * features)}
+    return {
+        "inputs": 4 * features,
+        "gates": 7 * 4 * num_experts,
+        "mask": round(0.05 * 8 * features),
+    }
 
 
 class Packed(nn.Module):
@@ -90,7 +94,9 @@ def measure(axis: str, value: int, args: argparse.Namespace) -> dict[str, float]
         if axis == "documents in a row":
             positions = torch.arange(now.length) % (now.length // documents)
             method.model = Packed(method.model, positions.expand(now.batch, -1))
-    seconds = interleaved(methods, lambda method: train_step(method, embeds, labels), args.rounds, "cpu")
+    seconds = interleaved(
+        methods, lambda method: train_step(method, embeds, labels), args.rounds, "cpu"
+    )
     base, lora, ours = (seconds[name] for name in names)
     median = statistics.median
     return {
@@ -141,14 +147,20 @@ def main() -> None:
         for value in AXES[axis]:
             point = found[axis][value] = measure(axis, value, args)
             shown = [f"{100 * point[name]:.1f} %" for name in ("counted", "added", "lora_added")]
-            table.add_row(str(value), *shown, f"{point['ratio']:.3f}", f"{1e3 * point['seconds']:.0f}")
+            table.add_row(
+                str(value), *shown, f"{point['ratio']:.3f}", f"{1e3 * point['seconds']:.0f}"
+            )
         console.print(table)
-    console.print(f"Bytes per token and layer kept for backward, counted, 8 experts: {kept_bytes(8)}")
+    console.print(
+        f"Bytes per token and layer kept for backward, counted, 8 experts: {kept_bytes(8)}"
+    )
     if args.output is not None:
         args.output.write_text(json.dumps(found, indent=1) + "\n")
     if args.plot is not None:
         columns = (len(found) + 1) // 2
-        figure, axes = plt.subplots(2, columns, figsize=(4 * columns, 6), layout="constrained", squeeze=False)
+        figure, axes = plt.subplots(
+            2, columns, figsize=(4 * columns, 6), layout="constrained", squeeze=False
+        )
         for axis, plot in zip(found, axes.flat, strict=False):
             values = list(found[axis])
             for name, label, style in (
@@ -156,7 +168,9 @@ def main() -> None:
                 ("lora_added", "LoRA, same rank", "s-"),
                 ("counted", "operations, counted", "k--"),
             ):
-                plot.plot(values, [100 * found[axis][value][name] for value in values], style, label=label)
+                plot.plot(
+                    values, [100 * found[axis][value][name] for value in values], style, label=label
+                )
             plot.set_xscale("log", base=2)
             plot.set_xlabel(axis)
             plot.set_ylabel("added to the frozen model, %")

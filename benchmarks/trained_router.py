@@ -24,7 +24,9 @@ from peft_taskmoe.layer import TaskMoELoraLayer
 from peft_taskmoe.uie import build_example, read_datasets
 
 
-def parts(model: Any, tokenizer: Any, prompts: Sequence[str]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def parts(
+    model: Any, tokenizer: Any, prompts: Sequence[str]
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """For each adapted layer `W_x x` of all tokens `(tokens, e)` and `W_e e` of all prompts `(prompts, e)`."""
     token_parts: dict[str, list[torch.Tensor]] = defaultdict(list)
     task_parts: dict[str, list[torch.Tensor]] = defaultdict(list)
@@ -48,7 +50,9 @@ def parts(model: Any, tokenizer: Any, prompts: Sequence[str]) -> dict[str, tuple
             model(**tokenizer(prompt, return_tensors="pt").to(model.device))
     for hook in hooks:
         hook.remove()
-    return {name: (torch.cat(token_parts[name]), torch.cat(task_parts[name])) for name in token_parts}
+    return {
+        name: (torch.cat(token_parts[name]), torch.cat(task_parts[name])) for name in token_parts
+    }
 
 
 def spread(logits: torch.Tensor) -> float:
@@ -62,12 +66,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     extractor = load(args)
     sets = read_datasets(args.files, split="test", limit=args.limit)
     prompts = [
-        build_example(one, extractor.format).prompt for documents in sets.values() for one in documents
+        build_example(one, extractor.format).prompt
+        for documents in sets.values()
+        for one in documents
     ]
     by_kind: dict[str, list[list[float]]] = defaultdict(list)
     for name, (token, task) in parts(extractor.model, extractor.tokenizer, prompts).items():
         varying = spread(token - token.mean(0)), spread(task - task.mean(0))
-        row = [spread(token), spread(task), spread(task) / spread(token), *varying, varying[1] / varying[0]]
+        row = [
+            spread(token),
+            spread(task),
+            spread(task) / spread(token),
+            *varying,
+            varying[1] / varying[0],
+        ]
         by_kind[name.rsplit(".", 1)[-1]].append(row)
     table = Table(
         title=f"Spread of the logits over the experts, {len(prompts)} prompts of {len(sets)} data sets: median layer (least .. most)"

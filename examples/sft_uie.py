@@ -71,7 +71,9 @@ class DataArguments:
     max_train_documents: int | None = field(
         default=None, metadata={"help": "At most this many per data set."}
     )
-    max_eval_documents: int | None = field(default=None, metadata={"help": "At most this many per data set."})
+    max_eval_documents: int | None = field(
+        default=None, metadata={"help": "At most this many per data set."}
+    )
     prompt_style: Literal["dataclass", "compact"] = field(
         default="dataclass",
         metadata={"help": "'dataclass' is the paper's; 'compact' takes about half the tokens."},
@@ -86,9 +88,13 @@ class DataArguments:
     label_dropout: float = field(
         default=0.0, metadata={"help": "Leave each label out with this probability."}
     )
-    mask_labels: float = field(default=0.0, metadata={"help": "Hide label names with this probability."})
+    mask_labels: float = field(
+        default=0.0, metadata={"help": "Hide label names with this probability."}
+    )
     max_new_tokens: int = field(default=256, metadata={"help": "The longest answer when scoring."})
-    eval_batch_size: int = field(default=8, metadata={"help": "Prompts per generation when scoring."})
+    eval_batch_size: int = field(
+        default=8, metadata={"help": "Prompts per generation when scoring."}
+    )
     score_before: bool = field(default=False, metadata={"help": "Also score before training."})
 
 
@@ -100,7 +106,8 @@ class TaskMoEArguments:
         default="Salesforce/codet5-base", metadata={"help": "Hub id or folder of the encoder."}
     )
     task_text: Literal["prompt", "schema"] = field(
-        default="prompt", metadata={"help": "The encoder reads the whole prompt, or only its schema."}
+        default="prompt",
+        metadata={"help": "The encoder reads the whole prompt, or only its schema."},
     )
     num_experts: int = field(default=8, metadata={"help": "Experts per adapted layer."})
     expert_r: int = field(default=4, metadata={"help": "Rank of each expert."})
@@ -114,8 +121,12 @@ class TaskMoEArguments:
     task_norm: Literal["matched", "rms", "none"] = field(
         default="matched", metadata={"help": "Scale of the task vector."}
     )
-    top_k: int | None = field(default=None, metadata={"help": "Keep only this many gates of a token."})
-    router_balance_coef: float = field(default=0.0, metadata={"help": "Weight of the load-balancing loss."})
+    top_k: int | None = field(
+        default=None, metadata={"help": "Keep only this many gates of a token."}
+    )
+    router_balance_coef: float = field(
+        default=0.0, metadata={"help": "Weight of the load-balancing loss."}
+    )
 
 
 def score_by_generation(
@@ -188,7 +199,10 @@ Made with peft_taskmoe {peft_taskmoe.__version__}, seed {results["seed"]}.
 
 
 def main(
-    data_args: DataArguments, moe_args: TaskMoEArguments, training_args: SFTConfig, model_args: ModelConfig
+    data_args: DataArguments,
+    moe_args: TaskMoEArguments,
+    training_args: SFTConfig,
+    model_args: ModelConfig,
 ) -> None:
     """Train, score, save, and push if asked."""
     console = Console()
@@ -201,16 +215,27 @@ def main(
     output = Path(training_args.output_dir)
     format = PromptFormat(style=data_args.prompt_style, occurrences=data_args.occurrences)
     train = read_datasets(
-        data_args.train_data, split="train", limit=data_args.max_train_documents, seed=training_args.seed
+        data_args.train_data,
+        split="train",
+        limit=data_args.max_train_documents,
+        seed=training_args.seed,
     )
     evaluation = read_datasets(
-        data_args.eval_data, split="test", limit=data_args.max_eval_documents, seed=training_args.seed
+        data_args.eval_data,
+        split="test",
+        limit=data_args.max_eval_documents,
+        seed=training_args.seed,
     )
     regularisers = Regularisers(
-        shuffle=data_args.shuffle_labels, dropout=data_args.label_dropout, mask=data_args.mask_labels
+        shuffle=data_args.shuffle_labels,
+        dropout=data_args.label_dropout,
+        mask=data_args.mask_labels,
     )
     examples = to_prompt_completion(
-        mix(train, seed=training_args.seed), format=format, regularisers=regularisers, seed=training_args.seed
+        mix(train, seed=training_args.seed),
+        format=format,
+        regularisers=regularisers,
+        seed=training_args.seed,
     ).select_columns(["prompt", "completion"])
 
     encoder = TaskEncoder(moe_args.task_encoder, text=moe_args.task_text)
@@ -242,7 +267,9 @@ def main(
         peft_config=config,
         quantization_config=get_quantization_config(model_args),
     )
-    attach_task_encoder(trainer.model, encoder.to(trainer.accelerator.device), trainer.processing_class)
+    attach_task_encoder(
+        trainer.model, encoder.to(trainer.accelerator.device), trainer.processing_class
+    )
     trainer.model.print_trainable_parameters()
 
     last = get_last_checkpoint(str(output)) if output.is_dir() else None
@@ -267,7 +294,9 @@ def main(
         "seed": training_args.seed,
         "train_documents": {name: len(documents) for name, documents in train.items()},
         "versions": {"peft_taskmoe": peft_taskmoe.__version__, "torch": torch.__version__},
-        "loss": [entry for entry in trainer.state.log_history if "loss" in entry or "train_loss" in entry],
+        "loss": [
+            entry for entry in trainer.state.log_history if "loss" in entry or "train_loss" in entry
+        ],
     }
     table = "Not scored: no `--eval_data` was given."
     if evaluation:
@@ -275,7 +304,9 @@ def main(
         after = score_by_generation(trainer, evaluation, format, data_args)
         results["scores"] = after.to_dict()
         results["scores_before"] = None if before is None else before.to_dict()
-        console.print(after.table() if before is None else before_and_after(evaluation, before, after))
+        console.print(
+            after.table() if before is None else before_and_after(evaluation, before, after)
+        )
         table = after.to_markdown()
         for line in in_plain_words(evaluation, before, after):
             console.print(line)
@@ -295,11 +326,15 @@ def main(
         ).repo_id
         results["repository"] = repository
         write_card(output, model_args.model_name_or_path, encoder, results, table)
-        commit = api.upload_folder(repo_id=repository, folder_path=output, allow_patterns=ADAPTER_FILES)
+        commit = api.upload_folder(
+            repo_id=repository, folder_path=output, allow_patterns=ADAPTER_FILES
+        )
         console.print(f"Pushed to {commit.commit_url}.")
 
 
-def before_and_after(evaluation: dict[str, list[Document]], before: ScoreReport, after: ScoreReport) -> Table:
+def before_and_after(
+    evaluation: dict[str, list[Document]], before: ScoreReport, after: ScoreReport
+) -> Table:
     """F1 by data set and task, before and after."""
     table = Table(title="Strict micro F1")
     for column in ("data set", "task", "before", "after"):

@@ -39,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         from rich.console import Console
     except ImportError:
-        print("The command line needs more packages: pip install 'peft_taskmoe[uie]'", file=sys.stderr)
+        print(
+            "The command line needs more packages: pip install 'peft_taskmoe[uie]'", file=sys.stderr
+        )
         return NOTHING_DONE
     console = Console(stderr=True)
     try:
@@ -63,18 +65,26 @@ def _parser() -> argparse.ArgumentParser:
     extract = commands.add_parser("extract", help="extract records from texts", epilog=codes)
     extract.add_argument("--adapter", required=True, help="folder or Hub id of the adapter")
     extract.add_argument(
-        "--base-model", help="folder or Hub id of the base model (default: the one that the adapter names)"
+        "--base-model",
+        help="folder or Hub id of the base model (default: the one that the adapter names)",
     )
     extract.add_argument(
-        "--schema", type=Path, help="JSON file with the schema; without it, every line needs its own"
+        "--schema",
+        type=Path,
+        help="JSON file with the schema; without it, every line needs its own",
     )
     extract.add_argument(
         "--input", type=Path, required=True, help='JSONL: {"text": ...} or a string on each line'
     )
     extract.add_argument(
-        "--output", type=Path, required=True, help="JSONL: a line for each line; continued if it is there"
+        "--output",
+        type=Path,
+        required=True,
+        help="JSONL: a line for each line; continued if it is there",
     )
-    extract.add_argument("--overwrite", action="store_true", help="start anew if the output is there")
+    extract.add_argument(
+        "--overwrite", action="store_true", help="start anew if the output is there"
+    )
     extract.add_argument("--threshold", type=float, help="leave out records of lower confidence")
     extract.add_argument(
         "--batch-size", type=int, default=8, help="prompts per generation (default: %(default)s)"
@@ -87,7 +97,9 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         help="longer texts are read in windows (default: the model's context)",
     )
-    extract.add_argument("--device", help="where the model runs, such as cuda (default: where it is loaded)")
+    extract.add_argument(
+        "--device", help="where the model runs, such as cuda (default: where it is loaded)"
+    )
     extract.add_argument(
         "--dtype", help="precision of the base model, such as bfloat16 (default: as it is stored)"
     )
@@ -103,10 +115,18 @@ def _parser() -> argparse.ArgumentParser:
 
     score = commands.add_parser("score", help="score records against gold documents", epilog=codes)
     score.add_argument(
-        "--gold", type=Path, nargs="+", required=True, help="JSONL files of documents, one for each data set"
+        "--gold",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="JSONL files of documents, one for each data set",
     )
     score.add_argument(
-        "--predicted", type=Path, nargs="+", required=True, help="what `extract` wrote, in the same order"
+        "--predicted",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="what `extract` wrote, in the same order",
     )
     score.add_argument(
         "--match",
@@ -117,7 +137,9 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument(
         "--seen", type=Path, help="JSON table of seen labels (default: the one of the package)"
     )
-    score.add_argument("--labels", action="store_true", help="a row for each label and argument role")
+    score.add_argument(
+        "--labels", action="store_true", help="a row for each label and argument role"
+    )
     score.add_argument(
         "--identification",
         action="store_true",
@@ -135,8 +157,12 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--json", type=Path, help="also write all figures to this file")
     score.set_defaults(run=_score)
 
-    convert = commands.add_parser("convert", help="turn data sets into JSONL documents", epilog=codes)
-    convert.add_argument("--source-format", required=True, choices=("jsonl", "conll", "brat", "iepile"))
+    convert = commands.add_parser(
+        "convert", help="turn data sets into JSONL documents", epilog=codes
+    )
+    convert.add_argument(
+        "--source-format", required=True, choices=("jsonl", "conll", "brat", "iepile")
+    )
     convert.add_argument("--task", choices=("NER", "RE", "EE"), help="what to read from BRAT")
     convert.add_argument(
         "--scheme", choices=("IOB1", "IOB2", "BIOES"), help="tags of a CoNLL file (default: IOB2)"
@@ -202,7 +228,9 @@ def _load(args: argparse.Namespace) -> Extractor:
         args.adapter,
         base_model=args.base_model,
         model_kwargs={
-            key: value for key, value in (("dtype", args.dtype), ("device_map", args.device)) if value
+            key: value
+            for key, value in (("dtype", args.dtype), ("device_map", args.device))
+            if value
         },
         batch_size=args.batch_size,
         max_new_tokens=args.max_new_tokens,
@@ -304,16 +332,26 @@ def _score(args: argparse.Namespace, console: Console) -> int:
     if sys.stdout.isatty():
         Console().print(report.table(labels=args.labels), *([curve.table()] if curve else ()))
     else:
-        print(report.to_markdown(labels=args.labels), *([curve.to_markdown()] if curve else ()), sep="\n")
+        print(
+            report.to_markdown(labels=args.labels),
+            *([curve.to_markdown()] if curve else ()),
+            sep="\n",
+        )
     if curve and curve.without:
-        _say(console, f"{curve.without} records have no confidence, or say nothing that it could be about.")
+        _say(
+            console,
+            f"{curve.without} records have no confidence, or say nothing that it could be about.",
+        )
     if curve and args.reliability_plot:
         curve.plot(args.reliability_plot)
         _say(console, f"Wrote {args.reliability_plot}.")
     if args.json:
-        figures = report.to_dict(documents=True) | ({"reliability": curve.to_dict()} if curve else {})
+        figures = report.to_dict(documents=True) | (
+            {"reliability": curve.to_dict()} if curve else {}
+        )
         args.json.write_text(
-            json.dumps(figures, ensure_ascii=False, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+            json.dumps(figures, ensure_ascii=False, indent=1, allow_nan=False) + "\n",
+            encoding="utf-8",
         )
     return SOME_LINES_BAD if bad else DONE
 
@@ -342,12 +380,16 @@ def _read_predicted(path: Path) -> tuple[dict[str, _Answer], list[tuple[int, str
         elif "error" in row:
             errors.append((number, f"Nothing was extracted: {row['error']}"))
         elif str(row["id"]) in answers:
-            errors.append((number, f"The id `{row['id']}` has an answer already; this one is left out."))
+            errors.append(
+                (number, f"The id `{row['id']}` has an answer already; this one is left out.")
+            )
         else:
             try:
                 answers[str(row["id"])] = _Answer(row)
             except (ValueError, TypeError, KeyError) as error:
-                errors.append((number, f"The line holds no records: {type(error).__name__}: {error}"))
+                errors.append(
+                    (number, f"The line holds no records: {type(error).__name__}: {error}")
+                )
     return answers, errors
 
 
@@ -355,13 +397,19 @@ def _convert(args: argparse.Namespace, console: Console) -> int:
     from .uie.data import convert
 
     options: dict[str, Any] = {"on_error": "collect" if args.keep_going else "raise"}
-    allowed = {"conll": ("scheme", "schema"), "brat": ("task", "schema")}.get(args.source_format, ())
+    allowed = {"conll": ("scheme", "schema"), "brat": ("task", "schema")}.get(
+        args.source_format, ()
+    )
     for name in ("task", "scheme", "schema"):
         value = getattr(args, name)
         if value is not None and name not in allowed:
-            raise ValueError(f"--{name} says nothing about the format `{args.source_format}`. Leave it out.")
+            raise ValueError(
+                f"--{name} says nothing about the format `{args.source_format}`. Leave it out."
+            )
         if value is not None:
-            options[name] = json.loads(value.read_text(encoding="utf-8")) if name == "schema" else value
+            options[name] = (
+                json.loads(value.read_text(encoding="utf-8")) if name == "schema" else value
+            )
     if args.source_format == "brat" and args.task is None:
         raise ValueError("BRAT files hold several tasks. Pass --task NER, RE or EE.")
     report = convert(args.source, args.target, args.source_format, **options)

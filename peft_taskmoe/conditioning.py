@@ -120,14 +120,18 @@ class TaskState:
         key = (task_norm, in_features, device)
         found = self.normalized.get(key)
         if found is None:
-            found = self.normalized[key] = normalize_task(self.task_embeds.to(device), task_norm, in_features)
+            found = self.normalized[key] = normalize_task(
+                self.task_embeds.to(device), task_norm, in_features
+            )
         return found
 
 
 class _Scope(threading.local):
     def __init__(self) -> None:
         self.state: TaskState | None = None
-        self.made_ahead: dict[Any, Any] = {}  # where there is no state: in what others recompute in backward
+        self.made_ahead: dict[
+            Any, Any
+        ] = {}  # where there is no state: in what others recompute in backward
 
 
 _SCOPE = _Scope()
@@ -222,7 +226,9 @@ class _CarryState:
             if torch.compiler.is_compiling():
                 with entered(state):
                     return function(*inner_args, **inner_kwargs)
-            inner = replace(state, made_ahead={})  # what runs here runs again: it takes and leaves nothing
+            inner = replace(
+                state, made_ahead={}
+            )  # what runs here runs again: it takes and leaves nothing
             with entered(inner):
                 out = function(*inner_args, **inner_kwargs)
             state.apart.update(inner.made_ahead)
@@ -299,7 +305,11 @@ class WeighAuxLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, log_probs: torch.Tensor, counted: torch.Tensor, aux: AuxLoss, otherwise: Callable[[], None]
+        ctx: Any,
+        log_probs: torch.Tensor,
+        counted: torch.Tensor,
+        aux: AuxLoss,
+        otherwise: Callable[[], None],
     ) -> torch.Tensor:
         """Return `log_probs`; `counted` marks those of labels."""
         ctx.save_for_backward(counted)
@@ -311,7 +321,9 @@ class WeighAuxLoss(torch.autograd.Function):
         """Read the weight off the incoming gradient and pass it on."""
         (counted,) = ctx.saved_tensors
         of_labels = grad[counted]
-        if torch.equal(of_labels, of_labels[:1].expand_as(of_labels)) and bool((of_labels <= 0).all()):
+        if torch.equal(of_labels, of_labels[:1].expand_as(of_labels)) and bool(
+            (of_labels <= 0).all()
+        ):
             ctx.aux.weight = -of_labels.sum()
         else:
             ctx.otherwise()

@@ -63,15 +63,24 @@ class TaskMoELoraConfig(PeftConfig):
         fan_in_fan_out: Whether the base weight is stored (in, out), as in transformers' `Conv1D`.
     """
 
-    num_experts: int = field(default=8, metadata={"help": "Number of LoRA experts per adapted layer."})
+    num_experts: int = field(
+        default=8, metadata={"help": "Number of LoRA experts per adapted layer."}
+    )
     r: int = field(default=4, metadata={"help": "Rank of each expert."})
-    lora_alpha: float = field(default=32, metadata={"help": "The experts are scaled by lora_alpha / r."})
+    lora_alpha: float = field(
+        default=32, metadata={"help": "The experts are scaled by lora_alpha / r."}
+    )
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the experts' input."})
     router_inputs: Literal["token+task", "token", "task"] = field(
-        default="token+task", metadata={"help": "What the router reads: 'token+task', 'token' or 'task'."}
+        default="token+task",
+        metadata={"help": "What the router reads: 'token+task', 'token' or 'task'."},
     )
-    top_k: int | None = field(default=None, metadata={"help": "Keep only the top_k gates of a token."})
-    router_aux_loss_coef: float = field(default=0.0, metadata={"help": "Weight of the load-balancing loss."})
+    top_k: int | None = field(
+        default=None, metadata={"help": "Keep only the top_k gates of a token."}
+    )
+    router_aux_loss_coef: float = field(
+        default=0.0, metadata={"help": "Weight of the load-balancing loss."}
+    )
     task_dim: int = field(default=768, metadata={"help": "Dimension of the task embedding."})
     task_norm: Literal["matched", "rms", "none"] = field(
         default="matched",
@@ -90,7 +99,8 @@ class TaskMoELoraConfig(PeftConfig):
         default=None, metadata={"help": "Indices of the layers to adapt."}
     )
     layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the layer list that layers_to_transform counts in."}
+        default=None,
+        metadata={"help": "Name of the layer list that layers_to_transform counts in."},
     )
     rank_pattern: dict[str, int] = field(
         default_factory=dict, metadata={"help": "Module name or regex -> rank."}

@@ -102,7 +102,9 @@ class TaskEncoderConfig:
         fields = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(values) - set(fields))
         if unknown:
-            raise ValueError(f"The task encoder has no setting {unknown}. Its settings are {fields}.")
+            raise ValueError(
+                f"The task encoder has no setting {unknown}. Its settings are {fields}."
+            )
         return cls(**values)
 
 
@@ -186,11 +188,15 @@ class TaskEncoder:
                     "A loaded model was given without its `tokenizer`. "
                     "Call `TaskEncoder(model, tokenizer=tokenizer)`."
                 )
-            self.config = TaskEncoderConfig.from_dict({"name_or_path": model.name_or_path, **settings})
+            self.config = TaskEncoderConfig.from_dict(
+                {"name_or_path": model.name_or_path, **settings}
+            )
             whole: Any = model
             encoder = whole.get_encoder() if whole.config.is_encoder_decoder else whole
         else:
-            self.config = TaskEncoderConfig.from_dict({"name_or_path": os.fspath(model), **settings})
+            self.config = TaskEncoderConfig.from_dict(
+                {"name_or_path": os.fspath(model), **settings}
+            )
             encoder, found, commit = _load(self.config, dtype or torch.float32)
             tokenizer = tokenizer or found
             self.config = dataclasses.replace(self.config, revision=self.config.revision or commit)
@@ -206,7 +212,9 @@ class TaskEncoder:
 
         self._prefix, self._suffix = _special_tokens(tokenizer)
         self.window = _window(self.config.max_length, self.model, tokenizer)
-        self._body = self.window - len(self._prefix) - len(self._suffix)  # tokens of the text in one chunk
+        self._body = (
+            self.window - len(self._prefix) - len(self._suffix)
+        )  # tokens of the text in one chunk
         self._stride = self.window // 8 if self.config.stride is None else self.config.stride
         if self._stride >= self._body:
             raise ValueError(
@@ -261,7 +269,8 @@ class TaskEncoder:
                     "Pass the prompts as texts."
                 )
         keys = [
-            hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in texts
+            hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+            for text in texts
         ]
         found: dict[bytes, torch.Tensor] = {}
         with self._lock:
@@ -270,9 +279,15 @@ class TaskEncoder:
                     self._cache.move_to_end(key)
                     found[key] = self._cache[key]
         new = {key: text for key, text in zip(keys, texts, strict=True) if key not in found}
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast(self.device.type, enabled=False),
+        ):
             found.update(zip(new, self._encode(list(new.values())), strict=True))
-            vectors = torch.stack([found[key] for key in keys]) if keys else torch.empty(0, self.task_dim)
+            vectors = (
+                torch.stack([found[key] for key in keys]) if keys else torch.empty(0, self.task_dim)
+            )
             vectors = vectors.to(device)
         with self._lock:
             self._hits += len(texts) - len(new)
@@ -334,7 +349,9 @@ class TaskEncoder:
             batched=True,
             batch_size=batch_size,
             input_columns=column,
-            new_fingerprint=Hasher.hash([dataset._fingerprint, self.fingerprint(), column, output_column]),
+            new_fingerprint=Hasher.hash(
+                [dataset._fingerprint, self.fingerprint(), column, output_column]
+            ),
             desc="Encoding tasks",
         )
 
@@ -370,19 +387,21 @@ class TaskEncoder:
                 "special tokens": (self._prefix, self._suffix),
             }
             digest = hashlib.blake2b(digest_size=16)
-            digest.update(json.dumps([settings, model_config, words], sort_keys=True, default=str).encode())
+            digest.update(
+                json.dumps([settings, model_config, words], sort_keys=True, default=str).encode()
+            )
             for name, weight in self.model.state_dict().items():
                 if "pooler" not in name:  # not used, and often random: many checkpoints have none
                     digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-                    digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+                    digest.update(
+                        weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+                    )
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
     def __repr__(self) -> str:
         name = self.config.name_or_path
-        return (
-            f"TaskEncoder({name!r}, task_dim={self.task_dim}, window={self.window}, device='{self.device}')"
-        )
+        return f"TaskEncoder({name!r}, task_dim={self.task_dim}, window={self.window}, device='{self.device}')"
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy in another process starts with an empty cache and a lock of its own."""
@@ -394,7 +413,11 @@ class TaskEncoder:
     def _encode(self, texts: list[str]) -> list[torch.Tensor]:
         """The vectors of `texts`, each `(task_dim,)`, float32 on the CPU, chunks of similar length together."""
         chunks = sorted(
-            (chunk for i, ids in enumerate(self._tokenize(texts)) for chunk in self._chunks(ids, i)),
+            (
+                chunk
+                for i, ids in enumerate(self._tokenize(texts))
+                for chunk in self._chunks(ids, i)
+            ),
             key=lambda c: len(c.ids),
         )
         largest = self.config.pooling == "max"
@@ -403,7 +426,9 @@ class TaskEncoder:
             batch = chunks[start : start + self.batch_size]
             longest = max(len(batch[-1].ids), min(SHORTEST_BATCH, self.window))
             # Padding stands on the right and is masked, so any id will do.
-            ids = torch.tensor([c.ids + [0] * (longest - len(c.ids)) for c in batch], device=self.device)
+            ids = torch.tensor(
+                [c.ids + [0] * (longest - len(c.ids)) for c in batch], device=self.device
+            )
             weights = torch.tensor(
                 [c.weights + [0.0] * (longest - len(c.ids)) for c in batch], device=self.device
             )
@@ -485,7 +510,13 @@ def _load(
             weights.
     """
     from huggingface_hub import hf_hub_download
-    from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer, PreTrainedConfig
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForTextEncoding,
+        AutoTokenizer,
+        PreTrainedConfig,
+    )
     from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
@@ -494,7 +525,9 @@ def _load(
     try:
         commit = None
         if not folder:  # the cache keeps a file of commit C in `snapshots/C/`
-            commit = Path(hf_hub_download(name, "config.json", revision=config.revision)).parent.name
+            commit = Path(
+                hf_hub_download(name, "config.json", revision=config.revision)
+            ).parent.name
         elif not Path(name, "config.json").is_file():
             raise FileNotFoundError("There is no config.json.")
         place = {} if commit is None else {"revision": commit}
@@ -562,7 +595,9 @@ def _window(max_length: int | None, model: nn.Module, tokenizer: PreTrainedToken
         ValueError: If `max_length` is more than the model has positions for.
     """
     config: Any = model.config
-    positions = getattr(config, "max_position_embeddings", None)  # T5 has none: its positions are relative
+    positions = getattr(
+        config, "max_position_embeddings", None
+    )  # T5 has none: its positions are relative
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             if positions is not None and module.padding_idx is not None:

@@ -29,7 +29,11 @@ def mix_bottleneck(h: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
 
 
 def expert_update(
-    x: torch.Tensor, gates: torch.Tensor, weight_a: torch.Tensor, weight_b: torch.Tensor, scaling: float
+    x: torch.Tensor,
+    gates: torch.Tensor,
+    weight_a: torch.Tensor,
+    weight_b: torch.Tensor,
+    scaling: float,
 ) -> torch.Tensor:
     """`scaling * sum_i g_i B_i A_i x`, the plain form.
 

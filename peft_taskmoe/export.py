@@ -129,7 +129,9 @@ def to_lora(
     """
     base = base_model_of(model)
     adapter_name = _adapter_name(base, adapter_name)
-    layers = {n: layer for n, layer in adapted_layers(base).items() if adapter_name in layer.configs}
+    layers = {
+        n: layer for n, layer in adapted_layers(base).items() if adapter_name in layer.configs
+    }
     config: TaskMoELoraConfig = base.peft_config[adapter_name]  # type: ignore[index,assignment]
     reads_token = "token" in config.router_inputs
     if task_embeds is not None:
@@ -152,7 +154,9 @@ def to_lora(
                 f'The router of adapter "{adapter_name}" reads the task, and a plain LoRA is the adapter for one task. '
                 "Pass its embedding: `to_lora(model, encoder([prompt]))`."
             )
-        gates = {name: _task_gates(layer, adapter_name, task_embeds) for name, layer in layers.items()}
+        gates = {
+            name: _task_gates(layer, adapter_name, task_embeds) for name, layer in layers.items()
+        }
 
     measured = _measure(base, layers, adapter_name, gates, batches) if batches else {}
     report = ExportReport(adapter_name, not reads_token, config.num_experts * config.r, **measured)
@@ -165,7 +169,9 @@ def _approximation_message(report: ExportReport) -> str:
     worst = max(report.layer_errors, key=report.layer_errors.__getitem__)
     logits = ""
     if report.logits_kl is not None:
-        logits = f" and the logits by up to {report.logits_max_abs:.3g} (KL {report.logits_kl:.3g} nats)"
+        logits = (
+            f" and the logits by up to {report.logits_max_abs:.3g} (KL {report.logits_kl:.3g} nats)"
+        )
     return (
         f'The LoRA is an approximation of adapter "{report.adapter_name}", whose gates depend on the token: over '
         f"{report.tokens} calibration tokens the layer updates differ by up to {report.layer_errors[worst]:.1%} (`{worst}`)"
@@ -202,7 +208,9 @@ def _active(layer: Linear) -> list[str]:
     return [name for name in names if name in layer.configs]
 
 
-def _one_task(task_embeds: torch.Tensor, config: TaskMoELoraConfig, adapter_name: str) -> torch.Tensor:
+def _one_task(
+    task_embeds: torch.Tensor, config: TaskMoELoraConfig, adapter_name: str
+) -> torch.Tensor:
     """`task_embeds` as `(1, task_dim)`, checked."""
     if "task" not in config.router_inputs:
         raise ValueError(
@@ -240,7 +248,9 @@ def _batches(
                 '`{"input_ids": ..., "attention_mask": ...}`, or texts together with `tokenizer=...`.'
             )
         batch = dict(item)
-        tensors = [value for value in batch.values() if isinstance(value, torch.Tensor) and value.dim()]
+        tensors = [
+            value for value in batch.values() if isinstance(value, torch.Tensor) and value.dim()
+        ]
         if not tensors:
             raise ValueError(
                 f"Item {i} of `calibration` has no tensors (keys: {list(batch)}). Pass batches of tensors, as the model's forward "
@@ -267,7 +277,11 @@ def _check_only_active(layers: dict[str, Linear], base: nn.Module, adapter_name:
         active = _active(layer)
         if active != [adapter_name] * (name in layers) or layer.merged or layer.disable_adapters:
             state = (
-                "merged" if layer.merged else "disabled" if layer.disable_adapters else f"active: {active}"
+                "merged"
+                if layer.merged
+                else "disabled"
+                if layer.disable_adapters
+                else f"active: {active}"
             )
             raise ValueError(
                 f'Calibration runs the model with adapter "{adapter_name}" alone, but at layer "{name}" the adapters are {state}. '
@@ -281,7 +295,9 @@ def _task_gates(layer: Linear, adapter_name: str, task_embeds: torch.Tensor) -> 
     router_weight = layer._weights(adapter_name)[2]
     task = layer._task(adapter_name, TaskState(task_embeds=task_embeds))
     assert task is not None
-    return gates_from_logits(task_logits(task, router_weight), layer.shapes[adapter_name].top_k)[0].detach()
+    return gates_from_logits(task_logits(task, router_weight), layer.shapes[adapter_name].top_k)[
+        0
+    ].detach()
 
 
 @contextmanager
@@ -425,7 +441,9 @@ def _fixed_gates(
     """Inside the block the layers give what the LoRA with these gates would."""
 
     def hook(name: str) -> Callable[..., torch.Tensor]:
-        def with_fixed_gates(layer: Any, args: Any, kwargs: Any, output: torch.Tensor) -> torch.Tensor:
+        def with_fixed_gates(
+            layer: Any, args: Any, kwargs: Any, output: torch.Tensor
+        ) -> torch.Tensor:
             x = args[0]
             fixed = gates[name].expand(x.numel() // x.shape[-1], -1)
             update = _updates(layer, adapter_name, x, promote=False)(fixed)
@@ -457,7 +475,9 @@ def _lora_config(config: TaskMoELoraConfig) -> LoraConfig:
         r=experts * config.r,
         lora_alpha=_number(factor * config.lora_alpha),
         rank_pattern={name: experts * r for name, r in (config.rank_pattern or {}).items()},
-        alpha_pattern={name: _number(factor * a) for name, a in (config.alpha_pattern or {}).items()},
+        alpha_pattern={
+            name: _number(factor * a) for name, a in (config.alpha_pattern or {}).items()
+        },
         lora_dropout=config.lora_dropout,
         use_rslora=config.use_rslora,
         fan_in_fan_out=config.fan_in_fan_out,
@@ -487,7 +507,9 @@ def _lora_state_dict(
         if part == "router.weight":
             continue
         if part == "B.weight":
-            per_column = gates[name].repeat_interleave(value.shape[1] // len(gates[name])).to(value.device)
+            per_column = (
+                gates[name].repeat_interleave(value.shape[1] // len(gates[name])).to(value.device)
+            )
             value = (value * per_column).to(value.dtype)
         if part:
             key = f"{name}.lora_{part}"
@@ -527,7 +549,9 @@ def experts_from_loras(
         raise ValueError(f'`combine` is {combine!r}, which is unknown. Pass "mean" or "sum".')
     base = base_model_of(model)
     adapter_name = _adapter_name(base, adapter_name)
-    layers = {n: layer for n, layer in adapted_layers(base).items() if adapter_name in layer.configs}
+    layers = {
+        n: layer for n, layer in adapted_layers(base).items() if adapter_name in layer.configs
+    }
     config = next(iter(layers.values())).configs[adapter_name]
     if zero_router and config.top_k not in (None, config.num_experts):
         raise ValueError(
@@ -540,7 +564,8 @@ def experts_from_loras(
         )
     sources = [_read_lora(lora, i) for i, lora in enumerate(loras)]
     prepared = {
-        name: _stack_loras(sources, name, layer, adapter_name, combine) for name, layer in layers.items()
+        name: _stack_loras(sources, name, layer, adapter_name, combine)
+        for name, layer in layers.items()
     }
     for source in sources:
         spare = [key for key in source.tensors if key.rpartition(".lora_")[0] not in layers]
@@ -594,7 +619,9 @@ def _read_lora(lora: Any, i: int) -> _Lora:
     if isinstance(lora, str | Path):
         name = f"LoRA {i} (`{lora}`)"
         config: Any = PeftConfig.from_pretrained(str(lora))
-        tensors = load_peft_weights(str(lora), device="cpu") if config.peft_type == PeftType.LORA else {}
+        tensors = (
+            load_peft_weights(str(lora), device="cpu") if config.peft_type == PeftType.LORA else {}
+        )
     elif hasattr(lora, "peft_config") and hasattr(lora, "active_adapter"):
         name = f'LoRA {i} (adapter "{lora.active_adapter}")'
         config = lora.peft_config[lora.active_adapter]
@@ -642,7 +669,10 @@ def _stack_loras(
                 f"targets: `TaskMoELoraConfig(target_modules={_shown_targets(source.config.target_modules)})`."
             )
         rank = weight_a.shape[0]
-        if weight_a.shape != (rank, layer.in_features) or weight_b.shape != (layer.out_features, rank):
+        if weight_a.shape != (rank, layer.in_features) or weight_b.shape != (
+            layer.out_features,
+            rank,
+        ):
             raise ValueError(
                 f"{source.name} has A {tuple(weight_a.shape)} and B {tuple(weight_b.shape)} at `{name}`, which takes "
                 f"{layer.in_features} features to {layer.out_features}. It was trained on another base model."
@@ -712,7 +742,9 @@ def from_reference_checkpoint(
         if base_model is not None:
             _check_against_base(base_model, name, features, weight_b.shape[2])
         prefix = f"{_PEFT_PREFIX}{name}.{PREFIX}"
-        state_dict[f"{prefix}A.weight"] = weight_a.transpose(1, 2).reshape(experts * r, features).contiguous()
+        state_dict[f"{prefix}A.weight"] = (
+            weight_a.transpose(1, 2).reshape(experts * r, features).contiguous()
+        )
         state_dict[f"{prefix}B.weight"] = weight_b.reshape(experts * r, -1).t().contiguous()
         state_dict[f"{prefix}router.weight"] = route.contiguous()
     first, size = next(iter(sizes.items()))
@@ -765,7 +797,11 @@ def _read_reference(
     folder = path if path.is_dir() else path.parent
     if path.is_dir():
         path = next(
-            (path / name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) if (path / name).is_file()),
+            (
+                path / name
+                for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+                if (path / name).is_file()
+            ),
             path,
         )
     if not path.is_file():
@@ -803,7 +839,11 @@ def _reference_layers(
             )
         name = key.removesuffix(f".{part}").removeprefix("module.").removeprefix(_PEFT_PREFIX)
         dims = 2 if part == "lora_route.weight" else 3
-        if not isinstance(value, torch.Tensor) or value.dim() != dims or not value.is_floating_point():
+        if (
+            not isinstance(value, torch.Tensor)
+            or value.dim() != dims
+            or not value.is_floating_point()
+        ):
             found = (
                 f"{value.dtype} of shape {tuple(value.shape)}"
                 if isinstance(value, torch.Tensor)

@@ -162,11 +162,19 @@ class FusedUpdate(torch.autograd.Function):
             h, token = both[:ranks].clone(), both[ranks:]  # a view would keep the logits as well
         per_task = None
         if task is not None:
-            per_task = task_logits(task, _stacked([router[:, -task.shape[1] :] for router in routers]))
+            per_task = task_logits(
+                task, _stacked([router[:, -task.shape[1] :] for router in routers])
+            )
         gates = _gates(token, per_task, tokens, token_tasks, len(routers), shape)
         outs = []
         for base, weight, bias, weight_b, mixed, scaling in zip(
-            bases, weights, biases, weights_b, _mix(h, gates).chunk(len(weights_b)), scalings, strict=True
+            bases,
+            weights,
+            biases,
+            weights_b,
+            _mix(h, gates).chunk(len(weights_b)),
+            scalings,
+            strict=True,
         ):
             if weight is not None:
                 out = F.linear(x, weight, bias)
@@ -211,7 +219,9 @@ class FusedUpdate(torch.autograd.Function):
         _mix(dz, gates, out=dh)
         in_place = bool(read) and d_token.dtype == gates.dtype
         d_logits = d_token if in_place else d_gates.new_empty(all_experts, tokens)
-        torch._softmax_backward_data(d_gates, gates, 1, gates.dtype, grad_input=d_logits.view(gates.shape))
+        torch._softmax_backward_data(
+            d_gates, gates, 1, gates.dtype, grad_input=d_logits.view(gates.shape)
+        )
         if read and not in_place:
             d_token.copy_(d_logits)
 
@@ -244,14 +254,18 @@ class FusedUpdate(torch.autograd.Function):
             if token_tasks is None:
                 per_task = d_logits.view(all_experts, n, tokens // n).sum(2)
             else:
-                per_task = d_logits.new_zeros(n, all_experts).index_add_(0, token_tasks, d_logits.t()).t()
+                per_task = (
+                    d_logits.new_zeros(n, all_experts).index_add_(0, token_tasks, d_logits.t()).t()
+                )
             per_task = per_task.to(routers[0].dtype)
             of_task = per_task @ task.to(per_task.dtype)
-            grad_routers = of_task if grad_routers is None else torch.cat((grad_routers, of_task), 1)
+            grad_routers = (
+                of_task if grad_routers is None else torch.cat((grad_routers, of_task), 1)
+            )
             if ctx.needs_input_grad[1]:
-                grad_task = (per_task.t() @ _stacked([router[:, -task.shape[1] :] for router in routers])).to(
-                    task.dtype
-                )
+                grad_task = (
+                    per_task.t() @ _stacked([router[:, -task.shape[1] :] for router in routers])
+                ).to(task.dtype)
         grads: list[torch.Tensor | None] = [grad_x, grad_task, None, None, None, None]
         assert grad_routers is not None  # a router reads the token or the task
         for grad_out, grad_a, grad_b, grad_router in zip(
@@ -326,7 +340,9 @@ def decoding_dtype(weight: torch.Tensor, rows: int) -> torch.dtype:
     In half precision a CPU's library takes 20 to 30 us to start a product of any size; a float32 product of up to 8 rows is done in 10.
     """
     low = weight.dtype in (torch.bfloat16, torch.float16)
-    return torch.float32 if low and weight.device.type == "cpu" and rows <= _FEW_ROWS else weight.dtype
+    return (
+        torch.float32 if low and weight.device.type == "cpu" and rows <= _FEW_ROWS else weight.dtype
+    )
 
 
 def decoding_weights(
@@ -353,9 +369,14 @@ def decoding_weights(
         per_task = torch.cat(per_layer, 1)
     if shape.reads_token:
         weights_a += tuple(router[:, : weights_a[0].shape[1]] for router in routers)
-    scaled = (weight.to(dtype) * scaling for weight, scaling in zip(weights_b, scalings, strict=True))
+    scaled = (
+        weight.to(dtype) * scaling for weight, scaling in zip(weights_b, scalings, strict=True)
+    )
     return DecodingWeights(
-        torch.cat(weights_a).to(dtype), tuple(weight.t().contiguous() for weight in scaled), per_task, shape
+        torch.cat(weights_a).to(dtype),
+        tuple(weight.t().contiguous() for weight in scaled),
+        per_task,
+        shape,
     )
 
 
@@ -428,10 +449,17 @@ def decoding_step(
         _mix_for_all(x, space, prepared)
     else:
         of = prepared.source
-        if of is None or of[0] is not source or of[1] != source._version or layer not in prepared.waiting:
+        if (
+            of is None
+            or of[0] is not source
+            or of[1] != source._version
+            or layer not in prepared.waiting
+        ):
             _mix_for_all(x, space, prepared)
             prepared.source = (source, source._version)
             prepared.waiting.update(range(len(prepared.b)))
         prepared.waiting.remove(layer)
     mixed, weight_b = space.mixed[layer], prepared.b[layer]
-    return out.addmm_(mixed, weight_b) if out.dtype == weight_b.dtype else out.add_(mixed @ weight_b)
+    return (
+        out.addmm_(mixed, weight_b) if out.dtype == weight_b.dtype else out.add_(mixed @ weight_b)
+    )

@@ -114,7 +114,9 @@ class GateRecord:
         slots = layer.shapes[adapter].top_k or 1
         chosen = torch.zeros_like(gates).scatter(-1, gates.topk(slots, dim=-1).indices, 1.0 / slots)
         entropy = torch.special.entr(gates).sum(-1, keepdim=True)
-        per_token = torch.cat((gates, gates.square(), chosen, entropy, torch.ones_like(entropy)), dim=-1)
+        per_token = torch.cat(
+            (gates, gates.square(), chosen, entropy, torch.ones_like(entropy)), dim=-1
+        )
         mask = counted_tokens(adapter, gates.shape[0])
         if mask is not None:
             per_token = per_token * mask.to(gates.device).unsqueeze(-1)
@@ -122,7 +124,9 @@ class GateRecord:
             self._add(adapter, name, self._labels, per_token.sum(0))
             return
         owners = _owners(adapter, gates.shape[0], self._labels).to(gates.device)
-        sums = per_token.new_zeros(len(self._labels), per_token.shape[1]).index_add_(0, owners, per_token)
+        sums = per_token.new_zeros(len(self._labels), per_token.shape[1]).index_add_(
+            0, owners, per_token
+        )
         for label, row in zip(self._labels, sums, strict=True):
             self._add(adapter, name, label, row)
 
@@ -196,7 +200,9 @@ class GateRecord:
             means = torch.tensor([s.mean for s in per_task], dtype=torch.float64)
             between = means.var(0, correction=0).sum().item()
             total = within + between
-            found.append(GateVariance(adapter, layer, within, between, between / total if total else 0.0))
+            found.append(
+                GateVariance(adapter, layer, within, between, between / total if total else 0.0)
+            )
         return found
 
     def similarity(
@@ -364,7 +370,9 @@ def _owners(adapter: str, tokens: int, labels: list[str]) -> torch.Tensor:
 def _stats(adapter: str, layer: str, task: str, sums: torch.Tensor) -> GateStats:
     num_experts = (len(sums) - 2) // 3
     tokens = sums[-1]
-    mean, square, load, entropy = (sums[:-1] / tokens).split([num_experts, num_experts, num_experts, 1])
+    mean, square, load, entropy = (sums[:-1] / tokens).split(
+        [num_experts, num_experts, num_experts, 1]
+    )
     return GateStats(
         adapter=adapter,
         layer=layer,
@@ -387,7 +395,9 @@ def _similarity(a: torch.Tensor, b: torch.Tensor, measure: Measure) -> float:
     return 1.0 - divergence.clamp(min=0.0).item()
 
 
-def heat_map(record: GateRecord, tasks: Sequence[str] | None = None, adapter: str | None = None) -> Figure:
+def heat_map(
+    record: GateRecord, tasks: Sequence[str] | None = None, adapter: str | None = None
+) -> Figure:
     """Draw the mean gates: one panel per task, a row per layer, a column per expert, one colour scale for all.
 
     Args:
@@ -414,11 +424,14 @@ def heat_map(record: GateRecord, tasks: Sequence[str] | None = None, adapter: st
     experts = gates[0].shape[1]
     top = max(values.max().item() for values in gates)
     figure = Figure(
-        figsize=(2.0 + len(names) * (0.6 + 0.25 * experts), 1.2 + 0.18 * len(layers)), layout="constrained"
+        figsize=(2.0 + len(names) * (0.6 + 0.25 * experts), 1.2 + 0.18 * len(layers)),
+        layout="constrained",
     )
     axes = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for ax, name, values in zip(axes, names, gates, strict=True):
-        image = ax.imshow(values.numpy(), vmin=0.0, vmax=top, aspect="auto", interpolation="nearest")
+        image = ax.imshow(
+            values.numpy(), vmin=0.0, vmax=top, aspect="auto", interpolation="nearest"
+        )
         ax.set_title(name)
         ax.set_xlabel("expert")
         ax.set_xticks(range(experts))

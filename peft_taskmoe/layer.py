@@ -61,7 +61,11 @@ class _MadeAhead(NamedTuple):
 
     def is_of(self, x: torch.Tensor) -> bool:
         """Whether it is the output for this x as it is now."""
-        return self.x is x and self.version == x._version and self.grad_enabled == torch.is_grad_enabled()
+        return (
+            self.x is x
+            and self.version == x._version
+            and self.grad_enabled == torch.is_grad_enabled()
+        )
 
 
 class _Readers:
@@ -86,7 +90,15 @@ class TaskMoELoraLayer(BaseTunerLayer):
     """The adapters of one layer, by adapter name: A `(e*r, in)`, B `(out, e*r)`, router `(e, in + task_dim)`, and their numbers."""
 
     adapter_layer_names = (f"{PREFIX}A", f"{PREFIX}B", f"{PREFIX}router")
-    other_param_names = ("num_experts", "r", "lora_alpha", "scaling", "lora_dropout", "configs", "shapes")
+    other_param_names = (
+        "num_experts",
+        "r",
+        "lora_alpha",
+        "scaling",
+        "lora_dropout",
+        "configs",
+        "shapes",
+    )
 
     def __init__(self, base_layer: nn.Module) -> None:
         self.base_layer = base_layer
@@ -105,7 +117,9 @@ class TaskMoELoraLayer(BaseTunerLayer):
         self._before_merge: dict[str, torch.Tensor] = {}
         self.in_features, self.out_features = _linear_features(self.get_base_layer())
 
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: TaskMoELoraConfig) -> None:
+    def update_layer(
+        self, adapter_name: str, r: int, lora_alpha: float, config: TaskMoELoraConfig
+    ) -> None:
         """Add or replace an adapter.
 
         Args:
@@ -122,11 +136,15 @@ class TaskMoELoraLayer(BaseTunerLayer):
         self.lora_dropout[adapter_name] = config.lora_dropout
         self.configs[adapter_name] = config
         self.set_scale(adapter_name, 1.0)
-        self.shapes[adapter_name] = ExpertShape(config.num_experts, r, config.top_k, reads_token, reads_task)
+        self.shapes[adapter_name] = ExpertShape(
+            config.num_experts, r, config.top_k, reads_token, reads_task
+        )
         rank = config.num_experts * r
         self.taskmoe_lora_A[adapter_name] = AdapterWeight(self.in_features, rank, bias=False)
         self.taskmoe_lora_B[adapter_name] = AdapterWeight(rank, self.out_features, bias=False)
-        self.taskmoe_lora_router[adapter_name] = AdapterWeight(router_in, config.num_experts, bias=False)
+        self.taskmoe_lora_router[adapter_name] = AdapterWeight(
+            router_in, config.num_experts, bias=False
+        )
         self.reset_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -148,7 +166,9 @@ class TaskMoELoraLayer(BaseTunerLayer):
 
     def _active_here(self) -> list[str]:
         """The active adapters that this layer has."""
-        names: Any = self.active_adapters  # a list; nn.Module's attributes hide it from the type checker
+        names: Any = (
+            self.active_adapters
+        )  # a list; nn.Module's attributes hide it from the type checker
         return [name for name in names if name in self.taskmoe_lora_A]
 
     def set_scale(self, adapter: str, scale: float) -> None:
@@ -217,7 +237,11 @@ class TaskMoELoraLayer(BaseTunerLayer):
         Raises:
             ValueError: See `get_delta_weight`; or if the merged weight is not finite (`safe_merge`).
         """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.taskmoe_lora_A]
+        names = [
+            name
+            for name in check_adapters_to_merge(self, adapter_names)
+            if name in self.taskmoe_lora_A
+        ]
         deltas = {name: self.get_delta_weight(name) for name in names}
         if not deltas:
             return
@@ -255,7 +279,9 @@ class TaskMoELoraLayer(BaseTunerLayer):
         if _is_sharded(linears[0]):
             weight_a, weight_b, router_weight = (linear() for linear in linears)
         elif linears[0].weight.is_meta:
-            weight_a, weight_b, router_weight = (_onloaded(linear, adapter_name) for linear in linears)
+            weight_a, weight_b, router_weight = (
+                _onloaded(linear, adapter_name) for linear in linears
+            )
         else:
             weight_a, weight_b, router_weight = (linear.weight for linear in linears)
         return weight_a, weight_b, router_weight
@@ -268,7 +294,11 @@ class TaskMoELoraLayer(BaseTunerLayer):
             return None
         config = self.configs[adapter_name]
         device = device or cast(nn.Linear, self.taskmoe_lora_router[adapter_name]).weight.device
-        task = None if state is None else state.normalized_embeds(config.task_norm, self.in_features, device)
+        task = (
+            None
+            if state is None
+            else state.normalized_embeds(config.task_norm, self.in_features, device)
+        )
         if task is None:
             raise ValueError(missing_task_message(adapter_name))
         if task.shape[-1] != config.task_dim:
@@ -294,7 +324,9 @@ def _one_token_a_row(x: torch.Tensor) -> bool:
 
 def _is_sharded(part: nn.Module) -> bool:
     """Whether a part of an adapter is a unit of FSDP (wrapped, or by a class made for it) or one of ZeRO-3's parameters."""
-    by_fsdp = type(part) is not AdapterWeight and isinstance(getattr(part, "module", part), AdapterWeight)
+    by_fsdp = type(part) is not AdapterWeight and isinstance(
+        getattr(part, "module", part), AdapterWeight
+    )
     return by_fsdp or hasattr(part.weight, "ds_id")
 
 
@@ -368,7 +400,12 @@ class Linear(nn.Module, TaskMoELoraLayer):
     """
 
     def __init__(
-        self, base_layer: nn.Module, adapter_name: str, r: int, lora_alpha: float, config: TaskMoELoraConfig
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        r: int,
+        lora_alpha: float,
+        config: TaskMoELoraConfig,
     ) -> None:
         super().__init__()
         TaskMoELoraLayer.__init__(self, base_layer)
@@ -433,14 +470,18 @@ class Linear(nn.Module, TaskMoELoraLayer):
                 and layer._can_decode(x, state)
                 and layer._active_here() == [name]
                 and layer.shapes[name] == self.shapes[name]
-                and layer.taskmoe_lora_A[name].weight.device == self.taskmoe_lora_A[name].weight.device
-                and layer.taskmoe_lora_A[name].weight.dtype == self.taskmoe_lora_A[name].weight.dtype
+                and layer.taskmoe_lora_A[name].weight.device
+                == self.taskmoe_lora_A[name].weight.device
+                and layer.taskmoe_lora_A[name].weight.dtype
+                == self.taskmoe_lora_A[name].weight.dtype
             ]
         parts = [
             (*layer._weights(name), layer._task_of(x, name, state)[0], layer.scaling[name])
             for layer in together
         ]
-        weights = decoding_weights(parts, self.shapes[name], decoding_dtype(parts[0][0], x.shape[0]))
+        weights = decoding_weights(
+            parts, self.shapes[name], decoding_dtype(parts[0][0], x.shape[0])
+        )
         for place, layer in enumerate(together):
             frozen = layer.base_layer if layer._frozen_linear(x, x.dtype) else None
             of_base = (None, None) if frozen is None else (frozen.weight, frozen.bias)
@@ -469,12 +510,18 @@ class Linear(nn.Module, TaskMoELoraLayer):
         if prepared.base_weight is not None:
             out = F.linear(x2, prepared.base_weight, prepared.base_bias)
         else:
-            out = self.base_layer(x).reshape(x2.shape[0], -1).clone()  # a hook or the layer may keep its own
+            out = (
+                self.base_layer(x).reshape(x2.shape[0], -1).clone()
+            )  # a hook or the layer may keep its own
         return decoding_step(x2, out, prepared.weights, prepared.place, x).unsqueeze(1)
 
-    def _forward_one(self, x: torch.Tensor, adapter_name: str, state: TaskState | None) -> torch.Tensor:
+    def _forward_one(
+        self, x: torch.Tensor, adapter_name: str, state: TaskState | None
+    ) -> torch.Tensor:
         """One adapter, no other arguments: the fast cases."""
-        if torch.compiler.is_compiling() or not self._frozen_linear(x, self._dtype(x, adapter_name)):
+        if torch.compiler.is_compiling() or not self._frozen_linear(
+            x, self._dtype(x, adapter_name)
+        ):
             return self._add_update(x, self.base_layer(x), adapter_name, state)
         ahead = made_ahead()
         made = ahead.get(self)
@@ -486,8 +533,14 @@ class Linear(nn.Module, TaskMoELoraLayer):
             return self._add_update(x, self.base_layer(x), adapter_name, state)
         together = [self]
         if not x.is_inference():
-            group = self.together if state is None or state.together is None else state.together.get(self, ())
-            together += [layer for layer in group[1:] if layer._computes_like(self, x, adapter_name)]
+            group = (
+                self.together
+                if state is None or state.together is None
+                else state.together.get(self, ())
+            )
+            together += [
+                layer for layer in group[1:] if layer._computes_like(self, x, adapter_name)
+            ]
         dtype = self._dtype(x, adapter_name)
         scalings = tuple(layer.scaling[adapter_name] for layer in together)
         with torch.autocast(x.device.type, enabled=False):
@@ -544,10 +597,14 @@ class Linear(nn.Module, TaskMoELoraLayer):
         if torch.compiler.is_compiling() or self._needs_plain_form(adapter_name, state):
             mixed = self._plain_bottleneck(x.to(dtype), adapter_name, task, token_tasks, state)
             if out.dtype == mixed.dtype:  # one product that adds to the base output
-                return torch.addmm(out.reshape(-1, out.shape[-1]), mixed, weights[1].t()).view(out.shape)
+                return torch.addmm(out.reshape(-1, out.shape[-1]), mixed, weights[1].t()).view(
+                    out.shape
+                )
             return (out + F.linear(mixed, weights[1]).view(out.shape)).to(out.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            tensors = LayerTensors(out.to(dtype), None, None, *(weight.to(dtype) for weight in weights))
+            tensors = LayerTensors(
+                out.to(dtype), None, None, *(weight.to(dtype) for weight in weights)
+            )
             (total,) = FusedUpdate.apply(
                 x.to(dtype), task, token_tasks, self.shapes[adapter_name], (self.scaling[adapter_name],),
                 self._dropout(adapter_name), *tensors,
@@ -573,7 +630,9 @@ class Linear(nn.Module, TaskMoELoraLayer):
         token = None
         if shape.reads_token and not dropout:  # one product for A and the router
             stacked = torch.cat((weight_a, router_weight[:, : x2.shape[1]]))
-            h, token = F.linear(x2, stacked).split((shape.num_experts * shape.r, shape.num_experts), dim=1)
+            h, token = F.linear(x2, stacked).split(
+                (shape.num_experts * shape.r, shape.num_experts), dim=1
+            )
         else:
             h = F.linear(F.dropout(x2, dropout), weight_a)
             if shape.reads_token:
@@ -593,19 +652,25 @@ class Linear(nn.Module, TaskMoELoraLayer):
             mixed = collect_aux_loss(mixed, loss, state.aux)
         return mixed
 
-    def _forward_by_row(self, x: torch.Tensor, state: TaskState, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _forward_by_row(
+        self, x: torch.Tensor, state: TaskState, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         """Each row of the batch with the adapter named for it; `"__base__"` for none."""
         out = self.base_layer(x, *args, **kwargs)
         names = repeat_names(state.adapter_names or (), x.shape[0])
         for adapter_name in sorted(set(names)):
             if adapter_name not in self.taskmoe_lora_A:
                 continue
-            rows = torch.tensor([i for i, name in enumerate(names) if name == adapter_name], device=x.device)
+            rows = torch.tensor(
+                [i for i, name in enumerate(names) if name == adapter_name], device=x.device
+            )
             embeds = state.task_embeds
             if embeds is not None:
                 embeds = embeds[(rows // (x.shape[0] // embeds.shape[0])).to(embeds.device)]
             of_rows = TaskState(task_embeds=embeds, recorder=state.recorder)
-            out = out.index_copy(0, rows, self._add_update(x[rows], out[rows], adapter_name, of_rows))
+            out = out.index_copy(
+                0, rows, self._add_update(x[rows], out[rows], adapter_name, of_rows)
+            )
         return out
 
     def _task_of(
@@ -669,9 +734,15 @@ class Linear(nn.Module, TaskMoELoraLayer):
         return (
             type(weight) in (nn.Parameter, torch.Tensor)
             and not weight.requires_grad
-            and (base.bias is None or (not base.bias.requires_grad and base.bias.dtype == weight.dtype))
+            and (
+                base.bias is None
+                or (not base.bias.requires_grad and base.bias.dtype == weight.dtype)
+            )
             and weight.dtype == dtype
-            and (x.dtype == weight.dtype or (x.dtype in _CAST and torch.is_autocast_enabled(x.device.type)))
+            and (
+                x.dtype == weight.dtype
+                or (x.dtype in _CAST and torch.is_autocast_enabled(x.device.type))
+            )
             and not is_in_torch_dispatch_mode()
             and not (
                 base._forward_hooks

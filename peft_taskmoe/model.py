@@ -34,7 +34,13 @@ from .conditioning import (
 )
 from .config import TaskMoELoraConfig
 from .encoder import TaskEncoder, TaskEncoderConfig
-from .layer import Linear, TaskMoELoraLayer, missing_task_message, repeat_names, wrong_dimension_message
+from .layer import (
+    Linear,
+    TaskMoELoraLayer,
+    missing_task_message,
+    repeat_names,
+    wrong_dimension_message,
+)
 from .peft_type import PREFIX
 
 _CHECKPOINT_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
@@ -84,11 +90,16 @@ class Conditioner:
             halves = [
                 tuple(layer for layer in group if (layer in left) is taken_out)
                 for group in self.together.values()
-                for taken_out in (False, True)  # k and v may still read the same, if it was q that did not
+                for taken_out in (
+                    False,
+                    True,
+                )  # k and v may still read the same, if it was q that did not
             ]
             self.group(halves)
 
-    def adapters_that_read_the_task(self, adapter_names: Sequence[str] | None) -> list[tuple[str, int]]:
+    def adapters_that_read_the_task(
+        self, adapter_names: Sequence[str] | None
+    ) -> list[tuple[str, int]]:
         """Names and task dimensions of the adapters this forward uses whose router reads the task."""
         found: dict[str, int] = {}
         for layer in self.layers:
@@ -116,7 +127,11 @@ class Conditioner:
         """Add the collected load-balancing loss to the loss of the outputs; see to its gradient where a trainer computes that loss."""
         by_name = isinstance(outputs, dict)
         loss = (
-            outputs.get("loss") if by_name else outputs[0] if isinstance(outputs, tuple) and outputs else None
+            outputs.get("loss")
+            if by_name
+            else outputs[0]
+            if isinstance(outputs, tuple) and outputs
+            else None
         )
         log_probs, counted = (
             (outputs.get("log_probs"), outputs.get("label_mask")) if by_name else (None, None)
@@ -127,7 +142,9 @@ class Conditioner:
         elif added:
             outputs = (AddAuxLoss.apply(loss, aux), *outputs[1:])
         if isinstance(log_probs, torch.Tensor) and isinstance(counted, torch.Tensor):
-            outputs["log_probs"] = WeighAuxLoss.apply(log_probs, counted, aux, self.warn_of_aux_loss)
+            outputs["log_probs"] = WeighAuxLoss.apply(
+                log_probs, counted, aux, self.warn_of_aux_loss
+            )
         elif not added:
             self.warn_of_aux_loss()
             return outputs
@@ -264,7 +281,9 @@ def _forward(
         return inner(*args, **kwargs)
     if outer is not None and task_embeds is None:
         if outer.owner is conditioner:
-            return inner(*args, **kwargs)  # inside a wrapper of its own, around what was wrapped since
+            return inner(
+                *args, **kwargs
+            )  # inside a wrapper of its own, around what was wrapped since
         if outer.memo is not None:
             if outer.recorder is not None:
                 outer.token_mask = _token_mask(_bind(type(model), args, kwargs))
@@ -329,7 +348,9 @@ def _with_task_embeds(function: Callable[..., Any]) -> inspect.Signature:
     signature = inspect.signature(function)
     if "task_embeds" in signature.parameters:
         return signature  # wrapped before, with something of others' in between
-    parameters = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    parameters = [
+        p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()
+    ]
     rest = [p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
     parameters = [p for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
     extra = inspect.Parameter("task_embeds", inspect.Parameter.KEYWORD_ONLY, default=None)
@@ -490,7 +511,9 @@ class TaskMoELoraModel(BaseTuner):
         name = key.rpartition(".")[2]
         if name in _TRAINED_HEADS.get(peft_config.task_type or "", ()):
             return False
-        if peft_config.layers_to_transform is not None and key in (peft_config.target_modules or ()):
+        if peft_config.layers_to_transform is not None and key in (
+            peft_config.target_modules or ()
+        ):
             peft_config = copy(
                 peft_config
             )  # PEFT counts layers for names that end a path, not for whole paths
@@ -555,7 +578,9 @@ class TaskMoELoraModel(BaseTuner):
             return
         self._check_adapter_names(names)
         outer = current_state() or TaskState()
-        state = TaskState(task_embeds=outer.task_embeds, adapter_names=list(names), recorder=outer.recorder)
+        state = TaskState(
+            task_embeds=outer.task_embeds, adapter_names=list(names), recorder=outer.recorder
+        )
         handles = [
             module.register_forward_pre_hook(
                 partial(_pass_adapter_names, names=list(names)), with_kwargs=True
@@ -582,7 +607,9 @@ class TaskMoELoraModel(BaseTuner):
                 f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. "
                 f'This model has {", ".join(sorted(known))}, and "__base__" for none.'
             )
-        if any(layer.merged for layer in self.model.modules() if isinstance(layer, TaskMoELoraLayer)):
+        if any(
+            layer.merged for layer in self.model.modules() if isinstance(layer, TaskMoELoraLayer)
+        ):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
@@ -592,7 +619,9 @@ def _pass_adapter_names(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str]
 ) -> Any:
     """Hand each row's adapter to a module that is saved with the adapters."""
-    rows = next(value.shape[0] for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+    rows = next(
+        value.shape[0] for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)
+    )
     kwargs["adapter_names"] = repeat_names(names, rows)
     return args, kwargs
 
@@ -641,7 +670,12 @@ def attach_task_encoder(
     configs: dict[str, TaskMoELoraConfig] = {
         name: layer.configs[name] for layer in conditioner.layers for name in layer.configs
     }
-    active = [name for layer in conditioner.layers for name in layer.active_adapters if name in layer.configs]
+    active = [
+        name
+        for layer in conditioner.layers
+        for name in layer.active_adapters
+        if name in layer.configs
+    ]
     if encoder is None:
         encoder = TaskEncoder.from_config(_encoder_config(configs, active))
     if tokenizer is None:
@@ -671,7 +705,9 @@ def attach_task_encoder(
     return model
 
 
-def _encoder_config(configs: dict[str, TaskMoELoraConfig], active: Sequence[str]) -> TaskEncoderConfig:
+def _encoder_config(
+    configs: dict[str, TaskMoELoraConfig], active: Sequence[str]
+) -> TaskEncoderConfig:
     for name in [*active, *configs]:
         found = configs[name].task_encoder
         if isinstance(found, TaskEncoderConfig):

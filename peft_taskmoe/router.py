@@ -30,7 +30,11 @@ def normalize_task(task_embeds: torch.Tensor, task_norm: str, in_features: int) 
     """
     if task_norm == "none":
         return task_embeds
-    norm = TYPICAL_INPUT_RMS * in_features**0.5 if task_norm == "matched" else task_embeds.shape[-1] ** 0.5
+    norm = (
+        TYPICAL_INPUT_RMS * in_features**0.5
+        if task_norm == "matched"
+        else task_embeds.shape[-1] ** 0.5
+    )
     return F.normalize(task_embeds, dim=-1, eps=1e-12) * norm
 
 

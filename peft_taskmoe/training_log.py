@@ -34,7 +34,9 @@ def log_routing(trainer: Any) -> Any:
 
     def log(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         conditioner = conditioner_of(base_model_of(trainer.model))
-        if "loss" in logs and conditioner is not None:  # an entry about training, not about an evaluation
+        if (
+            "loss" in logs and conditioner is not None
+        ):  # an entry about training, not about an evaluation
             value = conditioner.take_aux_loss()
             if value is not None:
                 logs["router_aux_loss"] = value

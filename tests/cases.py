@@ -270,7 +270,9 @@ def rows_of(batch: dict[str, torch.Tensor], rows: slice) -> dict[str, torch.Tens
     return {name: value[rows] for name, value in batch.items()}
 
 
-def real_positions(model: str, batch: dict[str, torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
+def real_positions(
+    model: str, batch: dict[str, torch.Tensor], logits: torch.Tensor
+) -> torch.Tensor:
     """Bool mask over the logits: False where a token is padding, whose output means nothing."""
     mask = batch.get("attention_mask")
     if mask is None or logits.dim() < 3 or MODELS[model].task_type == "SEQ_2_SEQ_LM":

@@ -1,7 +1,4 @@
-"""Tiny models made from configs, a tokenizer, an encoder, and adapters whose parameters are all random.
-
-It knows no expected value: those come from `reference.py` or from the tests. Nothing here reads a file or the network.
-"""
+"""Fixtures: tiny models, adapters, a tokenizer and an encoder."""
 
 from __future__ import annotations
 
@@ -16,73 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
 from peft_taskmoe import TaskEncoder, TaskMoELoraConfig
-
-TASK_DIM = 6
-VOCAB = 64
-
-# Their own dropout is off: the adapter's draws would otherwise shift theirs.
-MODELS: dict[str, Callable[[], tuple[type, Any]]] = {
-    "llama": lambda: (
-        transformers.LlamaForCausalLM,
-        transformers.LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-        ),
-    ),
-    "gpt2": lambda: (
-        transformers.GPT2LMHeadModel,
-        transformers.GPT2Config(
-            vocab_size=VOCAB,
-            n_embd=16,
-            n_layer=2,
-            n_head=2,
-            n_positions=64,
-            attn_pdrop=0.0,
-            embd_pdrop=0.0,
-            resid_pdrop=0.0,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-        ),
-    ),
-    "t5": lambda: (
-        transformers.T5ForConditionalGeneration,
-        transformers.T5Config(
-            vocab_size=VOCAB,
-            d_model=16,
-            d_kv=8,
-            d_ff=24,
-            num_layers=2,
-            num_heads=2,
-            dropout_rate=0.0,
-            pad_token_id=0,
-            eos_token_id=2,
-            decoder_start_token_id=0,
-        ),
-    ),
-    "bert": lambda: (
-        transformers.BertForSequenceClassification,
-        transformers.BertConfig(
-            vocab_size=VOCAB,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=64,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            pad_token_id=0,
-        ),
-    ),
-}
+from tiny import MODELS, TASK_DIM, VOCAB, randomise
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -95,25 +26,20 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-def randomise(model: nn.Module, seed: int = 1, std: float = 0.2) -> nn.Module:
-    """Give every adapter parameter a random value, as training would leave it."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in sorted(model.named_parameters()):
-        if "taskmoe_lora_" in name:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * std)
-    return model
-
-
 @pytest.fixture
 def tiny_model() -> Callable[..., nn.Module]:
     """`tiny_model("llama", **changes of its config)`: the same weights at every call."""
 
-    def make(name: str = "llama", *, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
+    def make(
+        name: str = "llama", *, dtype: torch.dtype = torch.float32, **changes: Any
+    ) -> nn.Module:
         cls, config = MODELS[name]()
         config.update(changes)
         torch.manual_seed(0)
         model = cls(config)
-        for parameter in model.parameters():  # far enough from zero for attention and adapters to show
+        for (
+            parameter
+        ) in model.parameters():  # far enough from zero for attention and adapters to show
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.3)
         return model.to(dtype)
@@ -129,7 +55,9 @@ def adapted(tiny_model) -> Callable[..., PeftModel]:
         name: str = "llama", *, model_changes: dict[str, Any] | None = None, **settings: Any
     ) -> PeftModel:
         settings = {"task_dim": TASK_DIM, "num_experts": 3, "r": 2, "lora_dropout": 0.0, **settings}
-        model = get_peft_model(tiny_model(name, **(model_changes or {})), TaskMoELoraConfig(**settings))
+        model = get_peft_model(
+            tiny_model(name, **(model_changes or {})), TaskMoELoraConfig(**settings)
+        )
         return randomise(model).eval()
 
     return make
@@ -143,7 +71,11 @@ def word_tokenizer() -> transformers.PreTrainedTokenizerFast:
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
     )
 
 

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from peft import get_peft_model, get_peft_model_state_dict
 from peft.utils.other import fsdp_auto_wrap_policy
-from scripted import tiny_llama
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -24,6 +23,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from peft_taskmoe import TaskMoELoraConfig
+from scripted import tiny_llama
 
 IDS = torch.arange(4 * 12).view(4, 12) % 200 + 5
 TASK = torch.linspace(-1, 1, 4 * 6).view(4, 6)
@@ -88,7 +88,9 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
             grad = parameter.grad
             for prefix in PREFIXES:
                 name = name.replace(prefix, "")
-            found[name] = None if grad is None else getattr(grad, "full_tensor", lambda g=grad: g)().clone()
+            found[name] = (
+                None if grad is None else getattr(grad, "full_tensor", lambda g=grad: g)().clone()
+            )
     return found
 
 
@@ -104,7 +106,10 @@ def step(
     """Gradients after forward and backward, and the adapter; without `wrap`, of the mean of both processes' losses."""
     model = adapted(checkpointing)
     if wrap is None:
-        losses = [model(input_ids=IDS[i::2], labels=IDS[i::2], task_embeds=TASK[i::2]).loss for i in (0, 1)]
+        losses = [
+            model(input_ids=IDS[i::2], labels=IDS[i::2], task_embeds=TASK[i::2]).loss
+            for i in (0, 1)
+        ]
         (sum(losses) / 2).backward()
         return gradients(model), get_peft_model_state_dict(model)
     model = wrap(model)

@@ -72,9 +72,18 @@ class File:
 
     def to_tree_entry(self, path: str) -> dict[str, Any]:
         """The file as an entry of the tree listing."""
-        entry: dict[str, Any] = {"type": "file", "path": path, "size": len(self.data), "oid": self.blob_id}
+        entry: dict[str, Any] = {
+            "type": "file",
+            "path": path,
+            "size": len(self.data),
+            "oid": self.blob_id,
+        }
         if self.large:
-            entry["lfs"] = {"oid": self.sha256, "size": len(self.data), "pointerSize": len(self.pointer)}
+            entry["lfs"] = {
+                "oid": self.sha256,
+                "size": len(self.data),
+                "pointerSize": len(self.pointer),
+            }
         return entry
 
 
@@ -98,7 +107,9 @@ class Repo:
         """Put a commit on a branch, at once and as a whole."""
         parent = self.branches.get(branch, "")
         content = [f"{path} {file.blob_id}" for path, file in sorted(files.items())]
-        sha = hashlib.sha1("\n".join([parent, str(len(self.commits)), title, *content]).encode()).hexdigest()
+        sha = hashlib.sha1(
+            "\n".join([parent, str(len(self.commits)), title, *content]).encode()
+        ).hexdigest()
         self.commits[sha] = Commit(sha, dict(files))
         self.branches[branch] = sha
         return self.commits[sha]
@@ -207,11 +218,16 @@ class LoopbackHub:
 
     def __enter__(self) -> Self:
         for server in (self._hub, self._storage):
-            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+            threading.Thread(
+                target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+            ).start()
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         for server in (self._hub, self._storage):
             server.shutdown()
@@ -219,7 +235,9 @@ class LoopbackHub:
 
     # What a test does with the Hub
 
-    def fail_next(self, endpoint: str, status: int | None = 500, times: int = 1, skip: int = 0) -> None:
+    def fail_next(
+        self, endpoint: str, status: int | None = 500, times: int = 1, skip: int = 0
+    ) -> None:
         """Let requests fail. A request that fails changes nothing here, even if its body arrived.
 
         Args:
@@ -233,7 +251,9 @@ class LoopbackHub:
             ValueError: for an endpoint that does not exist.
         """
         if endpoint not in ENDPOINTS:
-            raise ValueError(f"`{endpoint}` is no endpoint of this Hub. Use one of {list(ENDPOINTS)}.")
+            raise ValueError(
+                f"`{endpoint}` is no endpoint of this Hub. Use one of {list(ENDPOINTS)}."
+            )
         with self._lock:
             self._failures[endpoint] = Failure(status, times, skip)
 
@@ -241,7 +261,8 @@ class LoopbackHub:
         """The files of a revision (a branch or a commit) by path, as whoever may read the repository sees them."""
         with self._lock:
             return {
-                path: file.data for path, file in self._commit(self._repos[repo_id], revision).files.items()
+                path: file.data
+                for path, file in self._commit(self._repos[repo_id], revision).files.items()
             }
 
     def head(self, repo_id: str, revision: str = "main") -> str:
@@ -317,7 +338,9 @@ class LoopbackHub:
         self._require_token(request)
         asked = request.json()
         if asked.get("type", "model") != "model":
-            raise HubError(501, f"This Hub has no repositories of type `{asked['type']}`, only models.")
+            raise HubError(
+                501, f"This Hub has no repositories of type `{asked['type']}`, only models."
+            )
         namespace = asked.get("organization") or self.user
         if namespace != self.user:
             raise HubError(
@@ -326,7 +349,9 @@ class LoopbackHub:
         repo_id = f"{namespace}/{asked['name']}"
         description = {"url": f"{self.url}/{repo_id}", "name": repo_id}
         if repo_id in self._repos:
-            return Reply.of({"error": "You already created this model repo", **description}, status=409)
+            return Reply.of(
+                {"error": "You already created this model repo", **description}, status=409
+            )
         repo = Repo(private=asked.get("visibility") == "private")
         repo.commit("main", "initial commit", {".gitattributes": File(GITATTRIBUTES, large=False)})
         self._repos[repo_id] = repo
@@ -341,7 +366,8 @@ class LoopbackHub:
         if valid:
             return Reply.of({"errors": [], "warnings": []})
         return Reply.of(
-            {"errors": [{"message": "The metadata is no YAML mapping."}], "warnings": []}, status=400
+            {"errors": [{"message": "The metadata is no YAML mapping."}], "warnings": []},
+            status=400,
         )
 
     def _post_branch(self, request: Request, repo_id: str, branch: str) -> Reply:
@@ -357,7 +383,9 @@ class LoopbackHub:
         answers = []
         for asked in request.json()["files"]:
             path, size = asked["path"], asked["size"]
-            large = size >= LFS_FROM_SIZE or any(fnmatch.fnmatch(path, pattern) for pattern in LFS_PATTERNS)
+            large = size >= LFS_FROM_SIZE or any(
+                fnmatch.fnmatch(path, pattern) for pattern in LFS_PATTERNS
+            )
             answers.append(
                 {
                     "path": path,
@@ -402,7 +430,9 @@ class LoopbackHub:
             else:
                 raise HubError(501, f"This Hub does not know the operation `{item['key']}`.")
         commit = repo.commit(revision, title, files)
-        return Reply.of({"commitUrl": f"{self.url}/{repo_id}/commit/{commit.sha}", "commitOid": commit.sha})
+        return Reply.of(
+            {"commitUrl": f"{self.url}/{repo_id}/commit/{commit.sha}", "commitOid": commit.sha}
+        )
 
     def _get_tree(self, request: Request, repo_id: str, revision: str) -> Reply:
         if request.query.get("recursive", ["false"])[0].lower() != "true":
@@ -423,7 +453,13 @@ class LoopbackHub:
         commit = self._commit(repo, revision)
         siblings = [{"rfilename": path} for path in sorted(commit.files)]
         return Reply.of(
-            {"id": repo_id, "sha": commit.sha, "private": repo.private, "tags": [], "siblings": siblings}
+            {
+                "id": repo_id,
+                "sha": commit.sha,
+                "private": repo.private,
+                "tags": [],
+                "siblings": siblings,
+            }
         )
 
     def _get_resolve(self, request: Request, repo_id: str, revision: str, path: str) -> Reply:
@@ -447,7 +483,8 @@ class LoopbackHub:
         """Storage checks the signature in the address, and wants no token: a client that sends one leaks it."""
         if "Authorization" in request.headers:
             raise HubError(
-                400, "Only one auth mechanism allowed: the address is signed, send no Authorization header"
+                400,
+                "Only one auth mechanism allowed: the address is signed, send no Authorization header",
             )
         if request.query.get("signature") != [self._signature]:
             raise HubError(403, "The signature of this address is not valid")
@@ -530,7 +567,9 @@ class _Handler(BaseHTTPRequestHandler):
             found = pattern.fullmatch(path)
             if found and endpoint.split()[0] == self.command:
                 return endpoint, {
-                    name: unquote(part) for name, part in found.groupdict().items() if part is not None
+                    name: unquote(part)
+                    for name, part in found.groupdict().items()
+                    if part is not None
                 }
         return f"{self.command} {path}", {}
 

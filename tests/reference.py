@@ -106,7 +106,9 @@ def balancing_loss(logits: Tensor, top_k: int | None, counted: Sequence[bool]) -
     for i in range(num_experts):
         f_i, p_i = 0.0, torch.zeros((), dtype=logits.dtype)
         for t in tokens:
-            best = sorted(range(num_experts), key=lambda j, t=t: logits[t, j].item(), reverse=True)[:slots]
+            best = sorted(range(num_experts), key=lambda j, t=t: logits[t, j].item(), reverse=True)[
+                :slots
+            ]
             f_i += (i in best) / (slots * len(tokens))
             p_i = p_i + torch.exp(logits[t, i]) / torch.exp(logits[t]).sum() / len(tokens)
         loss = loss + f_i * p_i

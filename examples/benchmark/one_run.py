@@ -76,7 +76,10 @@ class Data:
         pool = read_datasets(args.train_data, split="train")
         dev = {name: sample(documents, args.dev_documents, 0) for name, documents in pool.items()}
         kept = {name: {document.id for document in documents} for name, documents in dev.items()}
-        train = {name: [d for d in documents if d.id not in kept[name]] for name, documents in pool.items()}
+        train = {
+            name: [d for d in documents if d.id not in kept[name]]
+            for name, documents in pool.items()
+        }
         return cls(
             train,
             dev,
@@ -86,7 +89,9 @@ class Data:
 
     def training_documents(self, args: BenchmarkArguments, seed: int) -> Documents:
         """A seed's sample of the training documents."""
-        wanted = {name: args.train_documents_of.get(name, args.train_documents) for name in self.train}
+        wanted = {
+            name: args.train_documents_of.get(name, args.train_documents) for name in self.train
+        }
         return {
             name: documents if wanted[name] is None else sample(documents, wanted[name] or 0, seed)
             for name, documents in self.train.items()
@@ -95,7 +100,9 @@ class Data:
     def checksum(self) -> str:
         """Tells whether two comparisons read the same documents."""
         parts = (self.train, self.dev, self.zero_shot, self.supervised)
-        content = [[name, [d.to_dict() for d in docs]] for part in parts for name, docs in part.items()]
+        content = [
+            [name, [d.to_dict() for d in docs]] for part in parts for name, docs in part.items()
+        ]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -122,7 +129,12 @@ class Encoders:
 
 
 def carry_out(
-    run: Run, args: BenchmarkArguments, sft: SFTConfig, data: Data, encoders: Encoders, console: Console
+    run: Run,
+    args: BenchmarkArguments,
+    sft: SFTConfig,
+    data: Data,
+    encoders: Encoders,
+    console: Console,
 ) -> dict[str, Any]:
     """Train and measure, as far as `args.measure` says; what was done before is not done again.
 
@@ -135,7 +147,8 @@ def carry_out(
     encoder = encoders.of(run)
     figures: dict[str, Any] = {
         "training": _once(
-            folder / "training.json", lambda: train(run, args, sft, data, encoder, tokenizer, folder)
+            folder / "training.json",
+            lambda: train(run, args, sft, data, encoder, tokenizer, folder),
         )
     }
     gc.collect()  # the model that was trained
@@ -149,9 +162,15 @@ def carry_out(
     measure = Measure(model, tokenizer, encoder, args)
 
     console.print(f"{run.name}: likelihood of the gold answers")
-    for part, sets in (("dev", data.dev), ("zero_shot", data.zero_shot), ("supervised", data.supervised)):
+    for part, sets in (
+        ("dev", data.dev),
+        ("zero_shot", data.zero_shot),
+        ("supervised", data.supervised),
+    ):
         figures[f"nll_{part}"] = {
-            name: _once(folder / f"nll_{part}" / f"{name}.json", lambda d=docs: measure.likelihoods(d))
+            name: _once(
+                folder / f"nll_{part}" / f"{name}.json", lambda d=docs: measure.likelihoods(d)
+            )
             for name, docs in sets.items()
         }
         if args.measure == "dev":
@@ -168,7 +187,10 @@ def carry_out(
             for name, docs in data.zero_shot.items()
         }
     if run.configuration.method == "moelora":
-        sets = {name: docs[: args.gate_documents] for name, docs in {**data.dev, **data.zero_shot}.items()}
+        sets = {
+            name: docs[: args.gate_documents]
+            for name, docs in {**data.dev, **data.zero_shot}.items()
+        }
         figures["gates"] = _once(folder / "gates.json", lambda: measure.gates(sets))
 
     console.print(f"{run.name}: answers")
@@ -179,14 +201,19 @@ def carry_out(
         answers[name] = {
             document.id: SimpleNamespace(
                 records=[
-                    record_from_dict(document.task, one) for one in found["answers"][document.id]["records"]
+                    record_from_dict(document.task, one)
+                    for one in found["answers"][document.id]["records"]
                 ],
                 problems=[Problem(**one) for one in found["answers"][document.id]["problems"]],
             )
             for document in docs
         }
-    figures["scores"] = score(data.measured, answers, seen=args.seen_table()).to_dict(documents=True)
-    figures["identification"] = score(data.measured, answers, identification=True).to_dict(documents=True)
+    figures["scores"] = score(data.measured, answers, seen=args.seen_table()).to_dict(
+        documents=True
+    )
+    figures["identification"] = score(data.measured, answers, identification=True).to_dict(
+        documents=True
+    )
     figures["generation_seconds"] = seconds
     return figures
 
@@ -222,7 +249,11 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def training_examples(
-    documents: Documents, args: BenchmarkArguments, sft: SFTConfig, seed: int, task_text: str = "prompt"
+    documents: Documents,
+    args: BenchmarkArguments,
+    sft: SFTConfig,
+    seed: int,
+    task_text: str = "prompt",
 ) -> Dataset:
     """Prompts and completions in the order in which they are trained on: the same for every configuration of a seed.
 
@@ -286,7 +317,9 @@ def head_asked_about(model: Any, labels: torch.Tensor) -> Iterator[None]:
         labels: `(rows, length)`, -100 where there is none.
     """
     asked = torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1))
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, hidden: (hidden[0][asked],))
+    hook = model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, hidden: (hidden[0][asked],)
+    )
     try:
         yield
     finally:
@@ -296,7 +329,9 @@ def head_asked_about(model: Any, labels: torch.Tensor) -> Iterator[None]:
 def answer_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihood of every labelled token, in nats, row after row, from the logits of `head_asked_about`."""
     following = labels[:, 1:]
-    return torch.nn.functional.cross_entropy(logits.float(), following[following != -100], reduction="none")
+    return torch.nn.functional.cross_entropy(
+        logits.float(), following[following != -100], reduction="none"
+    )
 
 
 class AnswerTrainer(SFTTrainer):
@@ -315,7 +350,9 @@ class AnswerTrainer(SFTTrainer):
             NotImplementedError: If the logits are asked for, as in evaluation: there are none of most tokens.
         """
         if return_outputs:
-            raise NotImplementedError("This trainer has no logits of most tokens. Evaluate with SFTTrainer.")
+            raise NotImplementedError(
+                "This trainer has no logits of most tokens. Evaluate with SFTTrainer."
+            )
         labels = inputs["labels"]
         rest = {name: value for name, value in inputs.items() if name != "labels"}
         with head_asked_about(self.accelerator.unwrap_model(model), labels):
@@ -342,7 +379,9 @@ def scale_router_rate(trainer: SFTTrainer, ratio: float) -> None:
     def create_optimizer(*args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = create(*args, **kwargs)
         routers = {
-            id(weight) for name, weight in trainer.model.named_parameters() if "taskmoe_lora_router" in name
+            id(weight)
+            for name, weight in trainer.model.named_parameters()
+            if "taskmoe_lora_router" in name
         }
         for group in list(optimizer.param_groups):
             own = [weight for weight in group["params"] if id(weight) in routers]
@@ -424,11 +463,15 @@ def train(
         "tokens_per_second": sum(tokens) / seconds,
         "adapter": {
             name: value
-            for name, value in json.loads((folder / "adapter" / "adapter_config.json").read_text()).items()
+            for name, value in json.loads(
+                (folder / "adapter" / "adapter_config.json").read_text()
+            ).items()
             if name not in ("base_model_name_or_path", "task_encoder")  # places of this machine
         },
         "versions": versions(),
-        "loss": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
+        "loss": [
+            [entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry
+        ],
     }
 
 
@@ -444,7 +487,9 @@ def versions() -> dict[str, str]:
     found |= {name: importlib.metadata.version(name) for name in PACKAGES}
     package = Path(peft_taskmoe.__file__).parent
     sources = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(package.rglob("*.py"))))
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    device = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    )
     return {
         **found,
         "sources": sources.hexdigest()[:12],
@@ -504,7 +549,9 @@ class Measure:
                 found.append((document.id, [loss.sum().item(), count]))
         return found
 
-    def _batches(self, pairs: list[tuple[Document, Document]]) -> Iterable[list[tuple[Document, Document]]]:
+    def _batches(
+        self, pairs: list[tuple[Document, Document]]
+    ) -> Iterable[list[tuple[Document, Document]]]:
         """Batches by length, longest first: what does not fit fails at once."""
         ordered = sorted(pairs, key=lambda pair: -sum(map(len, self._tokens(pair[0]))))
         size = self.args.likelihood_batch_size
@@ -515,8 +562,13 @@ class Measure:
         """The tokens of prompt and gold answer, as in training: the answer's begin where the two texts part."""
         example = build_example(document, format=self.args.format)
         prompt = self.tokenizer(example.prompt).input_ids
-        whole = [*self.tokenizer(example.prompt + example.completion).input_ids, self.tokenizer.eos_token_id]
-        same = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
+        whole = [
+            *self.tokenizer(example.prompt + example.completion).input_ids,
+            self.tokenizer.eos_token_id,
+        ]
+        same = next(
+            (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt)
+        )
         return whole[:same], whole[same:]
 
     @torch.no_grad()
@@ -537,7 +589,9 @@ class Measure:
             [[pad] * p + prompt + answer for p, (prompt, answer) in zip(padding, rows, strict=True)]
         )
         mask = torch.tensor([[0] * p + [1] * (width - p) for p in padding])
-        labels = torch.tensor([[-100] * (width - len(answer)) + answer for _, answer in rows]).to(device)
+        labels = torch.tensor([[-100] * (width - len(answer)) + answer for _, answer in rows]).to(
+            device
+        )
         task = {}
         if self.encoder is not None:
             task["task_embeds"] = self.encoder([self._task_text(one) for one in task_of]).to(device)
@@ -572,7 +626,8 @@ class Measure:
                 for name in sets
             },
             "entropy": {
-                name: sum(s.entropy for s in stats if s.task == name) / len(record.layers()) for name in sets
+                name: sum(s.entropy for s in stats if s.task == name) / len(record.layers())
+                for name in sets
             },
             "variance": [[v.within_tasks, v.between_tasks] for v in record.variances()],
         }
@@ -593,7 +648,10 @@ class Measure:
             max_new_tokens=self.args.max_new_tokens,
             prefix_caching=self.encoder is None or self.encoder.config.text == "schema",
         )
-        return [(name, one.to_dict()) for name, one in extractor.documents(documents, progress=True).items()]
+        return [
+            (name, one.to_dict())
+            for name, one in extractor.documents(documents, progress=True).items()
+        ]
 
 
 def _shared(items: list[Any], work: Callable[[list[Any]], list[tuple[str, Any]]]) -> dict[str, Any]:

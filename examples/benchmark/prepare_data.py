@@ -44,7 +44,8 @@ class PrepareArguments:
     """Where the data go."""
 
     output: str = field(
-        default="data/iepile", metadata={"help": "Folder for `<set>/train.jsonl`, `<set>/test.jsonl`."}
+        default="data/iepile",
+        metadata={"help": "Folder for `<set>/train.jsonl`, `<set>/test.jsonl`."},
     )
     revision: str | None = field(
         default=None, metadata={"help": "Commit of the Hub data set, to get the same again."}
@@ -54,7 +55,9 @@ class PrepareArguments:
     )
 
 
-def instruction_rows(task: str, lines: Iterable[str], schema: Sequence[Any]) -> Iterator[dict[str, Any]]:
+def instruction_rows(
+    task: str, lines: Iterable[str], schema: Sequence[Any]
+) -> Iterator[dict[str, Any]]:
     """Lines of `IE-en` as rows of IEPile's instruction data, which `read_iepile` reads.
 
     Args:
@@ -86,7 +89,11 @@ def instruction_rows(task: str, lines: Iterable[str], schema: Sequence[Any]) -> 
                     arguments.setdefault(argument["role"], []).append(argument["argument"])
                 event = {"trigger": one["event_trigger"], "arguments": arguments}
                 output.setdefault(one["event_type"], []).append(event)
-        yield {"task": task, "instruction": {"schema": asked, "input": row["text"]}, "output": output}
+        yield {
+            "task": task,
+            "instruction": {"schema": asked, "input": row["text"]},
+            "output": output,
+        }
 
 
 def documents(task: str, rows: Iterable[Mapping[str, Any]]) -> tuple[list[Document], int]:

@@ -82,7 +82,8 @@ def per_token(losses: Mapping[str, Sequence[float]]) -> float:
 def load(folder: Path) -> list[Trained]:
     """All runs of a results folder: those with answers, and the others that were only measured by likelihood."""
     finished = {
-        path.name: Finished(json.loads(path.read_text())) for path in (folder / "runs").glob("*.json")
+        path.name: Finished(json.loads(path.read_text()))
+        for path in (folder / "runs").glob("*.json")
     }
     others = {
         path.name: Trained(json.loads(path.read_text()))
@@ -116,7 +117,9 @@ BEST = "each at its best learning rate"
 def by_rate(runs: Sequence[Trained], order: Sequence[str]) -> dict[str, dict[float, list[Trained]]]:
     """Configuration -> learning rate -> its runs, one for each seed; all of them in order."""
     found: dict[str, dict[float, list[Trained]]] = {}
-    for run in sorted(runs, key=lambda run: (order.index(run.configuration), run.learning_rate, run.seed)):
+    for run in sorted(
+        runs, key=lambda run: (order.index(run.configuration), run.learning_rate, run.seed)
+    ):
         found.setdefault(run.configuration, {}).setdefault(run.learning_rate, []).append(run)
     return found
 
@@ -140,13 +143,17 @@ def selections(runs: Sequence[Trained], order: Sequence[str]) -> dict[str, Selec
                     run.mean_likelihood("dev") for run in tried if run.seed in seeds or not seeds
                 ),
             )
-    found = {f"learning rate {rate:g}": chosen for rate, chosen in sorted(at.items()) if len(chosen) > 1}
+    found = {
+        f"learning rate {rate:g}": chosen for rate, chosen in sorted(at.items()) if len(chosen) > 1
+    }
     return {**found, BEST: best} if best else found
 
 
 def with_answers(selection: Selection) -> Chosen:
     """The runs of a selection whose answers were measured."""
-    found = {name: [run for run in runs if isinstance(run, Finished)] for name, runs in selection.items()}
+    found = {
+        name: [run for run in runs if isinstance(run, Finished)] for name, runs in selection.items()
+    }
     return {name: runs for name, runs in found.items() if runs}
 
 
@@ -232,7 +239,9 @@ def write(folder: Path) -> str:
     figures: dict[str, Any] = {}
     reported: dict[str, Chosen] = {}
     selected = selections(runs, order)
-    if len({run.learning_rate for run in runs}) > 1 or not all(isinstance(run, Finished) for run in runs):
+    if len({run.learning_rate for run in runs}) > 1 or not all(
+        isinstance(run, Finished) for run in runs
+    ):
         lines += _learning_rates(by_rate(runs, order), selected, baseline, ablated, patterns)
     for title, selection in selected.items():
         chosen = with_answers(selection)
@@ -311,7 +320,11 @@ def _spread(values: Sequence[float], form: str = "{:.1f}") -> str:
     if any(math.isnan(value) for value in values):
         return "-"
     text = form.format(_mean(values))
-    return text if len(values) == 1 else f"{text} ({form.format(min(values))} .. {form.format(max(values))})"
+    return (
+        text
+        if len(values) == 1
+        else f"{text} ({form.format(min(values))} .. {form.format(max(values))})"
+    )
 
 
 def interval(line: Difference) -> str:
@@ -354,7 +367,9 @@ def _what_was_run(runs: Sequence[Trained]) -> list[str]:
         for part in ("supervised", "zero_shot")
         for name in whole.sets(part)
     }
-    documents = ", ".join(f"{name} {count}" for name, count in first.figures["training"]["documents"].items())
+    documents = ", ".join(
+        f"{name} {count}" for name, count in first.figures["training"]["documents"].items()
+    )
     header = [
         "configuration",
         "learning rate",
@@ -388,9 +403,12 @@ def _paper_table(chosen: Chosen) -> list[str]:
             if group not in reports[0].groups():
                 break
             values = [
-                _mean(100 * one.average_f1(group, split) for one in reports) for split in ("seen", "unseen")
+                _mean(100 * one.average_f1(group, split) for one in reports)
+                for split in ("seen", "unseen")
             ]
-            cells.append(" / ".join("-" if math.isnan(value) else f"{value:.1f}" for value in values))
+            cells.append(
+                " / ".join("-" if math.isnan(value) else f"{value:.1f}" for value in values)
+            )
         else:
             rows.append(cells)
     return [
@@ -404,16 +422,25 @@ def _paper_table(chosen: Chosen) -> list[str]:
 def _by_dataset(chosen: Chosen, part: str) -> list[str]:
     first = next(iter(chosen.values()))[0]
     strict, identified = (
-        _f1_rows([[run.scores_of(part, identification) for run in of_seed] for of_seed in chosen.values()])
+        _f1_rows(
+            [
+                [run.scores_of(part, identification) for run in of_seed]
+                for of_seed in chosen.values()
+            ]
+        )
         for identification in (False, True)
     )
     likelihoods = []
     for name in first.sets(part):
         values = [
-            _spread([run.likelihood(part, name) for run in of_seed], "{:.4f}") for of_seed in chosen.values()
+            _spread([run.likelihood(part, name) for run in of_seed], "{:.4f}")
+            for of_seed in chosen.values()
         ]
         likelihoods.append([name, *values])
-    means = [_spread([run.mean_likelihood(part) for run in of_seed], "{:.4f}") for of_seed in chosen.values()]
+    means = [
+        _spread([run.mean_likelihood(part) for run in of_seed], "{:.4f}")
+        for of_seed in chosen.values()
+    ]
     likelihoods.append(["mean", *means])
     counts = []
     for name in first.sets(part):
@@ -421,7 +448,11 @@ def _by_dataset(chosen: Chosen, part: str) -> list[str]:
         for of_seed in chosen.values():
             found = [run.scores.answers[name] for run in of_seed]
             kinds = [
-                [one.parse_failures, one.hallucinated, *(one.problems.get(kind, 0) for kind in _PROBLEMS)]
+                [
+                    one.parse_failures,
+                    one.hallucinated,
+                    *(one.problems.get(kind, 0) for kind in _PROBLEMS),
+                ]
                 for one in found
             ]
             cells.append(" / ".join(f"{_mean(of_kind):g}" for of_kind in zip(*kinds, strict=True)))
@@ -520,9 +551,13 @@ def _compared(
             found_at_all = compare_f1(*runs, "zero_shot", patterns, identification=True)
             of_likelihood = compare_likelihood(*runs, "zero_shot", patterns)
             supervised = (
-                compare_likelihood(*runs, "supervised", patterns) if runs[0][0].sets("supervised") else None
+                compare_likelihood(*runs, "supervised", patterns)
+                if runs[0][0].sets("supervised")
+                else None
             )
-            found[a, b] = _Compared(runs[0], of_f1, found_at_all, of_likelihood, supervised, _by_seed(*runs))
+            found[a, b] = _Compared(
+                runs[0], of_f1, found_at_all, of_likelihood, supervised, _by_seed(*runs)
+            )
     return found
 
 
@@ -534,10 +569,14 @@ def _pairs(
     others = [name for name in names if _router_inputs(names[name][0]) == "token"]
     others += [ablated] if ablated in names and ablated != baseline else []
     reading = [name for name in names if _reads_task(names[name][0])]
-    return found + [(name, other) for other in others for name in reading if name not in (other, baseline)]
+    return found + [
+        (name, other) for other in others for name in reading if name not in (other, baseline)
+    ]
 
 
-def _by_seed(a: Sequence[Trained], b: Sequence[Trained], part: str = "zero_shot") -> dict[int, float]:
+def _by_seed(
+    a: Sequence[Trained], b: Sequence[Trained], part: str = "zero_shot"
+) -> dict[int, float]:
     """Differences of the loss, seed by seed."""
     of_a, of_b = ({run.seed: run.mean_likelihood(part) for run in of} for of in (a, b))
     return {seed: of_a[seed] - of_b[seed] for seed in sorted(of_a)}
@@ -590,7 +629,15 @@ def _learning_rates(
         "the documents kept back, over the seeds that a configuration has at all of them.",
         "",
         table(
-            ["configuration", "learning rate", "seeds", "dev NLL", "supervised NLL", "zero-shot NLL", "best"],
+            [
+                "configuration",
+                "learning rate",
+                "seeds",
+                "dev NLL",
+                "supervised NLL",
+                "zero-shot NLL",
+                "best",
+            ],
             rows,
         ),
     ]
@@ -613,17 +660,26 @@ def _learning_rates(
     return lines
 
 
-def _comparisons(compared: dict[tuple[str, str], _Compared], patterns: Mapping[str, str]) -> list[str]:
+def _comparisons(
+    compared: dict[tuple[str, str], _Compared], patterns: Mapping[str, str]
+) -> list[str]:
     rows = []
     for (a, b), one in compared.items():
         cells = [f"{a} - {b}", len(one.runs)]
-        for f1, split in ((one.f1, "all"), (one.f1, "seen"), (one.f1, "unseen"), (one.identification, "all")):
+        for f1, split in (
+            (one.f1, "all"),
+            (one.f1, "seen"),
+            (one.f1, "unseen"),
+            (one.identification, "all"),
+        ):
             try:
                 line = f1["all", split]
             except KeyError:
                 cells.append("-")
                 continue
-            cells.append(f"{100 * line.difference:+.1f} [{100 * line.low:+.1f}, {100 * line.high:+.1f}]")
+            cells.append(
+                f"{100 * line.difference:+.1f} [{100 * line.low:+.1f}, {100 * line.high:+.1f}]"
+            )
         cells.append(interval(one.likelihood["all"]))
         cells.append(", ".join(f"{difference:+.4f}" for difference in one.by_seed.values()))
         rows.append([*cells, "-" if one.supervised is None else interval(one.supervised["all"])])
@@ -673,9 +729,12 @@ def _router(chosen: Chosen, patterns: Mapping[str, str]) -> list[str]:
         if "gates" not in runs[0].figures:
             continue
         entropy = [_mean(run.figures["gates"]["entropy"].values()) for run in runs]
-        experts = len(runs[0].figures["gates"]["mean"][next(iter(runs[0].figures["gates"]["mean"]))][0])
+        experts = len(
+            runs[0].figures["gates"]["mean"][next(iter(runs[0].figures["gates"]["mean"]))][0]
+        )
         shares = [
-            _mean(b / (w + b) if w + b else 0.0 for w, b in r.figures["gates"]["variance"]) for r in runs
+            _mean(b / (w + b) if w + b else 0.0 for w, b in r.figures["gates"]["variance"])
+            for r in runs
         ]
         similar = [_mean(s for s, _ in nearest(run).values()) for run in runs]
         cells = [
@@ -715,7 +774,9 @@ def nearest(run: Finished) -> dict[str, tuple[float, str]]:
         return float(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-12))
 
     return {
-        name: max((cosine(gates[name] - centre, gates[seen] - centre), seen) for seen in run.sets("dev"))
+        name: max(
+            (cosine(gates[name] - centre, gates[seen] - centre), seen) for seen in run.sets("dev")
+        )
         for name in run.sets("zero_shot")
         if name in gates
     }
@@ -723,7 +784,9 @@ def nearest(run: Finished) -> dict[str, tuple[float, str]]:
 
 def _costs(chosen: Chosen, baseline: str) -> list[str]:
     rows = []
-    sizes = {name: runs[0].figures["training"]["trainable_parameters"] for name, runs in chosen.items()}
+    sizes = {
+        name: runs[0].figures["training"]["trainable_parameters"] for name, runs in chosen.items()
+    }
     for name, runs in chosen.items():
         training = [run.figures["training"] for run in runs]
         rows.append(
@@ -779,7 +842,9 @@ def _plots(
         reports = [run.scores_of("zero_shot") for run in runs]
         values = [100 * one.average_f1() for one in reports]
         clusters = clusters_of(runs[0], "zero_shot", patterns)
-        intervals = [one.with_intervals(clusters=clusters).intervals[("all",), "all"] for one in reports]
+        intervals = [
+            one.with_intervals(clusters=clusters).intervals[("all",), "all"] for one in reports
+        ]
         low, high = (100 * _mean(getattr(one, end) for one in intervals) for end in ("low", "high"))
         axes[0].bar(i, _mean(values), color="tab:blue", alpha=0.6)
         axes[0].vlines(i, low, high, color="black")
@@ -787,7 +852,10 @@ def _plots(
         axes[1].plot([i] * len(runs), [run.mean_likelihood("zero_shot") for run in runs], "ko")
     for axis, title in zip(
         axes,
-        ("zero-shot F1 (dots: seeds; lines: mean of their 95 % intervals)", "zero-shot NLL per token"),
+        (
+            "zero-shot F1 (dots: seeds; lines: mean of their 95 % intervals)",
+            "zero-shot NLL per token",
+        ),
         strict=True,
     ):
         axis.set_xticks(range(len(names)), names, rotation=25, ha="right")
@@ -799,7 +867,11 @@ def _plots(
     for j, (name, one) in enumerate(others.items()):
         sets = one.runs[0].sets("zero_shot")
         for axis, comparison, unit in ((axes[0], one.f1, 100.0), (axes[1], one.likelihood, 1.0)):
-            lines = [line for line in comparison.differences if line.split == "all" and line.row[0] in sets]
+            lines = [
+                line
+                for line in comparison.differences
+                if line.split == "all" and line.row[0] in sets
+            ]
             at = [i + 0.8 * (j + 0.5) / len(others) - 0.4 for i in range(len(lines))]
             middle = [unit * line.difference for line in lines]
             error = [
@@ -807,7 +879,9 @@ def _plots(
                 [unit * (line.high - line.difference) for line in lines],
             ]
             axis.errorbar(at, middle, yerr=np.abs(error), fmt="o", markersize=4, label=name)
-            axis.set_xticks(range(len(lines)), [line.row[0] for line in lines], rotation=30, ha="right")
+            axis.set_xticks(
+                range(len(lines)), [line.row[0] for line in lines], rotation=30, ha="right"
+            )
     for axis, title in zip(
         axes, (f"F1 less that of {baseline}", f"NLL per token less that of {baseline}"), strict=True
     ):
@@ -828,7 +902,9 @@ def _plots(
         rho = "too few sets for a correlation"
         if len(sets) > 2:
             found_rho = spearmanr(x, y)
-            rho = f"Spearman {found_rho.statistic:+.2f}, p = {found_rho.pvalue:.2f}, n = {len(sets)}"
+            rho = (
+                f"Spearman {found_rho.statistic:+.2f}, p = {found_rho.pvalue:.2f}, n = {len(sets)}"
+            )
         axis.plot(x, y, "o", label=f"{name} ({rho})")
         for at_x, at_y, dataset in zip(x, y, sets, strict=True):
             axis.annotate(dataset, (at_x, at_y), fontsize=7)

@@ -67,9 +67,15 @@ def main(args: BenchmarkArguments, sft: SFTConfig, command: str) -> None:
     score(data.measured, {}, seen=args.seen_table())  # one that does not fit the data is found now
     training = {name: getattr(sft, name, None) for name in TRAINING_SETTINGS}
     training |= {"world_size": state.num_processes, "data": data.checksum()}
-    training["lr_scheduler_type"] = str(getattr(sft.lr_scheduler_type, "value", sft.lr_scheduler_type))
+    training["lr_scheduler_type"] = str(
+        getattr(sft.lr_scheduler_type, "value", sft.lr_scheduler_type)
+    )
     runs = [(run, run.settings(args, training)) for run in args.plan()]
-    missing = [(run, settings) for run, settings in runs if not is_done(run, settings, results, args.measure)]
+    missing = [
+        (run, settings)
+        for run, settings in runs
+        if not is_done(run, settings, results, args.measure)
+    ]
     console.print(f"{len(runs)} runs, {len(runs) - len(missing)} of them done before.")
     plan = {
         "baseline": args.baseline,

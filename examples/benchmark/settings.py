@@ -19,7 +19,9 @@ from peft_taskmoe.uie import PromptFormat, Regularisers, SeenLabels
 class BenchmarkArguments:
     """The comparison. Everything that training takes (batch size, schedule, ...) is a field of TRL's `SFTConfig`."""
 
-    model_name_or_path: str = field(default="", metadata={"help": "The base model: Hub id or folder."})
+    model_name_or_path: str = field(
+        default="", metadata={"help": "The base model: Hub id or folder."}
+    )
     dtype: str = field(default="bfloat16", metadata={"help": "Of the base model's weights."})
     task_encoder: str = field(
         default="Salesforce/codet5-base",
@@ -29,7 +31,8 @@ class BenchmarkArguments:
         default_factory=list, metadata={"help": "JSONL files or Hub data sets to train on."}
     )
     zero_shot_data: list[str] = field(
-        default_factory=list, metadata={"help": "JSONL files or Hub data sets that are only asked about."}
+        default_factory=list,
+        metadata={"help": "JSONL files or Hub data sets that are only asked about."},
     )
     supervised_data: list[str] = field(
         default_factory=list, metadata={"help": "The test parts of the sets that are trained on."}
@@ -53,7 +56,8 @@ class BenchmarkArguments:
         default=None, metadata={"help": "At most this many of each supervised test set."}
     )
     epochs: int = field(
-        default=1, metadata={"help": "Each shows the documents in another order, with other shuffled labels."}
+        default=1,
+        metadata={"help": "Each shows the documents in another order, with other shuffled labels."},
     )
     configurations: dict[str, dict[str, Any]] = field(
         default_factory=dict,
@@ -63,7 +67,8 @@ class BenchmarkArguments:
     )
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "One run for each."})
     learning_rates: list[float] = field(
-        default_factory=lambda: [3e-4], metadata={"help": "One run for each; the best is chosen afterwards."}
+        default_factory=lambda: [3e-4],
+        metadata={"help": "One run for each; the best is chosen afterwards."},
     )
     measure: Literal["all", "likelihood", "dev"] = field(
         default="all",
@@ -73,7 +78,8 @@ class BenchmarkArguments:
         },
     )
     only: list[str] = field(
-        default_factory=list, metadata={"help": "Names of the configurations to run now; default: all."}
+        default_factory=list,
+        metadata={"help": "Names of the configurations to run now; default: all."},
     )
     baseline: str = field(
         default="lora-36", metadata={"help": "The configuration that the others are compared with."}
@@ -87,7 +93,9 @@ class BenchmarkArguments:
     prompt_style: Literal["dataclass", "compact"] = field(
         default="dataclass", metadata={"help": "The paper's, or one of half the tokens."}
     )
-    occurrences: bool = field(default=True, metadata={"help": "Number repeated mentions in answers."})
+    occurrences: bool = field(
+        default=True, metadata={"help": "Number repeated mentions in answers."}
+    )
     shuffle_labels: bool = field(
         default=True, metadata={"help": "Show the labels of a schema in random order in training."}
     )
@@ -106,7 +114,9 @@ class BenchmarkArguments:
     )
     max_new_tokens: int = field(default=256, metadata={"help": "The longest answer."})
     eval_batch_size: int = field(default=16, metadata={"help": "Prompts of a generation."})
-    likelihood_batch_size: int = field(default=8, metadata={"help": "Documents of a likelihood batch."})
+    likelihood_batch_size: int = field(
+        default=8, metadata={"help": "Documents of a likelihood batch."}
+    )
     gate_documents: int = field(
         default=20, metadata={"help": "Documents of each set whose gates are recorded."}
     )
@@ -132,7 +142,8 @@ class BenchmarkArguments:
         },
     )
     results_dir: str = field(
-        default="results", metadata={"help": "Where the figures, tables and plots go; small, to be kept."}
+        default="results",
+        metadata={"help": "Where the figures, tables and plots go; small, to be kept."},
     )
 
     def __post_init__(self) -> None:
@@ -161,7 +172,9 @@ class BenchmarkArguments:
     @property
     def regularisers(self) -> Regularisers:
         """What varies from one training prompt to the next."""
-        return Regularisers(shuffle=self.shuffle_labels, dropout=self.label_dropout, mask=self.mask_labels)
+        return Regularisers(
+            shuffle=self.shuffle_labels, dropout=self.label_dropout, mask=self.mask_labels
+        )
 
     def seen_table(self) -> SeenLabels:
         """Which labels count as seen."""
@@ -213,7 +226,10 @@ class Configuration:
         adapter = dict(settings)
         method = adapter.pop("method", None)
         encoder = {"name_or_path": task_encoder, **adapter.pop("encoder", {})}
-        ratio, init_scale = adapter.pop("router_lr_ratio", 1.0), adapter.pop("router_init_scale", 1.0)
+        ratio, init_scale = (
+            adapter.pop("router_lr_ratio", 1.0),
+            adapter.pop("router_init_scale", 1.0),
+        )
         known = {"lora": LoraConfig, "moelora": TaskMoELoraConfig}
         if method not in known:
             raise ValueError(
@@ -241,7 +257,12 @@ class Configuration:
             )
         reads_task = method == "moelora" and adapter.get("router_inputs", "token+task") != "token"
         return cls(
-            name, method, adapter, TaskEncoderConfig(**encoder) if reads_task else None, ratio, init_scale
+            name,
+            method,
+            adapter,
+            TaskEncoderConfig(**encoder) if reads_task else None,
+            ratio,
+            init_scale,
         )
 
     def peft_config(self, task_dim: int | None) -> PeftConfig:
@@ -295,7 +316,9 @@ class Run:
             ours[name] = [_named(source) for source in ours[name]]
         configuration = asdict(self.configuration)
         if configuration["encoder"] is not None:
-            configuration["encoder"]["name_or_path"] = _named(configuration["encoder"]["name_or_path"])
+            configuration["encoder"]["name_or_path"] = _named(
+                configuration["encoder"]["name_or_path"]
+            )
         for name in ("router_lr_ratio", "router_init_scale"):
             if configuration[name] == 1:  # as in runs made before there was the field
                 del configuration[name]

@@ -54,7 +54,14 @@ from peft_taskmoe.uie.schema import (
     SchemaError,
     Slot,
 )
-from peft_taskmoe.uie.score import Comparison, ScoreReport, SeenLabels, compare, compare_values, score
+from peft_taskmoe.uie.score import (
+    Comparison,
+    ScoreReport,
+    SeenLabels,
+    compare,
+    compare_values,
+    score,
+)
 
 if TYPE_CHECKING:
     from peft_taskmoe.uie.extractor import (

@@ -151,7 +151,9 @@ class Aligner:
 
     def free_place(self, group: Hashable, mention: str) -> Place | None:
         """The place that the next span or trigger with these words takes; `None` where none is left."""
-        return self._first_free(group, mention, lambda: iter(self.index.occurrences(mention).places))
+        return self._first_free(
+            group, mention, lambda: iter(self.index.occurrences(mention).places)
+        )
 
     def free_pair(
         self,
@@ -167,7 +169,9 @@ class Aligner:
 
     def free_argument(self, group: Hashable, mention: str, trigger: Place | None) -> Place | None:
         """The place that the next argument with these words takes in a group: one role of one event."""
-        return self._first_free(group, mention, lambda: _nearest(self.index.occurrences(mention), trigger))
+        return self._first_free(
+            group, mention, lambda: _nearest(self.index.occurrences(mention), trigger)
+        )
 
     def _pairs(
         self, head: str, tail: str, head_place: Place | None, tail_place: Place | None
@@ -185,7 +189,9 @@ class Aligner:
             for k in range(max(len(heads), len(tails))):
                 yield heads[min(k, len(heads) - 1)], tails[min(k, len(tails) - 1)]
 
-    def _first_free(self, group: Hashable, key: Hashable, candidates: Callable[[], Iterator[Any]]) -> Any:
+    def _first_free(
+        self, group: Hashable, key: Hashable, candidates: Callable[[], Iterator[Any]]
+    ) -> Any:
         queue = self._queues.get((group, key))
         if queue is None:
             found = candidates()
@@ -196,7 +202,10 @@ class Aligner:
 
 
 def _nearest(occurrences: Occurrences, to: Place | None) -> Iterator[Place]:
-    for places in (occurrences.places[: occurrences.alone], occurrences.places[occurrences.alone :]):
+    for places in (
+        occurrences.places[: occurrences.alone],
+        occurrences.places[occurrences.alone :],
+    ):
         if to is None:
             yield from places
             continue
@@ -230,7 +239,9 @@ class _Folded:
         self.text = text
         form: list[str] = []
         sources: list[int] = []
-        pending: int | None = None  # index of the first white space behind the last character of the form
+        pending: int | None = (
+            None  # index of the first white space behind the last character of the form
+        )
         for index, character in enumerate(text):
             for folded in _fold(character):
                 if folded.isspace():

@@ -42,7 +42,10 @@ def answer_grammar(schema: Schema, text: str, given: Sequence[Event] = ()) -> st
     records: list[str] = []
     rules: list[str] = []
     if given:
-        labels = [(schema.get("event", event.label), string_literal(event.trigger.text)) for event in given]
+        labels = [
+            (schema.get("event", event.label), string_literal(event.trigger.text))
+            for event in given
+        ]
         for label, trigger in dict.fromkeys(labels):
             if label is not None:
                 records.append(_call(schema, label, len(records), rules, trigger))
@@ -134,7 +137,9 @@ class Constraint:
         import llguidance.hf
 
         if vocabulary not in self._wrapped:  # takes a second
-            self._wrapped[vocabulary] = llguidance.hf.from_tokenizer(self._tokenizer, vocabulary, self._ends)
+            self._wrapped[vocabulary] = llguidance.hf.from_tokenizer(
+                self._tokenizer, vocabulary, self._ends
+            )
         return llguidance.LLMatcher(self._wrapped[vocabulary], grammar, log_level=0)
 
 
@@ -155,7 +160,9 @@ class Masks(LogitsProcessor):
         """Mask the logits of every row."""
         vocabulary = scores.shape[1]
         if not self.matchers:
-            self.matchers = [self.constraint.matcher(grammar, vocabulary) for grammar in self.grammars]
+            self.matchers = [
+                self.constraint.matcher(grammar, vocabulary) for grammar in self.grammars
+            ]
         else:
             for i, token in enumerate(input_ids[:, -1].tolist()):
                 matcher = self.matchers[i]

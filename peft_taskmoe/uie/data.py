@@ -146,9 +146,7 @@ class _Reading:
             except ValueError as error:
                 faults = [("schema", str(error))]
         if document is not None and document.id in self.places:
-            message = (
-                f"The id `{document.id}` is that of {self.places[document.id]}. Give every document its own."
-            )
+            message = f"The id `{document.id}` is that of {self.places[document.id]}. Give every document its own."
             faults = [("duplicate_id", message)]
         for kind, message in faults:
             self.error(kind, message, file, line)
@@ -156,7 +154,11 @@ class _Reading:
             self.places[document.id] = f"line {line}" if line is not None else str(file)
             self.report.documents.append(document)
             if strange := _unknown_keys(row):
-                self.note(f"The annotations have keys that are not kept: {', '.join(strange)}.", file, line)
+                self.note(
+                    f"The annotations have keys that are not kept: {', '.join(strange)}.",
+                    file,
+                    line,
+                )
 
     def finish(self, file: str | Path, found: int) -> None:
         """Report a file without anything in it."""
@@ -183,9 +185,7 @@ def _faults(row: Any) -> Iterator[tuple[str, str]]:
         return
     found = list(_shape_faults(row))
     if half := _HALF_CHARACTER.search(json.dumps(row, ensure_ascii=False)):
-        message = (
-            f"There is half a character (a lone surrogate) in {_shown(half[0])}, which UTF-8 cannot hold."
-        )
+        message = f"There is half a character (a lone surrogate) in {_shown(half[0])}, which UTF-8 cannot hold."
         found.append(("encoding", message))
     yield from found
     if found:
@@ -210,11 +210,20 @@ def _faults(row: Any) -> Iterator[tuple[str, str]]:
 def _shape_faults(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key, (type_, name) in _REQUIRED.items():
         if key not in row:
-            yield "row", f"The key `{key}` is missing (keys: {', '.join(map(str, row)) or 'none'}). {_ADVICE}"
+            yield (
+                "row",
+                f"The key `{key}` is missing (keys: {', '.join(map(str, row)) or 'none'}). {_ADVICE}",
+            )
         elif not isinstance(row[key], type_) or (key == "id" and not row[key]):
-            yield "row", f"The value of `{key}` is {_shown(row[key])}; it has to be {name}. {_ADVICE}"
+            yield (
+                "row",
+                f"The value of `{key}` is {_shown(row[key])}; it has to be {name}. {_ADVICE}",
+            )
     if not isinstance(row.get("entities", []), list):
-        yield "row", f"The value of `entities` is {_shown(row['entities'])}; it has to be a list. {_ADVICE}"
+        yield (
+            "row",
+            f"The value of `entities` is {_shown(row['entities'])}; it has to be a list. {_ADVICE}",
+        )
 
 
 def _annotation_faults(
@@ -226,7 +235,9 @@ def _annotation_faults(
         return
     if task == "UIE":
         task = "RE" if "relation" in annotation else "EE" if "trigger" in annotation else "NER"
-    kind, key = {"NER": ("entity", "label"), "RE": ("relation", "relation")}.get(task, ("event", "type"))
+    kind, key = {"NER": ("entity", "label"), "RE": ("relation", "relation")}.get(
+        task, ("event", "type")
+    )
     name = annotation.get(key)
     label = None
     if not isinstance(name, str) or not name:
@@ -236,7 +247,10 @@ def _annotation_faults(
         )
     elif schema is not None and (label := schema.get(kind, name)) is None:
         known = ", ".join(f"`{label.name}`" for label in schema.labels if label.kind == kind)
-        yield "label", f"`{where}` has the {key} `{name}`, which the schema does not have. Its own: {known}."
+        yield (
+            "label",
+            f"`{where}` has the {key} `{name}`, which the schema does not have. Its own: {known}.",
+        )
     if kind == "entity":
         yield from _span_faults(annotation, where, text)
     elif kind == "relation":
@@ -252,7 +266,9 @@ def _annotation_faults(
             yield from _argument_faults(argument, f"{where}.arguments[{i}]", text, label)
 
 
-def _argument_faults(argument: Any, where: str, text: str, label: Label | None) -> Iterator[tuple[str, str]]:
+def _argument_faults(
+    argument: Any, where: str, text: str, label: Label | None
+) -> Iterator[tuple[str, str]]:
     yield from _span_faults(argument, where, text)
     if isinstance(argument, Mapping):
         role = argument.get("role")
@@ -276,7 +292,10 @@ def _span_faults(span: Any, where: str, text: str) -> Iterator[tuple[str, str]]:
         return
     mention, start, end = (span.get(key) for key in ("text", "start", "end"))
     if not isinstance(mention, str) or type(start) is not int or type(end) is not int:
-        yield "row", f"`{where}` needs a text and two integers, start and end; found {_shown(dict(span))}."
+        yield (
+            "row",
+            f"`{where}` needs a text and two integers, start and end; found {_shown(dict(span))}.",
+        )
     elif not 0 <= start < end <= len(text):
         yield (
             "offsets",
@@ -297,7 +316,10 @@ def _span_faults(span: Any, where: str, text: str) -> Iterator[tuple[str, str]]:
         "exact",
         "normalised",
     ):
-        yield "row", f"`{where}` needs a string as type, and as alignment, if any, exact or normalised."
+        yield (
+            "row",
+            f"`{where}` needs a string as type, and as alignment, if any, exact or normalised.",
+        )
 
 
 def _unknown_keys(row: Mapping[str, Any]) -> list[str]:
@@ -395,7 +417,10 @@ def read_jsonl(path: str | Path, *, on_error: OnError = "raise") -> ReadReport:
             row = _json(line)
         except ValueError as error:
             reading.error(
-                "json", f"The line is no JSON: {error}. Write one object a line. {_ADVICE}", path, number
+                "json",
+                f"The line is no JSON: {error}. Write one object a line. {_ADVICE}",
+                path,
+                number,
             )
         else:
             reading.add(row, path, number)
@@ -494,11 +519,18 @@ def read_conll(
         if not sentence.tokens:
             first = number
         columns = range(-len(fields), len(fields))
-        if token_column not in columns or tag_column not in columns or not fields[token_column].strip():
+        if (
+            token_column not in columns
+            or tag_column not in columns
+            or not fields[token_column].strip()
+        ):
             broken = True
             wanted = f"token_column={token_column} and tag_column={tag_column}"
             reading.error(
-                "columns", f"Found {_shown(line)}: {len(fields)} columns, asked for {wanted}.", path, number
+                "columns",
+                f"Found {_shown(line)}: {len(fields)} columns, asked for {wanted}.",
+                path,
+                number,
             )
             continue
         sentence.tokens.append(fields[token_column])
@@ -517,10 +549,14 @@ def read_conll(
                 reading.error("tags", message, path, sentence.lines[i])
             text += " ".join(sentence.tokens)
         rows.append((first, text, annotations))
-    labels = dict.fromkeys(annotation["label"] for _, _, annotations in rows for annotation in annotations)
+    labels = dict.fromkeys(
+        annotation["label"] for _, _, annotations in rows for annotation in annotations
+    )
     described = dict(schema) if schema is not None else dict.fromkeys(labels, "")
     if rows and not described:
-        reading.error("schema", "The file has no tagged token. Pass schema={label: description}.", path)
+        reading.error(
+            "schema", "The file has no tagged token. Pass schema={label: description}.", path
+        )
         rows = []
     for n, (line_number, text, annotations) in enumerate(rows):
         row = {
@@ -573,7 +609,9 @@ def _tagged_mentions(
         if open_label is None:
             return
         if scheme == "BIOES" and not ended:
-            message = f"The entity `{open_label}` does not end with E- or S-. It is read as ending here."
+            message = (
+                f"The entity `{open_label}` does not end with E- or S-. It is read as ending here."
+            )
             faults.append((behind - 1, message))
         start, end = starts[first], starts[behind] - 1
         words = " ".join(tokens[first:behind])
@@ -593,10 +631,10 @@ def _tagged_mentions(
             if not continues:
                 close(i, ended=False)
                 if prefix in "IEL" and scheme != "IOB1":
-                    message = (
-                        f"The tag `{tag}` continues no entity in {scheme}. It is read as the start of one;"
+                    message = f"The tag `{tag}` continues no entity in {scheme}. It is read as the start of one;"
+                    faults.append(
+                        (i, f'{message} pass scheme="IOB1" if that is what the file has.')
                     )
-                    faults.append((i, f'{message} pass scheme="IOB1" if that is what the file has.'))
                 open_label, first = label, i
             if prefix in "ESLU":
                 close(i + 1)
@@ -609,7 +647,13 @@ def _tagged_mentions(
 _BRAT_MENTION = re.compile(r"(T\S+)\t(\S+) (\d+ \d+(?:;\d+ \d+)*)(?:\t(.*))?")
 _BRAT_RELATION = re.compile(r"(R\S+)\t(\S+) \S+?:(\S+) \S+?:(\S+)\s*")
 _BRAT_EVENT = re.compile(r"(E\S+)\t(\S+?):(\S+)((?: \S+?:\S+)*)\s*")
-_BRAT_OTHER = {"A": "attribute", "M": "attribute", "N": "normalisation", "#": "note", "*": "equivalence"}
+_BRAT_OTHER = {
+    "A": "attribute",
+    "M": "attribute",
+    "N": "normalisation",
+    "#": "note",
+    "*": "equivalence",
+}
 
 
 def read_brat(
@@ -642,13 +686,20 @@ def read_brat(
     path, reading = Path(path), _Reading(on_error)
     stems = [path.with_suffix("")]
     if path.is_dir():
-        stems = sorted({file.with_suffix("") for suffix in ("*.ann", "*.txt") for file in path.rglob(suffix)})
+        stems = sorted(
+            {file.with_suffix("") for suffix in ("*.ann", "*.txt") for file in path.rglob(suffix)}
+        )
     rows: list[tuple[Path, dict[str, Any]]] = []
     for stem in stems:
-        text_file, annotation_file = stem.with_name(stem.name + ".txt"), stem.with_name(stem.name + ".ann")
+        text_file, annotation_file = (
+            stem.with_name(stem.name + ".txt"),
+            stem.with_name(stem.name + ".ann"),
+        )
         if lacking := [file for file in (text_file, annotation_file) if not file.is_file()]:
             reading.error(
-                "brat", "The file is missing. BRAT needs a .txt and an .ann for every document.", lacking[0]
+                "brat",
+                "The file is missing. BRAT needs a .txt and an .ann for every document.",
+                lacking[0],
             )
             continue
         try:
@@ -660,13 +711,16 @@ def read_brat(
         rows.append(
             (
                 annotation_file,
-                {"id": name, "text": text, "task": task} | _brat(annotation_file, text, task, reading),
+                {"id": name, "text": text, "task": task}
+                | _brat(annotation_file, text, task, reading),
             )
         )
     described = dict(schema) if schema is not None else _schema_of([row for _, row in rows], task)
     if rows and not described:
         reading.error(
-            "schema", f"The files have no label for {task}. Pass schema={{label: description}}.", path
+            "schema",
+            f"The files have no label for {task}. Pass schema={{label: description}}.",
+            path,
         )
         rows = []
     for file, row in rows:
@@ -686,7 +740,9 @@ def _brat(path: Path, text: str, task: str, reading: _Reading) -> dict[str, Any]
             continue
         if line[0] in _BRAT_OTHER:
             reading.note(
-                f"The {_BRAT_OTHER[line[0]]} {_shown(line)} has no place in a document.", path, number
+                f"The {_BRAT_OTHER[line[0]]} {_shown(line)} has no place in a document.",
+                path,
+                number,
             )
         elif line[0] == "T" and (match := _BRAT_MENTION.fullmatch(line)):
             if (mention := _brat_mention(match, text, path, number, reading)) is not None:
@@ -697,7 +753,10 @@ def _brat(path: Path, text: str, task: str, reading: _Reading) -> dict[str, Any]
             events[match[1]] = number, match
         else:
             reading.error(
-                "brat", f"Cannot read {_shown(line)}. Expected a T, R or E line of BRAT.", path, number
+                "brat",
+                f"Cannot read {_shown(line)}. Expected a T, R or E line of BRAT.",
+                path,
+                number,
             )
 
     triggers = {match[3] for _, match in events.values()}
@@ -705,11 +764,16 @@ def _brat(path: Path, text: str, task: str, reading: _Reading) -> dict[str, Any]
 
     def span_of(name: str, number: int) -> dict[str, Any] | None:
         if name in events:
-            reading.note(f"The argument `{name}` is an event; its trigger stands for it.", path, number)
+            reading.note(
+                f"The argument `{name}` is an event; its trigger stands for it.", path, number
+            )
             name = events[name][1][3]
         if name not in mentions:
             reading.error(
-                "brat", f"There is no usable mention `{name}`. The annotation is left out.", path, number
+                "brat",
+                f"There is no usable mention `{name}`. The annotation is left out.",
+                path,
+                number,
             )
             return None
         return {key: mentions[name][key] for key in ("text", "start", "end")}
@@ -731,7 +795,9 @@ def _brat(path: Path, text: str, task: str, reading: _Reading) -> dict[str, Any]
                     {"type": mentions[name]["label"]} if name in mentions else {}
                     for name in (match[3], match[4])
                 ]
-                annotations.append({"relation": match[2], "head": types[0] | head, "tail": types[1] | tail})
+                annotations.append(
+                    {"relation": match[2], "head": types[0] | head, "tail": types[1] | tail}
+                )
         return {"annotations": annotations, "entities": entities}
     for number, match in events.values():
         pairs = [pair.split(":", 1) for pair in match[4].split()]
@@ -750,18 +816,16 @@ def _brat_mention(
     match: re.Match[str], text: str, path: Path, number: int, reading: _Reading
 ) -> dict[str, Any] | None:
     if ";" in match[3]:
-        message = (
-            f"The mention `{match[1]}` has several pieces ({match[3]}), but a span has one. It is left out."
-        )
+        message = f"The mention `{match[1]}` has several pieces ({match[3]}), but a span has one. It is left out."
         reading.error("discontinuous", message, path, number)
         return None
     start, end = map(int, match[3].split())
     words = text[start:end]
     # BRAT writes line breaks inside a mention as spaces.
-    if not words or (match[4] is not None and re.sub(r"\s", " ", words) != re.sub(r"\s", " ", match[4])):
-        message = (
-            f"The mention `{match[1]}` says {_shown(match[4])}, but text[{start}:{end}] is {_shown(words)}."
-        )
+    if not words or (
+        match[4] is not None and re.sub(r"\s", " ", words) != re.sub(r"\s", " ", match[4])
+    ):
+        message = f"The mention `{match[1]}` says {_shown(match[4])}, but text[{start}:{end}] is {_shown(words)}."
         reading.error(
             "offsets",
             f"{message} Offsets count characters of the .txt. The mention is left out.",
@@ -781,7 +845,9 @@ def _schema_of(rows: Iterable[Mapping[str, Any]], task: str) -> dict[str, Any]:
         )
     roles: dict[str, dict[str, None]] = {}
     for event in annotations:
-        roles.setdefault(event["type"], {}).update(dict.fromkeys(a["role"] for a in event["arguments"]))
+        roles.setdefault(event["type"], {}).update(
+            dict.fromkeys(a["role"] for a in event["arguments"])
+        )
     return {type_: {"description": "", "roles": list(of_type)} for type_, of_type in roles.items()}
 
 
@@ -846,7 +912,9 @@ def read_iepile(path: str | Path, *, on_error: OnError = "raise") -> ReadReport:
             continue  # its errors have said why there is nothing to ask
         reading.add(row, path, number)
         if taken:
-            reading.note(f"Keys that mean something else in a document are not kept: {taken}.", path, number)
+            reading.note(
+                f"Keys that mean something else in a document are not kept: {taken}.", path, number
+            )
     reading.finish(path, found)
     return reading.report
 
@@ -982,7 +1050,9 @@ def read_hub(
     from tqdm.auto import tqdm
 
     if streaming and num_proc is not None:
-        raise ValueError("A stream is read in one process. Leave num_proc out, or pass streaming=False.")
+        raise ValueError(
+            "A stream is read in one process. Leave num_proc out, or pass streaming=False."
+        )
     reading = _Reading(on_error)
     if "subset" in load_options:
         load_options["name"] = load_options.pop("subset")
@@ -1019,7 +1089,9 @@ def _mapped(row: Mapping[str, Any], mapping: RowMapping | None) -> dict[str, str
     try:
         outcome = _without_nulls(row) if mapping is None else mapping(row)
         return {"row": json.dumps(outcome), "error": ""}
-    except Exception as error:  # whatever a user's function raises is reported with the row's number
+    except (
+        Exception
+    ) as error:  # whatever a user's function raises is reported with the row's number
         return {"row": "", "error": f"The mapping raised {type(error).__name__}: {error}."}
 
 
@@ -1060,13 +1132,20 @@ class TokenTags:
         if len(tokens) != len(tags):
             raise ValueError(f"there are {len(tokens)} tokens, but {len(tags)} tags")
         if self.names is None and any(not isinstance(tag, str) for tag in tags):
-            raise ValueError('tags are numbers: pass names=dataset.features["ner_tags"].feature.names')
+            raise ValueError(
+                'tags are numbers: pass names=dataset.features["ner_tags"].feature.names'
+            )
         if self.names is not None:
             tags = [self.names[tag] for tag in tags]
         mentions, faults = _tagged_mentions(tokens, tags, self.scheme, 0)
         if faults:
             raise ValueError(f"tag {faults[0][0]}: {faults[0][1]}")
-        out = {"text": " ".join(tokens), "task": "NER", "schema": dict(self.schema), "annotations": mentions}
+        out = {
+            "text": " ".join(tokens),
+            "task": "NER",
+            "schema": dict(self.schema),
+            "annotations": mentions,
+        }
         return out if self.id_ is None else {"id": str(row[self.id_])} | out
 
 
@@ -1081,7 +1160,9 @@ READERS: dict[str, Callable[..., ReadReport]] = {
 """The formats that `convert` reads, by name."""
 
 
-def convert(source: str | Path, target: str | Path, source_format: str, **options: Any) -> ReadReport:
+def convert(
+    source: str | Path, target: str | Path, source_format: str, **options: Any
+) -> ReadReport:
     """Read a file or folder in any of the formats and write its documents as JSONL.
 
     Args:
@@ -1098,7 +1179,9 @@ def convert(source: str | Path, target: str | Path, source_format: str, **option
         ValueError: if there is no such format.
     """
     if source_format not in READERS:
-        raise ValueError(f"There is no format `{source_format}`. Choose one of {', '.join(READERS)}.")
+        raise ValueError(
+            f"There is no format `{source_format}`. Choose one of {', '.join(READERS)}."
+        )
     report = READERS[source_format](source, **options)
     write_jsonl(report.documents, target)
     return report
@@ -1129,12 +1212,18 @@ def read_datasets(
     for source in sources:
         path = Path(source)
         if path.suffix == ".jsonl":
-            name = path.parent.name if path.stem in ("train", "test", "dev", "validation") else path.stem
+            name = (
+                path.parent.name
+                if path.stem in ("train", "test", "dev", "validation")
+                else path.stem
+            )
             report = read_jsonl(path)
         else:
             name, report = str(source), read_hub(str(source), split=split)
         found.setdefault(name, []).extend(report.documents)
-    return {name: docs if limit is None else sample(docs, limit, seed) for name, docs in found.items()}
+    return {
+        name: docs if limit is None else sample(docs, limit, seed) for name, docs in found.items()
+    }
 
 
 # Training examples ----------------------------------------------------------------------------------------------------
@@ -1151,7 +1240,10 @@ def sample(documents: Sequence[Document], n: int, seed: int = 0) -> list[Documen
 
 
 def mix(
-    documents: Mapping[str, Sequence[Document]], *, max_per_dataset: int | None = None, seed: int = 0
+    documents: Mapping[str, Sequence[Document]],
+    *,
+    max_per_dataset: int | None = None,
+    seed: int = 0,
 ) -> list[tuple[str, Document]]:
     """The documents of several data sets in one order in which every stretch has of each its share.
 
@@ -1170,7 +1262,9 @@ def mix(
     placed: list[tuple[float, str, int]] = []
     shuffled: dict[str, list[Document]] = {}
     for name, of_dataset in documents.items():
-        rng = random.Random(f"{seed}/{name}")  # seeded by SHA-512 of the string, whatever PYTHONHASHSEED
+        rng = random.Random(
+            f"{seed}/{name}"
+        )  # seeded by SHA-512 of the string, whatever PYTHONHASHSEED
         shuffled[name] = rng.sample(list(of_dataset), len(of_dataset))[:max_per_dataset]
         shift = rng.random()
         placed += [((k + shift) / len(shuffled[name]), name, k) for k in range(len(shuffled[name]))]
@@ -1185,7 +1279,13 @@ def to_dataset(documents: Iterable[tuple[str, Document]]) -> Dataset:
     """
     from datasets import Dataset
 
-    columns: dict[str, list[str]] = {"id": [], "dataset": [], "task": [], "text": [], "document": []}
+    columns: dict[str, list[str]] = {
+        "id": [],
+        "dataset": [],
+        "task": [],
+        "text": [],
+        "document": [],
+    }
     for name, document in documents:
         values = (document.id, name, document.task, document.text, json.dumps(document.to_dict()))
         for column, value in zip(columns.values(), values, strict=True):
@@ -1243,7 +1343,13 @@ def to_prompt_completion(
     )
 
 
-def _training_row(row: Mapping[str, str], task_text: str, options: Mapping[str, Any]) -> dict[str, str]:
+def _training_row(
+    row: Mapping[str, str], task_text: str, options: Mapping[str, Any]
+) -> dict[str, str]:
     example = build_example(Document.from_dict(json.loads(row["document"])), **options)
     texts = {"prompt": example.prompt, "schema": example.schema_text}
-    return {"prompt": example.prompt, "completion": example.completion, "task_text": texts[task_text]}
+    return {
+        "prompt": example.prompt,
+        "completion": example.completion,
+        "task_text": texts[task_text],
+    }

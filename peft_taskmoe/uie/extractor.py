@@ -22,7 +22,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..automatic import PromptEncoder
@@ -46,7 +51,10 @@ FORMAT_FILE = "uie_config.json"
 """Written beside an adapter: the prompt format it was trained with."""
 
 _LOOKAHEAD_BATCHES = 32
-_OF_ATTENTION = (DynamicLayer, DynamicSlidingWindowLayer)  # caches that can be cut by rows, and by tokens
+_OF_ATTENTION = (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)  # caches that can be cut by rows, and by tokens
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*+"?')
 _SHOWN_IN_NOTEBOOK = 20
 _LEAVING = 0.25  # of a batch's rows; as soon as so many are done, they leave
@@ -160,7 +168,9 @@ class Extractions(Sequence[Extraction]):
 
     def to_json(self, **options: Any) -> str:
         """All extractions as a JSON list; `options` go to `json.dumps`."""
-        return json.dumps([item.to_dict() for item in self.items], **{"ensure_ascii": False, **options})
+        return json.dumps(
+            [item.to_dict() for item in self.items], **{"ensure_ascii": False, **options}
+        )
 
     def show(self, console: Console | None = None) -> None:
         """Print all texts with their records and problems; see `Extraction.show`."""
@@ -217,7 +227,17 @@ class Extractions(Sequence[Extraction]):
                         "arguments": arguments,
                     }
                 )
-        columns = ["text", "kind", "label", "mention", "start", "end", "alignment", "confidence", "arguments"]
+        columns = [
+            "text",
+            "kind",
+            "label",
+            "mention",
+            "start",
+            "end",
+            "alignment",
+            "confidence",
+            "arguments",
+        ]
         return DataFrame(rows, columns=columns)
 
 
@@ -277,14 +297,19 @@ class _EndOfAnswer(StoppingCriteria):
         done = torch.tensor(
             [
                 last in extractor._ends
-                or (last in extractor._line_feeds and extractor._closes(row[self.prompt_length :].tolist()))
+                or (
+                    last in extractor._line_feeds
+                    and extractor._closes(row[self.prompt_length :].tolist())
+                )
                 for last, row in zip(input_ids[:, -1].tolist(), input_ids, strict=True)
             ],
             device=input_ids.device,
         ) | _repeats(input_ids[:, self.prompt_length :])
         self.done = done if self.done is None else self.done | done
         if self.rows_leave and int(self.done.sum()) >= _LEAVING * len(done):
-            return torch.ones_like(done)  # ends this call of `generate`; the others go on in another
+            return torch.ones_like(
+                done
+            )  # ends this call of `generate`; the others go on in another
         return self.done
 
 
@@ -293,11 +318,16 @@ def _cut_short(problems: tuple[Problem, ...], why: str) -> tuple[Problem, ...]:
     kinds = {problem.kind for problem in problems}
     if "truncated" in kinds:
         return tuple(
-            replace(problem, message=f"{problem.message} {why}") if problem.kind == "truncated" else problem
+            replace(problem, message=f"{problem.message} {why}")
+            if problem.kind == "truncated"
+            else problem
             for problem in problems
         )
     if "malformed" in kinds:
-        return (*problems, Problem("truncated", f"The answer ends inside a broken record. {why}", ""))
+        return (
+            *problems,
+            Problem("truncated", f"The answer ends inside a broken record. {why}", ""),
+        )
     return problems
 
 
@@ -449,7 +479,9 @@ class Extractor:
             tokenizer = AutoTokenizer.from_pretrained(str(adapter), **where)
         elif tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(name, revision=its_revision, **access)
-        if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:  # tokens were added in training
+        if (
+            len(tokenizer) > base.get_input_embeddings().weight.shape[0]
+        ):  # tokens were added in training
             base.resize_token_embeddings(len(tokenizer))
         model = PeftModel.from_pretrained(base, str(adapter), config=config, **where).eval()
         if options.get("format") is None:
@@ -467,9 +499,13 @@ class Extractor:
         conditioner = self._conditioner()
         if conditioner is None:
             if encoder is not None:
-                attach_task_encoder(self.model, encoder, self.tokenizer)  # which says why that cannot be
+                attach_task_encoder(
+                    self.model, encoder, self.tokenizer
+                )  # which says why that cannot be
             return
-        reads_task = any(shape.reads_task for layer in conditioner.layers for shape in layer.shapes.values())
+        reads_task = any(
+            shape.reads_task for layer in conditioner.layers for shape in layer.shapes.values()
+        )
         if reads_task and (encoder is not None or conditioner.prompt_encoder is None):
             attach_task_encoder(self.model, encoder, self.tokenizer)
 
@@ -500,7 +536,9 @@ class Extractor:
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         start = time.perf_counter()
-        found = list(self.iterate(texts, schema, given=given, thresholds=thresholds, progress=progress))
+        found = list(
+            self.iterate(texts, schema, given=given, thresholds=thresholds, progress=progress)
+        )
         return Extractions(found, time.perf_counter() - start)
 
     def iterate(
@@ -576,7 +614,12 @@ class Extractor:
             texts = [texts]
         schemas = self._checked(schema, thresholds)
         path, total = Path(path), len(texts) if isinstance(texts, Sequence) else None
-        settings = [self.max_new_tokens, self.max_prompt_tokens, self.overlap, self._constraint is not None]
+        settings = [
+            self.max_new_tokens,
+            self.max_prompt_tokens,
+            self.overlap,
+            self._constraint is not None,
+        ]
         known = [[one.fingerprint() for one in schemas], thresholds, asdict(self.format), *settings]
         run = checksum([*known, _weights_checksum(self.model)])
         names = itertools.count(1) if ids is None else iter(ids)
@@ -585,7 +628,9 @@ class Extractor:
             for questions in _questions(texts, schemas, given):
                 name = next(names, None)
                 if name is None:
-                    raise ValueError("There are fewer `ids` than texts. Pass one for each text, or none.")
+                    raise ValueError(
+                        "There are fewer `ids` than texts. Pass one for each text, or none."
+                    )
                 events = [[event.to_dict() for event in q.given or ()] for q in questions]
                 yield Item(str(name), checksum([str(name), questions[0].text, events]), questions)
 
@@ -594,9 +639,13 @@ class Extractor:
         left = items()
         done = lines_done(path, (item.source for item in left), run)
         total = None if total is None else total - done
-        return write_lines(self, left, path, run, thresholds=thresholds, progress=progress, total=total)
+        return write_lines(
+            self, left, path, run, thresholds=thresholds, progress=progress, total=total
+        )
 
-    def documents(self, documents: Sequence[Document], progress: bool | None = None) -> dict[str, Extraction]:
+    def documents(
+        self, documents: Sequence[Document], progress: bool | None = None
+    ) -> dict[str, Extraction]:
         """Answer the questions that documents with gold records pose; for scoring.
 
         Args:
@@ -610,7 +659,9 @@ class Extractor:
             ValueError: Two documents share an id.
         """
         if twice := [
-            name for name, count in Counter(document.id for document in documents).items() if count > 1
+            name
+            for name, count in Counter(document.id for document in documents).items()
+            if count > 1
         ]:
             raise ValueError(
                 f"{len(twice)} ids belong to several documents, the first is `{twice[0]}`, so their answers could not be told "
@@ -618,7 +669,9 @@ class Extractor:
             )
         asked = ([question_of(document)] for document in documents)
         found = self.answer(asked, progress=progress, total=len(documents))
-        return {document.id: extraction for document, extraction in zip(documents, found, strict=True)}
+        return {
+            document.id: extraction for document, extraction in zip(documents, found, strict=True)
+        }
 
     def answer(
         self,
@@ -670,7 +723,9 @@ class Extractor:
                     warnings.warn(f"A question was not asked: {error}", stacklevel=2)
                     problems[number].append(Problem("not_asked", str(error), ""))
                     continue
-                jobs += [_Job(number, question, window, self._ids(window.prompt)) for window in windows]
+                jobs += [
+                    _Job(number, question, window, self._ids(window.prompt)) for window in windows
+                ]
         waiting = [0] * len(groups)
         for job in jobs:
             waiting[job.group] += 1
@@ -722,7 +777,9 @@ class Extractor:
             self._windows(Question("", one), None)
         return schemas
 
-    def _windows(self, question: Question, problems: list[Problem] | None) -> tuple[PromptWindow, ...]:
+    def _windows(
+        self, question: Question, problems: list[Problem] | None
+    ) -> tuple[PromptWindow, ...]:
         return prompt_windows(
             question.text,
             question.schema,
@@ -747,11 +804,16 @@ class Extractor:
         found = [(_window(answer, text), answer.parsed.records) for answer in ordered]
         merged = merge_windows(found)
         records: list[Record] = []
-        problems = [*not_asked, *(problem for answer in ordered for problem in answer.parsed.problems)]
+        problems = [
+            *not_asked,
+            *(problem for answer in ordered for problem in answer.parsed.problems),
+        ]
         problems += _cut_by_windows(found, merged)
         for record in merged:
             threshold = (
-                thresholds.get(record.label, 0.0) if isinstance(thresholds, Mapping) else thresholds or 0.0
+                thresholds.get(record.label, 0.0)
+                if isinstance(thresholds, Mapping)
+                else thresholds or 0.0
             )
             if record.confidence is not None and record.confidence < threshold:
                 message = f"The confidence of {record.confidence:.3f} is below the threshold of {threshold}."
@@ -801,11 +863,17 @@ class Extractor:
         pad = self.tokenizer.pad_token_id
         pad = next(iter(sorted(self._ends)), 0) if pad is None else pad
         device = next(self.model.parameters()).device
-        input_ids = torch.tensor([[pad] * (length - len(ids)) + ids for ids in prompts], device=device)
-        mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+        input_ids = torch.tensor(
+            [[pad] * (length - len(ids)) + ids for ids in prompts], device=device
+        )
+        mask = torch.tensor(
+            [[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts], device=device
+        )
         constraint = None
         if self._constraint is not None:
-            asked = [(job.question.schema, job.window.window.text, job.window.given) for job in jobs]
+            asked = [
+                (job.question.schema, job.window.window.text, job.window.given) for job in jobs
+            ]
             constraint = self._constraint.processor(asked)
         rows = list(range(len(jobs)))  # of the jobs that are not done
         written: list[list[int]] = [[] for _ in jobs]
@@ -837,19 +905,27 @@ class Extractor:
                     pad_token_id=pad,
                     eos_token_id=sorted(self._ends) or None,
                     # The constraint comes behind: probabilities are the model's own.
-                    logits_processor=LogitsProcessorList([chosen, constraint] if constraint else [chosen]),
+                    logits_processor=LogitsProcessorList(
+                        [chosen, constraint] if constraint else [chosen]
+                    ),
                     stopping_criteria=StoppingCriteriaList([end]),
                     return_dict_in_generate=True,
                 )
                 input_ids = output.sequences
                 chosen.see(input_ids[:, -1])
                 of_rows = torch.stack(chosen.log_probs, 1).tolist()
-                for row, tokens, values in zip(rows, input_ids[:, length:].tolist(), of_rows, strict=True):
+                for row, tokens, values in zip(
+                    rows, input_ids[:, length:].tolist(), of_rows, strict=True
+                ):
                     written[row] = tokens
                     log_probs[row] += values
                 assert end.done is not None
                 left = (~end.done).nonzero().flatten()
-                if not rows_leave or len(left) == 0 or input_ids.shape[1] - length == self.max_new_tokens:
+                if (
+                    not rows_leave
+                    or len(left) == 0
+                    or input_ids.shape[1] - length == self.max_new_tokens
+                ):
                     break
                 rows = [rows[i] for i in left.tolist()]
                 input_ids = input_ids[left]
@@ -862,7 +938,8 @@ class Extractor:
         finally:
             self.model.train(training)
         return [
-            self._read(job, tokens, row) for job, tokens, row in zip(jobs, written, log_probs, strict=True)
+            self._read(job, tokens, row)
+            for job, tokens, row in zip(jobs, written, log_probs, strict=True)
         ]
 
     def _rows_may_leave(self, jobs: Sequence[_Job]) -> bool:
@@ -932,12 +1009,16 @@ class Extractor:
             return {}
         if reader is not None and len({job.question.schema.fingerprint() for job in jobs}) > 1:
             return {}  # the schemas are routed differently
-        columns = zip(*(job.ids[:-1] for job in jobs), strict=False)  # the last token is left to be read
+        columns = zip(
+            *(job.ids[:-1] for job in jobs), strict=False
+        )  # the last token is left to be read
         shared = sum(1 for _ in itertools.takewhile(lambda column: len({*column}) == 1, columns))
         if shared == 0:
             return {}
         ids = torch.tensor([jobs[0].ids], device=next(self.model.parameters()).device)
-        extra: dict[str, Any] = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}
+        extra: dict[str, Any] = (
+            {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}
+        )
         if reader is not None:
             extra["task_embeds"] = reader.tasks_of(ids, answers=False).task_embeds
         output = self.model(input_ids=ids[:, :shared], use_cache=True, **extra)
@@ -954,7 +1035,11 @@ class Extractor:
                 torch.cat([one.roll(length - len(job.ids), dims=-2) for job in jobs])
                 for one in (layer.keys, layer.values)
             )
-        return {"past_key_values": output.past_key_values, "use_cache": True, "cache_implementation": None}
+        return {
+            "past_key_values": output.past_key_values,
+            "use_cache": True,
+            "cache_implementation": None,
+        }
 
     def _read(self, job: _Job, tokens: list[int], log_probs: list[float]) -> Answer:
         window = job.window.window
@@ -967,7 +1052,9 @@ class Extractor:
             if token in self._line_feeds and self._closes(tokens[: i + 1]):
                 kept, complete = tokens[: i + 1], True
                 break
-        parsed = parse_answer(self._decode(kept), job.question.schema, window.text, given=job.window.given)
+        parsed = parse_answer(
+            self._decode(kept), job.question.schema, window.text, given=job.window.given
+        )
         looped = bool(_repeats(torch.tensor([kept])))
         complete = complete and not looped  # what stands behind a stopped row is padding
         if not complete:
@@ -1024,7 +1111,9 @@ def _keeps_keys_and_values(output: Any) -> bool:
 def save_format(format: PromptFormat, folder: str | Path) -> None:
     """Write the prompt format beside an adapter, where `Extractor.from_pretrained` finds it."""
     path = Path(folder) / FORMAT_FILE
-    path.write_text(json.dumps({"prompt_format": asdict(format)}, indent=2) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps({"prompt_format": asdict(format)}, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def load_format(
@@ -1069,7 +1158,9 @@ def load_format(
 
 def question_of(document: Document) -> Question:
     """The question that a document with gold records poses."""
-    return Question(document.text, document.schema, document.given if document.task == "EAE" else None)
+    return Question(
+        document.text, document.schema, document.given if document.task == "EAE" else None
+    )
 
 
 def _find(
@@ -1088,7 +1179,9 @@ def _find(
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        return Path(hf_hub_download(str(adapter), name, revision=revision, subfolder=subfolder, token=token))
+        return Path(
+            hf_hub_download(str(adapter), name, revision=revision, subfolder=subfolder, token=token)
+        )
     except EntryNotFoundError:  # not there, or (offline) not in the cache
         return None
 
@@ -1130,13 +1223,21 @@ def _schemas(schema: Any) -> list[Schema]:
     ]
 
 
-def _check_thresholds(thresholds: float | Mapping[str, float] | None, schemas: Sequence[Schema]) -> None:
+def _check_thresholds(
+    thresholds: float | Mapping[str, float] | None, schemas: Sequence[Schema]
+) -> None:
     by_label = (
-        thresholds if isinstance(thresholds, Mapping) else {} if thresholds is None else {"": thresholds}
+        thresholds
+        if isinstance(thresholds, Mapping)
+        else {}
+        if thresholds is None
+        else {"": thresholds}
     )
     for label, value in by_label.items():
         if not 0 <= value <= 1:
-            raise ValueError(f"The threshold {value} is no probability. Write a number between 0 and 1.")
+            raise ValueError(
+                f"The threshold {value} is no probability. Write a number between 0 and 1."
+            )
         if isinstance(thresholds, Mapping) and not any(
             label == known.name for one in schemas for known in one.labels
         ):
@@ -1196,7 +1297,9 @@ def _cut_by_windows(
         for record in (shift_record(record, window.start) for record in records):
             if not isinstance(record, Event) and record_key(record) not in kept:
                 message = "A window's edge cuts this mention short; another window has the longer one. It is left out."
-                left_out.setdefault(record_key(record), Problem("repeated", message, _source(record)))
+                left_out.setdefault(
+                    record_key(record), Problem("repeated", message, _source(record))
+                )
     return list(left_out.values())
 
 

@@ -117,11 +117,15 @@ def write_lines(
 
     written = 0
     with path.open("ab") as file:
-        for extraction in extractor.answer(asked(), thresholds=thresholds, progress=progress, total=total):
+        for extraction in extractor.answer(
+            asked(), thresholds=thresholds, progress=progress, total=total
+        ):
             item = waiting.pop(0)
             found = extraction.to_dict() if item.error is None else {"error": item.error}
             row = {"id": item.id, "source": item.source, **found, "run": run}
-            file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+            file.write(
+                json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+            )
             file.flush()
             written += 1
     return written

@@ -54,7 +54,9 @@ class ParsedAnswer:
     @property
     def well_formed(self) -> bool:
         """Whether the answer is one whole list of records, whatever the records say."""
-        return not any(problem.kind in ("malformed", "truncated", "extra_text") for problem in self.problems)
+        return not any(
+            problem.kind in ("malformed", "truncated", "extra_text") for problem in self.problems
+        )
 
 
 def parse_answer(
@@ -169,8 +171,12 @@ class _Scanner:
         in_record = self.rest is not None and self.rest_kind != "extra_text"
         self.flush(len(answer))
         if not in_record and not closed:
-            message = "The answer has no list." if not calls and not depth else "The list is not closed."
-            self.reader.problem("truncated", message, answer[list_start:] if depth and not calls else "")
+            message = (
+                "The answer has no list." if not calls and not depth else "The list is not closed."
+            )
+            self.reader.problem(
+                "truncated", message, answer[list_start:] if depth and not calls else ""
+            )
 
     def call(self, name: str, start: int, behind: int) -> int | None:
         """Read the call that may begin here; returns where to go on, or `None` if there is none."""
@@ -184,7 +190,9 @@ class _Scanner:
         call = self.scan(gap.end())
         if call.status == "whole":
             self.flush(start)
-            self.reader.read(f"{name}({call.source}", self.answer[start : call.end], (start, call.end))
+            self.reader.read(
+                f"{name}({call.source}", self.answer[start : call.end], (start, call.end)
+            )
             return call.end
         if call.status == "cut":
             self.flush(start)
@@ -232,8 +240,13 @@ class _Scanner:
             if kind == "quote" and expected in ("item", "value", "operand", "comma*"):
                 return _Call("cut" if self.could_go_on(at) else "broken", len(answer))
             if kind == "string" and expected in ("item", "value", "operand", "comma*"):
-                token, following = _literal(token), "comma*"  # another string may follow: they are one
-            elif expected in ("item", "value", "operand") and (kind == "number" or token in _CONSTANTS):
+                token, following = (
+                    _literal(token),
+                    "comma*",
+                )  # another string may follow: they are one
+            elif expected in ("item", "value", "operand") and (
+                kind == "number" or token in _CONSTANTS
+            ):
                 following = "comma"
             elif kind == "name" and expected == "item" and len(brackets) == 1:
                 following = "equals"
@@ -241,7 +254,11 @@ class _Scanner:
                 following = "value"
             elif token == "," and expected.startswith("comma"):
                 following = "item" if len(brackets) == 1 else "operand"
-            elif kind == "open" and expected in ("item", "value", "operand") and len(brackets) < MAX_DEPTH:
+            elif (
+                kind == "open"
+                and expected in ("item", "value", "operand")
+                and len(brackets) < MAX_DEPTH
+            ):
                 brackets.append(token)
                 following = "operand"
             elif (
@@ -311,7 +328,9 @@ class _Reader:
         self.index = TextIndex(text)
         self.aligner = Aligner(self.index)
         self.keep_not_found = keep_not_found
-        self.given = sorted(given, key=lambda event: (event.trigger.start is None, event.trigger.start or 0))
+        self.given = sorted(
+            given, key=lambda event: (event.trigger.start is None, event.trigger.start or 0)
+        )
         self.has_given = bool(given)
         self.records: list[tuple[Record, tuple[int, int]]] = []
         self.problems: list[Problem] = []
@@ -345,7 +364,10 @@ class _Reader:
             return
         label = self.label(node.func.id)
         if label is None:
-            self.note("unknown_label", f"The schema has no class `{node.func.id}`; the record is left out.")
+            self.note(
+                "unknown_label",
+                f"The schema has no class `{node.func.id}`; the record is left out.",
+            )
             return
         slots = self.slots(label, node)
         build = {"entity": self.entity, "relation": self.relation, "event": self.event}[label.kind]
@@ -373,7 +395,9 @@ class _Reader:
                 types = []
                 for slot, span in zip(label.slots, (record.head, record.tail), strict=True):
                     found = (
-                        slot.types if len(slot.types) == 1 else tuple(labels.get((span.start, span.end), ()))
+                        slot.types
+                        if len(slot.types) == 1
+                        else tuple(labels.get((span.start, span.end), ()))
                     )
                     fitting = [type_ for type_ in found if not slot.types or type_ in slot.types]
                     types.append(fitting[0] if len(fitting) == 1 else None)
@@ -392,7 +416,10 @@ class _Reader:
             (k.arg or "", k.value) for k in node.keywords
         ]
         if len(node.args) > len(identifiers):
-            self.note("unknown_slot", f"The class has {len(identifiers)} slots; {len(node.args)} are filled.")
+            self.note(
+                "unknown_slot",
+                f"The class has {len(identifiers)} slots; {len(node.args)} are filled.",
+            )
         for identifier, value in items:
             stem = identifier.removesuffix("_nth")
             if identifier in name_of:
@@ -401,7 +428,9 @@ class _Reader:
             elif stem in name_of:
                 filled.setdefault(stem, _Filled([], []))[1].extend(self.numbers(stem, value))
             else:
-                self.note("unknown_slot", f"The class has no slot `{identifier}`; the slot is left out.")
+                self.note(
+                    "unknown_slot", f"The class has no slot `{identifier}`; the slot is left out."
+                )
         return {name_of[identifier]: value for identifier, value in filled.items()}
 
     def words(self, slot: str, value: ast.expr) -> list[str]:
@@ -437,7 +466,8 @@ class _Reader:
             return None
         if len(words) > 1:
             self.note(
-                "bad_value", f"`{slot}` takes one mention and has {len(words)}; the record is left out."
+                "bad_value",
+                f"`{slot}` takes one mention and has {len(words)}; the record is left out.",
             )
             return None
         return words[0], self.numbered(slot, words[0], numbers[0]) if numbers else None
@@ -448,7 +478,8 @@ class _Reader:
         place = self.index.nth(mention, number)
         if place is None and number and self.index.occurrences(mention).places:
             self.note(
-                "bad_occurrence", f"The text has no occurrence {number} of `{slot}`; the default is taken."
+                "bad_occurrence",
+                f"The text has no occurrence {number} of `{slot}`; the default is taken.",
             )
         return place
 
@@ -499,7 +530,9 @@ class _Reader:
                 for ok, (words, _) in zip(known, (head, tail), strict=True)
             ]
             return Relation(
-                label.name, self.span(head[0], head[1] or first[0]), self.span(tail[0], tail[1] or first[1])
+                label.name,
+                self.span(head[0], head[1] or first[0]),
+                self.span(tail[0], tail[1] or first[1]),
             )
         pair = (
             (head[1], tail[1])
@@ -514,18 +547,23 @@ class _Reader:
 
     def event(self, label: Label, slots: dict[str, _Filled]) -> Event | None:
         trigger = (
-            self.given_trigger(label, slots) if self.has_given else self.mention(label, slots, "trigger")
+            self.given_trigger(label, slots)
+            if self.has_given
+            else self.mention(label, slots, "trigger")
         )
         if trigger is None:
             return None
         self.events += 1
-        place = None if trigger.start is None or trigger.end is None else (trigger.start, trigger.end)
+        place = (
+            None if trigger.start is None or trigger.end is None else (trigger.start, trigger.end)
+        )
         arguments: list[Argument] = []
         for role in label.roles:
             words, numbers = slots.get(role.name, _Filled([], []))
             if numbers and len(numbers) != len(words):
                 self.note(
-                    "bad_occurrence", f"`{role.name}` has {len(words)} mentions, {len(numbers)} occurrences."
+                    "bad_occurrence",
+                    f"`{role.name}` has {len(words)} mentions, {len(numbers)} occurrences.",
                 )
                 numbers = []
             for mention, number in zip(words, numbers or [0] * len(words), strict=True):
@@ -556,13 +594,16 @@ class _Reader:
             lambda e: normalise(e.trigger.text) == normalise(words),
         ):
             fitting = [event for event in same_label if same(event)]
-            exact = [event for event in fitting if place == (event.trigger.start, event.trigger.end)]
+            exact = [
+                event for event in fitting if place == (event.trigger.start, event.trigger.end)
+            ]
             if fitting:
                 event = (exact or fitting)[0]
                 self.given.remove(event)
                 return event.trigger
         self.note(
-            "not_given", f"No given event `{label.name}` with trigger {words[:80]!r} is left; it is left out."
+            "not_given",
+            f"No given event `{label.name}` with trigger {words[:80]!r} is left; it is left out.",
         )
         return None
 

@@ -23,7 +23,16 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from peft_taskmoe.uie.alignment import Aligner, Place, TextIndex
-from peft_taskmoe.uie.records import Document, Entity, Event, Record, Relation, Span, record_key, spans_of
+from peft_taskmoe.uie.records import (
+    Document,
+    Entity,
+    Event,
+    Record,
+    Relation,
+    Span,
+    record_key,
+    spans_of,
+)
 from peft_taskmoe.uie.regularisers import MentionPool, Regularisers, key_of, regularise
 from peft_taskmoe.uie.schema import Label, Names, Schema, Slot
 
@@ -108,10 +117,14 @@ def build_example(
     """
     format = format or PromptFormat()
     _check_askable(document)
-    shown, names = regularise(document, regularisers or Regularisers(), seed, mentions, negative_pool)
+    shown, names = regularise(
+        document, regularisers or Regularisers(), seed, mentions, negative_pool
+    )
     schema_text = prompt_schema_text(shown.schema, names, format)
     prompt = schema_text + _question(document.text, shown.schema, names, document.given, format)
-    completion = completion_text(shown.records, document.text, shown.schema, names, document.given, format)
+    completion = completion_text(
+        shown.records, document.text, shown.schema, names, document.given, format
+    )
     return Example(document.id, prompt, completion, schema_text, shown.schema, names, shown)
 
 
@@ -138,7 +151,9 @@ def prompt_text(
     return prompt_schema_text(schema, names, format) + _question(text, schema, names, given, format)
 
 
-def prompt_schema_text(schema: Schema, names: Names | None = None, format: PromptFormat | None = None) -> str:
+def prompt_schema_text(
+    schema: Schema, names: Names | None = None, format: PromptFormat | None = None
+) -> str:
     """The part of a prompt before the input text: the same for every text."""
     format, names = format or PromptFormat(), names or schema.names
     write = _class_text if format.style == "dataclass" else _line_text
@@ -214,7 +229,9 @@ def _class_text(label: Label, names: Names) -> str:
         lines.append(f'    """{_docstring(guideline)}"""')
     for slot, identifier in zip(label.slots, names.slots_of(label), strict=True):
         type_ = "List[str]" if slot in label.roles else "str"
-        note = _slot_note(slot, identifier) or (_SLOT_NOTES[slot.name] if slot not in label.roles else "")
+        note = _slot_note(slot, identifier) or (
+            _SLOT_NOTES[slot.name] if slot not in label.roles else ""
+        )
         lines.append(f"    {identifier}: {type_}" + (f"  # {note}" if note else ""))
     return "\n".join(lines)
 
@@ -256,7 +273,9 @@ def _with_examples(note: str, examples: Sequence[str]) -> str:
 
 def _one_line(words: str) -> str:
     # Guidelines are for reading: white space and control characters need not come back.
-    return _ESCAPED.sub(lambda m: m.group() if m.group() in '"\\' else _escape(m), " ".join(words.split()))
+    return _ESCAPED.sub(
+        lambda m: m.group() if m.group() in '"\\' else _escape(m), " ".join(words.split())
+    )
 
 
 def _docstring(words: str) -> str:
@@ -264,7 +283,9 @@ def _docstring(words: str) -> str:
     return words.replace('"', '\\"') if '"""' in words or words.endswith('"') else words
 
 
-def _question(text: str, schema: Schema, names: Names, given: Sequence[Event], format: PromptFormat) -> str:
+def _question(
+    text: str, schema: Schema, names: Names, given: Sequence[Event], format: PromptFormat
+) -> str:
     """The part of a prompt behind the schema."""
     long = format.style == "dataclass"
     lines = ["# This is the text to analyze"] if long else []
@@ -285,7 +306,12 @@ class _Writer:
     """Writes records as calls, with occurrence numbers where the default alignment would go elsewhere."""
 
     def __init__(
-        self, index: TextIndex, schema: Schema, names: Names, format: PromptFormat, numbered_triggers: bool
+        self,
+        index: TextIndex,
+        schema: Schema,
+        names: Names,
+        format: PromptFormat,
+        numbered_triggers: bool,
     ) -> None:
         self.index = index
         self.aligner = Aligner(index)
@@ -338,7 +364,9 @@ class _Writer:
 
     def roles(self, label: Label, event: Event) -> list[str]:
         self.events += 1
-        identifiers = dict(zip((slot.name for slot in label.slots), self.names.slots_of(label), strict=True))
+        identifiers = dict(
+            zip((slot.name for slot in label.slots), self.names.slots_of(label), strict=True)
+        )
         by_role: dict[str, list[Span]] = {role.name: [] for role in label.roles}
         for argument in event.arguments:
             if argument.role not in by_role:
@@ -354,10 +382,14 @@ class _Writer:
                 continue
             literals = [string_literal(span.text) for span in spans]
             bare = self.format.style == "compact" and len(literals) == 1
-            written.append(f"{identifiers[role]}={literals[0] if bare else '[' + ', '.join(literals) + ']'}")
+            written.append(
+                f"{identifiers[role]}={literals[0] if bare else '[' + ', '.join(literals) + ']'}"
+            )
             numbers = self.role_numbers(event, role, spans)
             if numbers:
-                written.append(f"{identifiers[role]}_nth={numbers[0] if len(numbers) == 1 else numbers}")
+                written.append(
+                    f"{identifiers[role]}_nth={numbers[0] if len(numbers) == 1 else numbers}"
+                )
         return written
 
     def role_numbers(self, event: Event, role: str, spans: Sequence[Span]) -> list[int]:
@@ -380,7 +412,9 @@ class _Writer:
         return [f"{slot}_nth={number}"] if number else []
 
 
-def _given_text(given: Sequence[Event], text: str, schema: Schema, names: Names, format: PromptFormat) -> str:
+def _given_text(
+    given: Sequence[Event], text: str, schema: Schema, names: Names, format: PromptFormat
+) -> str:
     # A trigger that the text repeats needs its number here, whatever the answers may say.
     writer = _Writer(
         TextIndex(text), schema, names, replace(format, occurrences=True), numbered_triggers=True

@@ -83,7 +83,11 @@ class Entity:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSONL annotation: `{"label", "text", "start", "end"}`."""
-        return {"label": self.label, **_span_to_dict(self.span), **_confidence_to_dict(self.confidence)}
+        return {
+            "label": self.label,
+            **_span_to_dict(self.span),
+            **_confidence_to_dict(self.confidence),
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +163,9 @@ class Problem:
 
     def __post_init__(self) -> None:
         if self.kind not in PROBLEM_KINDS:
-            raise ValueError(f"`{self.kind}` is no kind of problem. The kinds are: {_names(PROBLEM_KINDS)}.")
+            raise ValueError(
+                f"`{self.kind}` is no kind of problem. The kinds are: {_names(PROBLEM_KINDS)}."
+            )
 
     def to_dict(self) -> dict[str, str]:
         """The three fields as JSON."""
@@ -190,7 +196,9 @@ class Document:
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
-            raise ValueError(f"Document `{self.id}` has task `{self.task}`. Write one of: {_names(TASKS)}.")
+            raise ValueError(
+                f"Document `{self.id}` has task `{self.task}`. Write one of: {_names(TASKS)}."
+            )
 
     @property
     def given(self) -> tuple[Event, ...]:
@@ -223,7 +231,9 @@ class Document:
         if not isinstance(text, str):
             raise ValueError(f"`text` is a {type(text).__name__}. Write it as one string.")
         schema = Schema.from_dict(task, row["schema"])
-        records = tuple(record_from_dict(task, annotation) for annotation in row.get("annotations", ()))
+        records = tuple(
+            record_from_dict(task, annotation) for annotation in row.get("annotations", ())
+        )
         entities = tuple(_entity_from_dict(entity) for entity in row.get("entities", ()))
         for span in (span for record in (*records, *entities) for span in spans_of(record)):
             _check_offsets(span, text)
@@ -286,8 +296,12 @@ def shift_record(record: Record, by: int) -> Record:
         return Entity(record.label, record.span.shift(by), record.confidence)
     if isinstance(record, Relation):
         head, tail = record.head.shift(by), record.tail.shift(by)
-        return Relation(record.label, head, tail, record.head_type, record.tail_type, record.confidence)
-    arguments = tuple(Argument(argument.role, argument.span.shift(by)) for argument in record.arguments)
+        return Relation(
+            record.label, head, tail, record.head_type, record.tail_type, record.confidence
+        )
+    arguments = tuple(
+        Argument(argument.role, argument.span.shift(by)) for argument in record.arguments
+    )
     return Event(record.label, record.trigger.shift(by), arguments, record.confidence)
 
 
@@ -324,7 +338,9 @@ def _confidence_to_dict(confidence: float | None) -> dict[str, float]:
 
 
 def _span_from_dict(data: Mapping[str, Any], where: str, *beside: str) -> Span:
-    _check_keys(data, where, required=("text",), known=("text", "start", "end", "alignment", *beside))
+    _check_keys(
+        data, where, required=("text",), known=("text", "start", "end", "alignment", *beside)
+    )
     return Span(data["text"], data.get("start"), data.get("end"), data.get("alignment", "exact"))
 
 
@@ -344,23 +360,32 @@ def _relation_from_dict(data: Mapping[str, Any]) -> Relation:
 
 
 def _event_from_dict(data: Mapping[str, Any]) -> Event:
-    _check_keys(data, "An event", ("type", "trigger"), ("type", "trigger", "arguments", "confidence"))
+    _check_keys(
+        data, "An event", ("type", "trigger"), ("type", "trigger", "arguments", "confidence")
+    )
     arguments = []
     for argument in data.get("arguments", ()):
         _check_keys(argument, "An argument", required=("role", "text"))
-        arguments.append(Argument(argument["role"], _span_from_dict(argument, "An argument", "role")))
+        arguments.append(
+            Argument(argument["role"], _span_from_dict(argument, "An argument", "role"))
+        )
     trigger = _span_from_dict(data["trigger"], "A trigger")
     return Event(data["type"], trigger, tuple(arguments), data.get("confidence"))
 
 
 def _check_keys(
-    data: Mapping[str, Any], what: str, required: Iterable[str], known: tuple[str, ...] | None = None
+    data: Mapping[str, Any],
+    what: str,
+    required: Iterable[str],
+    known: tuple[str, ...] | None = None,
 ) -> None:
     if not isinstance(data, Mapping):
         raise ValueError(f"{what} is written as {data!r}. Write it as a JSON object.")
     missing = [key for key in required if key not in data]
     if missing:
-        raise ValueError(f"{what} has no {_names(missing)} (keys: {_names(data)}). Add what is missing.")
+        raise ValueError(
+            f"{what} has no {_names(missing)} (keys: {_names(data)}). Add what is missing."
+        )
     unknown = [] if known is None else sorted(set(data) - set(known))
     if unknown:
         # One text for one set of keys: Python's warning filter then shows it once.
@@ -369,7 +394,9 @@ def _check_keys(
 
 def _check_offsets(span: Span, text: str) -> None:
     if not isinstance(span.text, str) or not span.text:
-        raise ValueError(f"The mention {span.text!r} has no words. Write the words that it stands for.")
+        raise ValueError(
+            f"The mention {span.text!r} has no words. Write the words that it stands for."
+        )
     if span.start is None and span.end is None:
         return
     if not isinstance(span.start, int) or not isinstance(span.end, int):

@@ -51,7 +51,9 @@ class Regularisers:
     def __post_init__(self) -> None:
         for name in ("dropout", "mask"):
             if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"`{name}` is {getattr(self, name)}. It is a probability: write 0.0 to 1.0.")
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)}. It is a probability: write 0.0 to 1.0."
+                )
         for name in ("examples", "max_negatives", "added_negatives"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"`{name}` is {getattr(self, name)}. It counts: write 0 or more.")
@@ -112,7 +114,8 @@ def regularise(
     if regularisers.examples:
         chance = _chance(seed, "examples", document.id)
         labels = [
-            _with_examples(x, regularisers.examples, mentions or {}, document.text, chance) for x in labels
+            _with_examples(x, regularisers.examples, mentions or {}, document.text, chance)
+            for x in labels
         ]
 
     schema = Schema(tuple(labels))
@@ -144,7 +147,9 @@ def key_of(record: Record) -> tuple[Kind, str]:
     return ("relation" if isinstance(record, Relation) else "event", record.label)
 
 
-def _with_examples(label: Label, most: int, pool: MentionPool, text: str, chance: random.Random) -> Label:
+def _with_examples(
+    label: Label, most: int, pool: MentionPool, text: str, chance: random.Random
+) -> Label:
     if label.kind == "relation":
         return label
     text = text.casefold()
@@ -156,5 +161,7 @@ def _with_examples(label: Label, most: int, pool: MentionPool, text: str, chance
 
 def _chance(seed: int, what: str, document_id: str) -> random.Random:
     """A source of chance of its own for each regulariser, so that switching one leaves the others as they are."""
-    digest = hashlib.sha256(f"{seed}\0{what}\0{document_id}".encode("utf-8", "surrogatepass")).digest()
+    digest = hashlib.sha256(
+        f"{seed}\0{what}\0{document_id}".encode("utf-8", "surrogatepass")
+    ).digest()
     return random.Random(int.from_bytes(digest[:8], "big"))

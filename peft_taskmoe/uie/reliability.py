@@ -100,13 +100,19 @@ class Reliability:
         return self._mean([abs(one.precision - one.confidence) for one in self.bins])
 
     def _mean(self, values: Sequence[float]) -> float:
-        weighted = [one.count * value for one, value in zip(self.bins, values, strict=True) if one.count]
+        weighted = [
+            one.count * value for one, value in zip(self.bins, values, strict=True) if one.count
+        ]
         return sum(weighted) / self.count if self.count else math.nan
 
     def to_dict(self) -> dict[str, Any]:
         """All figures as JSON-ready dicts, with None for what is undefined."""
-        figures = {name: _none_if_nan(getattr(self, name)) for name in ("confidence", "precision", "ece")}
-        bins = [{key: _none_if_nan(value) for key, value in asdict(one).items()} for one in self.bins]
+        figures = {
+            name: _none_if_nan(getattr(self, name)) for name in ("confidence", "precision", "ece")
+        }
+        bins = [
+            {key: _none_if_nan(value) for key, value in asdict(one).items()} for one in self.bins
+        ]
         interval = {} if self.interval is None else {"ece_interval": asdict(self.interval)}
         return {"count": self.count, "without": self.without, **figures, **interval, "bins": bins}
 
@@ -138,7 +144,13 @@ class Reliability:
         if self.interval is not None:
             ece += f" [{shown(self.interval.low)}, {shown(self.interval.high)}]"
         rows.append(["all", str(self.count), shown(self.confidence), shown(self.precision), ece])
-        return ["confidence", "records", "mean confidence", "precision", "precision - confidence"], rows
+        return [
+            "confidence",
+            "records",
+            "mean confidence",
+            "precision",
+            "precision - confidence",
+        ], rows
 
     def plot(self, path: str | Path) -> None:
         """Draw the curve over the numbers of records; needs `pip install 'peft_taskmoe[plot]'`.
@@ -161,7 +173,9 @@ class Reliability:
         curve.set(ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
         curve.legend(loc="upper left")
         widths = [one.high - one.low for one in self.bins]
-        counts.bar([one.low for one in self.bins], [one.count for one in self.bins], widths, align="edge")
+        counts.bar(
+            [one.low for one in self.bins], [one.count for one in self.bins], widths, align="edge"
+        )
         counts.set(xlabel="confidence", ylabel="records")
         figure.savefig(path)
 
@@ -219,15 +233,21 @@ def reliability(
             row += 1
     values = np.array([value for _, value, _ in judged], dtype=np.float64)
     if len(values) and not (values.min() >= 0 and values.max() <= 1):
-        raise ValueError("There are confidences that are not between 0 and 1, which are no probabilities.")
+        raise ValueError(
+            "There are confidences that are not between 0 and 1, which are no probabilities."
+        )
     edges = np.linspace(0.0, 1.0, bins + 1)
     if binning == "count" and len(values):
         edges = np.unique([0.0, *np.quantile(values, edges[1:-1]), 1.0])
     columns = np.zeros((max(row, 1), len(edges) - 1, 3))  # count, sum of confidences, right ones
-    for (document, value, right), of_bin in zip(judged, np.searchsorted(edges[1:-1], values), strict=True):
+    for (document, value, right), of_bin in zip(
+        judged, np.searchsorted(edges[1:-1], values), strict=True
+    ):
         columns[document, of_bin] += (1, value, right)
     found_bins = []
-    for low, high, (count, summed, right) in zip(edges[:-1], edges[1:], columns.sum(axis=0), strict=True):
+    for low, high, (count, summed, right) in zip(
+        edges[:-1], edges[1:], columns.sum(axis=0), strict=True
+    ):
         means = (summed / count, right / count) if count else (math.nan, math.nan)
         found_bins.append(Bin(float(low), float(high), int(count), *map(float, means)))
     interval = None
@@ -246,7 +266,9 @@ def _ece(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.divide(gaps, n, out=np.full(n.shape, np.nan), where=n > 0)
 
 
-def _judged(records: Sequence[Record], document: Document, match: Match) -> list[tuple[float | None, bool]]:
+def _judged(
+    records: Sequence[Record], document: Document, match: Match
+) -> list[tuple[float | None, bool]]:
     """For each record that counts: its confidence (None: in no bin) and whether it is right."""
     usable, _, _ = _usable(records, document, count_not_found=False)
     gold = {task: _items(document.records, task, match, document.id) for task in _tasks(document)}

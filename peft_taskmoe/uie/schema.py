@@ -105,13 +105,17 @@ class Label:
 
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
-            raise SchemaError(f"Label `{self.name}` has kind `{self.kind}`. Write one of: {_list(_KINDS)}.")
+            raise SchemaError(
+                f"Label `{self.name}` has kind `{self.kind}`. Write one of: {_list(_KINDS)}."
+            )
         _check_name(self.name, f"A label of kind `{self.kind}`")
         _check_strings(self.description, self.examples, f"Label `{self.name}`")
         fixed = _FIXED_SLOTS[self.kind]
         slots = self.slots or tuple(Slot(name) for name in fixed)
         names = [slot.name for slot in slots]
-        if names[: len(fixed)] != list(fixed) or (self.kind != "event" and len(names) != len(fixed)):
+        if names[: len(fixed)] != list(fixed) or (
+            self.kind != "event" and len(names) != len(fixed)
+        ):
             raise SchemaError(
                 f"Label `{self.name}` of kind `{self.kind}` has the slots {_list(names)}. Its slots must be "
                 f"{_list(fixed)}{' followed by its roles' if self.kind == 'event' else ''}."
@@ -119,7 +123,9 @@ class Label:
         roles = names[len(fixed) :]
         twice = sorted({role for role in roles if roles.count(role) > 1})
         if twice:
-            raise SchemaError(f"Event `{self.name}` has the role {_list(twice)} twice. Name each role once.")
+            raise SchemaError(
+                f"Event `{self.name}` has the role {_list(twice)} twice. Name each role once."
+            )
         object.__setattr__(self, "slots", slots)
 
     @property
@@ -163,13 +169,19 @@ class Schema:
 
     def __post_init__(self) -> None:
         if not self.labels:
-            raise SchemaError('The schema has no labels. Write at least one: {"Person": "names of people"}.')
+            raise SchemaError(
+                'The schema has no labels. Write at least one: {"Person": "names of people"}.'
+            )
         seen: set[tuple[Kind, str]] = set()
         for label in self.labels:
             if not isinstance(label, Label):
-                raise SchemaError(f"`{label!r}` is no `Label`. Build schemas with `Schema.of(...)`.")
+                raise SchemaError(
+                    f"`{label!r}` is no `Label`. Build schemas with `Schema.of(...)`."
+                )
             if label.key in seen:
-                raise SchemaError(f"The {label.kind} `{label.name}` is defined twice. Keep one of the two.")
+                raise SchemaError(
+                    f"The {label.kind} `{label.name}` is defined twice. Keep one of the two."
+                )
             seen.add(label.key)
 
     @classmethod
@@ -216,7 +228,9 @@ class Schema:
         if task not in TASKS:
             raise SchemaError(f"`{task}` is no task. Write one of: {_list(TASKS)}.")
         if isinstance(data, str) or not isinstance(data, (Mapping, Sequence)):
-            raise SchemaError(f"A schema cannot be read from {data!r}. Write a dict: {{label: description}}.")
+            raise SchemaError(
+                f"A schema cannot be read from {data!r}. Write a dict: {{label: description}}."
+            )
         if not isinstance(data, Mapping):
             data = dict.fromkeys(data, "")
         if (
@@ -228,10 +242,14 @@ class Schema:
             parts = []
             for plural, labels in data.items():
                 part = labels if isinstance(labels, Mapping) else dict.fromkeys(labels, "")
-                parts += [_label_from_dict(_PLURALS[plural], name, value) for name, value in part.items()]
+                parts += [
+                    _label_from_dict(_PLURALS[plural], name, value) for name, value in part.items()
+                ]
             return cls(tuple(parts))
         kind = _KIND_OF_TASK.get(task)
-        return cls(tuple(_label_from_dict(kind or _guess_kind(v), name, v) for name, v in data.items()))
+        return cls(
+            tuple(_label_from_dict(kind or _guess_kind(v), name, v) for name, v in data.items())
+        )
 
     @classmethod
     def from_json(cls, path: str | Path) -> Schema:
@@ -317,12 +335,21 @@ class Names:
     def of(cls, schema: Schema) -> Names:
         """The identifiers of all labels of a schema."""
         # Names that are identifiers keep theirs, whatever else is in the schema.
-        order = sorted(schema.labels, key=lambda label: (_identifier(label.name) != label.name, label.key))
+        order = sorted(
+            schema.labels, key=lambda label: (_identifier(label.name) != label.name, label.key)
+        )
         classes = dict(
-            zip((label.key for label in order), _identifiers([x.name for x in order], _RESERVED), strict=True)
+            zip(
+                (label.key for label in order),
+                _identifiers([x.name for x in order], _RESERVED),
+                strict=True,
+            )
         )
         return cls(
-            tuple((*label.key, classes[label.key], _slot_identifiers(label)) for label in schema.labels)
+            tuple(
+                (*label.key, classes[label.key], _slot_identifiers(label))
+                for label in schema.labels
+            )
         )
 
     @classmethod
@@ -336,7 +363,9 @@ class Names:
             tuple(
                 (
                     *label.key,
-                    f"LABEL_{number}" if label.description or label.examples else plain.class_of(label),
+                    f"LABEL_{number}"
+                    if label.description or label.examples
+                    else plain.class_of(label),
                     plain.slots_of(label),
                 )
                 for number, label in enumerate(schema.labels, start=1)
@@ -394,7 +423,9 @@ def _identifiers(names: Sequence[str], reserved: Collection[str]) -> list[str]:
     identifiers = []
     for name in names:
         stem = _identifier(name)
-        if keyword.iskeyword(stem) or stem in reserved or stem.startswith("LABEL_"):  # masks are called so
+        if (
+            keyword.iskeyword(stem) or stem in reserved or stem.startswith("LABEL_")
+        ):  # masks are called so
             stem += "_"
         identifier, number = stem, 2
         while identifier in taken:
@@ -419,7 +450,13 @@ def _slot_identifiers(label: Label) -> tuple[str, ...]:
 
 def _guess_kind(value: Any) -> Kind:
     keys = set(value) if isinstance(value, Mapping) else set()
-    return "event" if keys & {"roles", "trigger"} else "relation" if keys & {"head", "tail"} else "entity"
+    return (
+        "event"
+        if keys & {"roles", "trigger"}
+        else "relation"
+        if keys & {"head", "tail"}
+        else "entity"
+    )
 
 
 def _label_from_dict(kind: Kind, name: Any, value: Any) -> Label:
@@ -540,7 +577,12 @@ class _Field:
     label: str
 
     def slot(self, owner: type) -> Slot:
-        return Slot(self.label, self.description, self.examples, _types_of(self.annotation, owner, self.name))
+        return Slot(
+            self.label,
+            self.description,
+            self.examples,
+            _types_of(self.annotation, owner, self.name),
+        )
 
 
 def _read_source(source: Any, classes: Mapping[str, type]) -> list[Label]:
@@ -585,7 +627,12 @@ def _read_class(cls: type[_SchemaClass], classes: Mapping[str, type]) -> list[La
 
 
 def _build_label(
-    kind: Kind, name: str, description: str, examples: tuple[str, ...], fields: Sequence[_Field], owner: type
+    kind: Kind,
+    name: str,
+    description: str,
+    examples: tuple[str, ...],
+    fields: Sequence[_Field],
+    owner: type,
 ) -> Label:
     fixed = _FIXED_SLOTS[kind]
     by_name = {f.name: f for f in fields}
@@ -601,7 +648,8 @@ def _build_label(
     slots = [by_name[slot].slot(owner) if slot in by_name else Slot(slot) for slot in fixed]
     # A fixed slot goes by its own name, whatever alias its field has.
     slots = [
-        dataclasses.replace(slot, name=fixed_name) for slot, fixed_name in zip(slots, fixed, strict=True)
+        dataclasses.replace(slot, name=fixed_name)
+        for slot, fixed_name in zip(slots, fixed, strict=True)
     ]
     return Label(kind, name, description, examples, (*slots, *(f.slot(owner) for f in extra)))
 
@@ -622,7 +670,9 @@ def _class_fields(cls: type, classes: Mapping[str, type]) -> list[_Field]:
                 f"The metadata of `{cls.__name__}.{name}` has the keys {_list(unknown)}. It takes `description`, "
                 "`examples` and `name`."
             )
-        description = metadata.get("description") or next((x for x in extras if isinstance(x, str)), "")
+        description = metadata.get("description") or next(
+            (x for x in extras if isinstance(x, str)), ""
+        )
         examples = _strings(metadata.get("examples"), f"`examples` of `{cls.__name__}.{name}`")
         fields.append(_Field(name, annotation, description, examples, metadata.get("name", name)))
     return fields
@@ -653,8 +703,20 @@ def _parts(annotation: Any) -> list[Any]:
     origin = typing.get_origin(annotation)
     if origin is typing.Annotated:
         return _parts(typing.get_args(annotation)[0])
-    if origin in (typing.Union, types.UnionType, list, tuple, set, frozenset, Sequence, Collection, Iterable):
-        arguments = [x for x in typing.get_args(annotation) if x is not type(None) and x is not Ellipsis]
+    if origin in (
+        typing.Union,
+        types.UnionType,
+        list,
+        tuple,
+        set,
+        frozenset,
+        Sequence,
+        Collection,
+        Iterable,
+    ):
+        arguments = [
+            x for x in typing.get_args(annotation) if x is not type(None) and x is not Ellipsis
+        ]
         return [part for argument in arguments for part in _parts(argument)]
     return [annotation]
 
@@ -669,7 +731,9 @@ def _docstring(cls: type) -> str:
 
 
 def _is_pydantic(cls: type) -> bool:
-    return isinstance(getattr(cls, "model_fields", None), dict) and hasattr(cls, "__pydantic_validator__")
+    return isinstance(getattr(cls, "model_fields", None), dict) and hasattr(
+        cls, "__pydantic_validator__"
+    )
 
 
 def _read_pydantic(cls: type, outer: tuple[type, ...]) -> list[Label]:
@@ -704,7 +768,8 @@ def _read_pydantic(cls: type, outer: tuple[type, ...]) -> list[Label]:
     labels = _choices(choices[0].annotation) if choices else (name,)
     examples = getattr(cls, "examples", ()) if "examples" not in names else ()
     return [
-        _build_label(kind, x, _docstring(cls), _strings(examples, "`examples`"), rest, cls) for x in labels
+        _build_label(kind, x, _docstring(cls), _strings(examples, "`examples`"), rest, cls)
+        for x in labels
     ]
 
 
@@ -769,7 +834,9 @@ def _strings(value: Any, what: str) -> tuple[str, ...]:
     if value is None:
         return ()
     if isinstance(value, str) or not isinstance(value, Iterable):
-        raise SchemaError(f"{what} is {value!r}. Write a list of strings: [{json.dumps(str(value))}].")
+        raise SchemaError(
+            f"{what} is {value!r}. Write a list of strings: [{json.dumps(str(value))}]."
+        )
     strings = tuple(value)
     if not all(isinstance(x, str) and x for x in strings):
         raise SchemaError(f"{what} is {value!r}. Write a list of strings.")

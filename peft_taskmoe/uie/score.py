@@ -305,12 +305,16 @@ class ScoreReport:
         Returns:
             The mean over the data sets with a gold item in the split; `nan` where none has one.
         """
-        totals = [total for score in self._of(group) if (total := score.total(split)) and total.support]
+        totals = [
+            total for score in self._of(group) if (total := score.total(split)) and total.support
+        ]
         return sum(total.f1 for total in totals) / len(totals) if totals else math.nan
 
     def _of(self, group: str) -> list[DatasetScore]:
         if group not in GROUPS:
-            raise ValueError(f"There is no group `{group}` of tasks. Choose one of {', '.join(GROUPS)}.")
+            raise ValueError(
+                f"There is no group `{group}` of tasks. Choose one of {', '.join(GROUPS)}."
+            )
         return [score for score in self.scores if score.task in GROUPS[group]]
 
     def groups(self) -> list[str]:
@@ -391,7 +395,9 @@ class ScoreReport:
                 two systems scored in different runs can be compared.
         """
 
-        def with_interval(row: tuple[str, ...], split: Split, figures: dict[str, Any]) -> dict[str, Any]:
+        def with_interval(
+            row: tuple[str, ...], split: Split, figures: dict[str, Any]
+        ) -> dict[str, Any]:
             interval = self.intervals.get((row, split))
             return figures | ({"f1_interval": [interval.low, interval.high]} if interval else {})
 
@@ -408,7 +414,8 @@ class ScoreReport:
             seen = score.seen or [None] * len(score.labels)
             counts = score.by_label().items()
             entry["labels"] = {
-                label: c.to_dict() | {"seen": known} for (label, c), known in zip(counts, seen, strict=True)
+                label: c.to_dict() | {"seen": known}
+                for (label, c), known in zip(counts, seen, strict=True)
             }
             if score.roles:
                 entry["roles"] = {role: of_role.to_dict() for role, of_role in score.roles.items()}
@@ -460,7 +467,10 @@ class ScoreReport:
                     None if None in seen else seen,
                     tuple(name for name, _ in entry["documents"]),
                     counts,
-                    {role: Counts(c["tp"], c["fp"], c["fn"]) for role, c in entry.get("roles", {}).items()},
+                    {
+                        role: Counts(c["tp"], c["fp"], c["fn"])
+                        for role, c in entry.get("roles", {}).items()
+                    },
                 )
             )
         return cls(
@@ -503,8 +513,15 @@ class ScoreReport:
                 (score.dataset, score.task),
             )
             splits = [f1(row, split, (score.total(split) or Counts()).f1) for split in SPLITS]
-            counted = [str(n) for n in (answers.parse_failures, answers.hallucinated, answers.unanswered)]
-            figures = [str(answers.documents), _percent(total.precision), _percent(total.recall), *splits]
+            counted = [
+                str(n) for n in (answers.parse_failures, answers.hallucinated, answers.unanswered)
+            ]
+            figures = [
+                str(answers.documents),
+                _percent(total.precision),
+                _percent(total.recall),
+                *splits,
+            ]
             rows.append([score.task, score.dataset, *figures, *counted])
         for group in self.groups():
             splits = [f1((group,), split, self.average_f1(group, split)) for split in SPLITS]
@@ -600,12 +617,18 @@ def _score_dataset(
     problems: Counter[str] = Counter()
     for row, document in enumerate(documents):
         answer = answers.get(document.id, ())
-        records, reported = (answer.records, answer.problems) if isinstance(answer, Answer) else (answer, ())
+        records, reported = (
+            (answer.records, answer.problems) if isinstance(answer, Answer) else (answer, ())
+        )
         kinds = Counter(problem.kind for problem in reported)
-        parse_failures += not records and set(kinds) <= _OF_FORM and not set(kinds) <= {"extra_text"}
+        parse_failures += (
+            not records and set(kinds) <= _OF_FORM and not set(kinds) <= {"extra_text"}
+        )
         reported_spans = kinds.pop("not_in_text", 0)
         problems.update(kinds)
-        kept, dropped, of_other_task = _usable(records, document, count_not_found=not reported_spans)
+        kept, dropped, of_other_task = _usable(
+            records, document, count_not_found=not reported_spans
+        )
         hallucinated += reported_spans + dropped
         if of_other_task:
             problems["wrong_task"] += of_other_task
@@ -631,7 +654,9 @@ def _score_dataset(
     scores = []
     for task, of_task in cells.items():
         labels = gold_labels[task]
-        if name in table and (strangers := [label for label in labels if not table.knows(name, label)]):
+        if name in table and (
+            strangers := [label for label in labels if not table.knows(name, label)]
+        ):
             raise ValueError(
                 f"The table of seen labels knows data set `{name}` but not its label `{strangers[0]}`. "
                 'Add the label to the "seen" or the "unseen" list of the data set.'
@@ -642,7 +667,9 @@ def _score_dataset(
         for (row, label), cell in of_task.items():
             counts[row, column[label]] = cell
         is_seen = tuple(label in table.seen[name] for label in names) if name in table else None
-        by_role = {role: Counts(*of_role) for role, of_role in roles.items()} if task == "EAE" else {}
+        by_role = (
+            {role: Counts(*of_role) for role, of_role in roles.items()} if task == "EAE" else {}
+        )
         scores.append(DatasetScore(name, task, tuple(names), is_seen, ids, counts, by_role))
     unanswered = sum(id_ not in answers for id_ in ids)
     return scores, AnswerCounts(
@@ -712,7 +739,9 @@ def _items(
         if identification:
             parts = ("", *spans)
         if all(span.start is not None for span in spans):
-            place = tuple((part.start, part.end) if isinstance(part, Span) else part for part in parts)
+            place = tuple(
+                (part.start, part.end) if isinstance(part, Span) else part for part in parts
+            )
             if place in places:
                 return
             places.add(place)
@@ -934,17 +963,23 @@ def compare_values(
             raise ValueError(
                 f"Document `{lacking[0]}` of `{name}` has no positive weight. Give one, or drop the document."
             )
-        columns = np.array([[weight[i], weight[i] * a[name][i], weight[i] * b[name][i]] for i in a[name]])
+        columns = np.array(
+            [[weight[i], weight[i] * a[name][i], weight[i] * b[name][i]] for i in a[name]]
+        )
         if not np.isfinite(columns).all():
             broken = list(a[name])[int(np.flatnonzero(~np.isfinite(columns).all(axis=1))[0])]
             raise ValueError(
                 f"Document `{broken}` of `{name}` has a value that is not finite, so no mean can be taken."
             )
         total = columns.sum(axis=0)
-        sums = _resampled_sums(_by_cluster(columns, name, list(a[name]), clusters), n_resamples, name, seed)
+        sums = _resampled_sums(
+            _by_cluster(columns, name, list(a[name]), clusters), n_resamples, name, seed
+        )
         observed.append((total[1] / total[0], total[2] / total[0]))
         drawn.append((sums[:, 1] / sums[:, 0], sums[:, 2] / sums[:, 0]))
-        lines.append(_difference((name,), "all", *observed[-1], drawn[-1][0] - drawn[-1][1], confidence))
+        lines.append(
+            _difference((name,), "all", *observed[-1], drawn[-1][0] - drawn[-1][1], confidence)
+        )
     value_a, value_b = (float(np.mean([values[s] for values in observed])) for s in (0, 1))
     mean_a, mean_b = (np.mean([values[s] for values in drawn], axis=0) for s in (0, 1))
     lines.append(_difference(("all",), "all", value_a, value_b, mean_a - mean_b, confidence))
@@ -952,7 +987,12 @@ def compare_values(
 
 
 def _difference(
-    row: tuple[str, ...], split: Split, a: float, b: float, drawn: NDArray[np.float64], confidence: float
+    row: tuple[str, ...],
+    split: Split,
+    a: float,
+    b: float,
+    drawn: NDArray[np.float64],
+    confidence: float,
 ) -> Difference:
     drawn = drawn[~np.isnan(drawn)]
     interval = _percentiles(drawn, confidence) or Interval(math.nan, math.nan, confidence)
@@ -982,7 +1022,9 @@ def _check_same_documents(a: ScoreReport, b: ScoreReport) -> None:
     rows_b = {(score.dataset, score.task): score for score in b.scores}
     if set(rows_a) != set(rows_b):
         different = sorted(set(rows_a) ^ set(rows_b))[0]
-        raise ValueError(f"Only one report has data set `{different[0]}` under {different[1]}. {advice}")
+        raise ValueError(
+            f"Only one report has data set `{different[0]}` under {different[1]}. {advice}"
+        )
     for row, score_a in rows_a.items():
         score_b = rows_b[row]
         for split in SPLITS:
@@ -1016,8 +1058,12 @@ def _resampled_f1(
         sums = _resampled_sums(together, n_resamples, name, seed).reshape(n_resamples, len(keys), 3)
         twice_tp = 2 * sums[..., 0]
         denominator = twice_tp + sums[..., 1] + sums[..., 2]
-        has_gold = sums[..., 0] + sums[..., 2] > 0  # the same for all systems, whatever they predicted
-        f1 = np.divide(twice_tp, denominator, out=np.full(denominator.shape, np.nan), where=has_gold)
+        has_gold = (
+            sums[..., 0] + sums[..., 2] > 0
+        )  # the same for all systems, whatever they predicted
+        f1 = np.divide(
+            twice_tp, denominator, out=np.full(denominator.shape, np.nan), where=has_gold
+        )
         for k, (i, row, split) in enumerate(keys):
             out[i][row, split] = f1[:, k]
     for report, values in zip(reports, out, strict=True):
@@ -1054,7 +1100,9 @@ def _by_cluster(
     return sums
 
 
-def _resampled_sums(columns: NDArray[Any], n_resamples: int, name: str, seed: int) -> NDArray[np.float64]:
+def _resampled_sums(
+    columns: NDArray[Any], n_resamples: int, name: str, seed: int
+) -> NDArray[np.float64]:
     """Column sums over documents drawn with replacement.
 
     Args:
@@ -1109,6 +1157,8 @@ def _rich_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]
 def _markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return (
-        "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        "\n".join(
+            "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+        )
         + "\n"
     )

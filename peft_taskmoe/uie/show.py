@@ -108,7 +108,9 @@ def to_html(items: Sequence[Shown]) -> str:
     its offsets and an entity's confidence. Relations and events are numbered; their numbers stand at their mentions, and
     pointing at one marks all that belongs to it.
     """
-    return f"<style>{_STYLE}</style>\n" + "".join(_item(item, number) for number, item in enumerate(items))
+    return f"<style>{_STYLE}</style>\n" + "".join(
+        _item(item, number) for number, item in enumerate(items)
+    )
 
 
 def show(items: Iterable[Shown], console: Console | None = None) -> None:
@@ -142,12 +144,16 @@ def _item(item: Shown, number: int) -> str:
     )
     key = f"u{digest.hexdigest()}"
     body = [_text(item.text, mentions, key)]
-    linked = [(name, record) for name, record in _numbered(item.records) if not isinstance(record, Entity)]
+    linked = [
+        (name, record) for name, record in _numbered(item.records) if not isinstance(record, Entity)
+    ]
     if linked:
         rows = "".join(_row(name, record, colours, key, mentions) for name, record in linked)
         body.append(f"<table>{rows}</table>")
     if unplaced := [
-        record for record in item.records if isinstance(record, Entity) and record.span.start is None
+        record
+        for record in item.records
+        if isinstance(record, Entity) and record.span.start is None
     ]:
         body.append(
             f"<p>Without a place: {', '.join(_words(record.span, record.label) for record in unplaced)}</p>"
@@ -158,7 +164,9 @@ def _item(item: Shown, number: int) -> str:
             for problem in item.problems
         )
         counted = f"{len(item.problems)} problem{'s' if len(item.problems) > 1 else ''}"
-        body.append(f'<details class="problems" open><summary>{counted}</summary><ul>{rows}</ul></details>')
+        body.append(
+            f'<details class="problems" open><summary>{counted}</summary><ul>{rows}</ul></details>'
+        )
     if colours:
         tags = "".join(_tag(label, colour) for label, colour in colours.items())
         body.append(f'<p class="legend">{tags}</p>')
@@ -188,9 +196,13 @@ def _text(text: str, mentions: Sequence[_Mention], key: str) -> str:
         if not inside or not words:
             return words
         over = sorted(inside, key=lambda i: levels[i])
-        lines = ",".join(f"linear-gradient({mentions[i].colour},{mentions[i].colour})" for i in over)
+        lines = ",".join(
+            f"linear-gradient({mentions[i].colour},{mentions[i].colour})" for i in over
+        )
         places = ",".join(f"0 calc(100% - {height - 4 - 4 * levels[i]}px)" for i in over)
-        classes = " ".join(dict.fromkeys(["part", *(name for i in over for name in mentions[i].classes)]))
+        classes = " ".join(
+            dict.fromkeys(["part", *(name for i in over for name in mentions[i].classes)])
+        )
         return (
             f'<span class="{classes}" style="background-image:{lines};background-position:{places};'
             f'background-size:100% 3px;padding-bottom:{height}px">{words}</span>'
@@ -211,7 +223,9 @@ def _text(text: str, mentions: Sequence[_Mention], key: str) -> str:
     return f'<div class="text" dir="auto" style="{style}">{"".join(html)}</div>'
 
 
-def _row(name: str, record: Record, colours: dict[str, str], key: str, mentions: Sequence[_Mention]) -> str:
+def _row(
+    name: str, record: Record, colours: dict[str, str], key: str, mentions: Sequence[_Mention]
+) -> str:
     place = {(m.start, m.end, c): i for i, m in enumerate(mentions) for c in m.classes}
 
     def link(span: Span) -> str:
@@ -229,10 +243,14 @@ def _row(name: str, record: Record, colours: dict[str, str], key: str, mentions:
         said = f"{link(record.trigger)}{roles}"
     confidence = "" if record.confidence is None else f"{record.confidence:.2f}"
     tag = _tag(record.label, colours[record.label])
-    return f'<tr class="{name}"><td>{name}</td><td>{tag}</td><td>{said}</td><td>{confidence}</td></tr>'
+    return (
+        f'<tr class="{name}"><td>{name}</td><td>{tag}</td><td>{said}</td><td>{confidence}</td></tr>'
+    )
 
 
-def _tag(words: str, colour: str, classes: Sequence[str] = (), name: str = "", title: str = "") -> str:
+def _tag(
+    words: str, colour: str, classes: Sequence[str] = (), name: str = "", title: str = ""
+) -> str:
     place = f' id="{name}" title="{title}"' if name else ""
     names = " ".join(("tag", *(("long",) if len(words) > 40 else ()), *classes))
     style = f"background:{colour};color:{_ink(colour)}"
@@ -323,14 +341,18 @@ def _mentions(records: Sequence[Record], colours: dict[str, str]) -> list[_Menti
 
     def add(span: Span, label: str, colour: str, name: str) -> None:
         if span.start is not None and span.end is not None:
-            classes.setdefault((span.start, span.end, label, colour), {}).update({name: None} if name else {})
+            classes.setdefault((span.start, span.end, label, colour), {}).update(
+                {name: None} if name else {}
+            )
 
     for name, record in _numbered(records):
         colour = colours[record.label]
         if isinstance(record, Entity):
             add(record.span, record.label, colour, "")
             if record.span.start is not None and record.span.end is not None:
-                confidences[record.span.start, record.span.end, record.label, colour] = record.confidence
+                confidences[record.span.start, record.span.end, record.label, colour] = (
+                    record.confidence
+                )
         elif isinstance(record, Relation):
             add(record.head, f"{record.label}: head", colour, name)
             add(record.tail, f"{record.label}: tail", colour, name)
@@ -338,7 +360,9 @@ def _mentions(records: Sequence[Record], colours: dict[str, str]) -> list[_Menti
             add(record.trigger, record.label, colour, name)
             for argument in record.arguments:
                 add(argument.span, argument.role, colour, name)
-    found = [_Mention(*place, tuple(names), confidences.get(place)) for place, names in classes.items()]
+    found = [
+        _Mention(*place, tuple(names), confidences.get(place)) for place, names in classes.items()
+    ]
     return sorted(found, key=lambda mention: (mention.end, mention.end - mention.start))
 
 

@@ -129,7 +129,9 @@ def prompt_windows(
             'fewer labels at once, shorten their guidelines, or use `PromptFormat(style="compact")`.'
         )
     if not given:
-        windows = split_windows(text, max_length, length=lambda part: length(prompt(part)), overlap=overlap)
+        windows = split_windows(
+            text, max_length, length=lambda part: length(prompt(part)), overlap=overlap
+        )
         return tuple(PromptWindow(window, prompt(window.text)) for window in windows)
 
     def around(event: Event, window: Window) -> PromptWindow:
@@ -153,11 +155,15 @@ def prompt_windows(
         message = f"The given event `{event.label}` cannot be asked about. {why_not}"
         if problems is None:
             raise ValueError(message)
-        problems.append(Problem("not_asked", message, json.dumps(event.to_dict(), ensure_ascii=False)))
+        problems.append(
+            Problem("not_asked", message, json.dumps(event.to_dict(), ensure_ascii=False))
+        )
 
     def ask(events: Sequence[Event]) -> list[PromptWindow]:
         # Any window may have to show all of them.
-        worst = [Event(event.label, replace(event.trigger, start=None, end=None)) for event in events]
+        worst = [
+            Event(event.label, replace(event.trigger, start=None, end=None)) for event in events
+        ]
         if len(events) > 1 and length(prompt("", worst)) >= max_length:
             middle = len(events) // 2
             return ask(events[:middle]) + ask(events[middle:])
@@ -238,7 +244,10 @@ def merge_windows(found: Iterable[tuple[Window, Sequence[Record]]]) -> tuple[Rec
         )
     ]
     return tuple(
-        sorted(kept, key=lambda record: (spans_of(record)[0].start is None, spans_of(record)[0].start or 0))
+        sorted(
+            kept,
+            key=lambda record: (spans_of(record)[0].start is None, spans_of(record)[0].start or 0),
+        )
     )
 
 
@@ -273,11 +282,15 @@ def split_document(
             if _inside(entity, window)
         )
         name = f"{document.id}#{window.start}"
-        parts.append(replace(document, id=name, text=window.text, records=records, entities=entities))
+        parts.append(
+            replace(document, id=name, text=window.text, records=records, entities=entities)
+        )
     return tuple(parts), tuple(record for record in document.records if record not in placed)
 
 
-def _furthest(text: str, start: int, max_length: int, length: Callable[[str], int], guess: int | None) -> int:
+def _furthest(
+    text: str, start: int, max_length: int, length: Callable[[str], int], guess: int | None
+) -> int:
     """The furthest end at which `text[start:end]` still fits."""
     fits, limit = start, len(text)
     step = guess or max_length
@@ -318,7 +331,9 @@ def _restart(text: str, start: int, end: int, overlap: int) -> int:
     latest = end - overlap
     if not overlap:
         return end
-    for at in range(latest, max(start, latest - 64), -1):  # back to the beginning of a word, if one is near
+    for at in range(
+        latest, max(start, latest - 64), -1
+    ):  # back to the beginning of a word, if one is near
         if text[at - 1].isspace() and not text[at].isspace():
             return at
     while latest > start + 1 and _glued(text, latest):
@@ -342,7 +357,10 @@ def _place_of(event: Event, text: str) -> tuple[tuple[int, int], str]:
     trigger = event.trigger
     if trigger.start is None or trigger.end is None:
         start = text.find(trigger.text)
-        return (start, start + len(trigger.text)), "" if start >= 0 else f"The text has no {trigger.text!r}."
+        return (
+            start,
+            start + len(trigger.text),
+        ), "" if start >= 0 else f"The text has no {trigger.text!r}."
     found = text[trigger.start : trigger.end] if trigger.start >= 0 else ""
     reason = f"The text has {found!r} at {trigger.start}:{trigger.end}, where the trigger is said to be {trigger.text!r}."
     return (trigger.start, trigger.end), "" if found == trigger.text else reason
@@ -388,14 +406,23 @@ def _own_window(text: str, start: int, end: int, fits: Callable[[Window], bool])
 def _inside(record: Record, window: Window) -> bool:
     spans = spans_of(record)
     return all(
-        s.start is not None and s.end is not None and window.start <= s.start and s.end <= window.end
+        s.start is not None
+        and s.end is not None
+        and window.start <= s.start
+        and s.end <= window.end
         for s in spans
     )
 
 
 def _covers(longer: Entity, record: Entity) -> bool:
     a, b = longer.span, record.span
-    if a.start is None or a.end is None or b.start is None or b.end is None or longer.label != record.label:
+    if (
+        a.start is None
+        or a.end is None
+        or b.start is None
+        or b.end is None
+        or longer.label != record.label
+    ):
         return False
     return a.start <= b.start and b.end <= a.end and (a.start, a.end) != (b.start, b.end)
 

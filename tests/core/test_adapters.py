@@ -1,0 +1,638 @@
+"""Several adapters on one model: everything PEFT lets its users do with them, on every case of the table.
+
+The yardsticks are the base model, a model with one adapter alone, and the merged model.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.hotswap import hotswap_adapter
+from torch import nn
+
+from cases import CASES, MODELS, ROWS, SMALL, adapted, config_for, logits_of, louder, rows_of, tasks
+from peft_taskmoe import TaskMoELoraConfig, task_context
+from peft_taskmoe.layer import TaskMoELoraLayer
+
+torch.set_num_threads(1)
+
+MERGING = [
+    (name, adapter)
+    for name, adapter in [*CASES, ("llama", "task top_k")]
+    if adapter.startswith("task")
+]
+EVERY_MODEL = [(name, "token+task") for name in MODELS] + [("llama", "token"), ("llama", "task")]
+BATCH = MODELS["llama"].inputs()
+
+
+def run(model: Any, name: str = "llama", **changes: Any) -> torch.Tensor:
+    """Logits for the table's batch."""
+    with torch.no_grad():
+        return logits_of(
+            model.eval()(**{**MODELS[name].inputs(), "task_embeds": tasks(), **changes})
+        )
+
+
+def base_logits(name: str) -> torch.Tensor:
+    with torch.no_grad():
+        return logits_of(MODELS[name].build()(**MODELS[name].inputs()))
+
+
+def layers(model: nn.Module) -> list[TaskMoELoraLayer]:
+    return [module for module in model.modules() if isinstance(module, TaskMoELoraLayer)]
+
+
+OTHER: dict[str, Any] = {"num_experts": 2, "r": 3, "lora_alpha": 5, "router_inputs": "task"}
+
+
+def with_two(name: str, adapter: str = "token+task", **changes: Any) -> Any:
+    """`default` (of the table) and `other` (of another size, reading the task alone, on other weights)."""
+    model = adapted(name, adapter, **changes)
+    torch.manual_seed(21)
+    model.add_adapter("other", config_for(name, adapter, **{**changes, **OTHER, "top_k": None}))
+    return model.eval()
+
+
+def only_other(name: str, adapter: str = "token+task", **changes: Any) -> Any:
+    """The second of them alone."""
+    torch.manual_seed(21)
+    config = config_for(name, adapter, **{**changes, **OTHER, "top_k": None})
+    return get_peft_model(MODELS[name].build(), config, adapter_name="other").eval()
+
+
+# Adding, switching, deleting
+
+
+@pytest.mark.parametrize(("name", "adapter"), CASES)
+def test_each_of_two_adapters_gives_what_it_gives_alone(name, adapter):
+    model = with_two(name, adapter)
+    alone = run(adapted(name, adapter), name)
+    assert torch.equal(run(model, name), alone)
+    model.set_adapter("other")
+    assert model.active_adapters == ["other"]
+    torch.testing.assert_close(
+        run(model, name), run(only_other(name, adapter), name), rtol=0, atol=0
+    )
+    model.set_adapter("default")
+    assert torch.equal(run(model, name), alone)
+
+
+def test_adapters_of_every_kind_side_by_side():
+    """Sizes, router inputs, task dimensions and targets may all differ; each keeps to its own."""
+    kinds = {
+        "token": {"router_inputs": "token", "r": 1},
+        "task": {"router_inputs": "task", "num_experts": 6},
+        "raw": {"task_norm": "none", "top_k": 1, "router_aux_loss_coef": 0.1},
+        "wide": {"task_dim": 9},
+        "few": {"target_modules": ["q_proj"], "use_rslora": True},
+        "head": {"target_modules": ["down_proj", "lm_head"]},
+    }
+    model = adapted("llama")
+    expected = {"default": run(model)}
+    for seed, (key, changes) in enumerate(kinds.items()):
+        torch.manual_seed(seed)
+        model.add_adapter(key, config_for("llama", **changes))
+        torch.manual_seed(seed)
+        alone = get_peft_model(
+            MODELS["llama"].build(), config_for("llama", **changes), adapter_name=key
+        )
+        expected[key] = run(alone, task_embeds=tasks(dim=changes.get("task_dim", 6)))
+    for key, output in expected.items():
+        model.set_adapter(key)
+        assert torch.equal(run(model, task_embeds=tasks(dim=9 if key == "wide" else 6)), output), (
+            key
+        )
+    model.base_model.set_adapter(["default", "wide"])
+    with pytest.raises(
+        ValueError, match=r"6 dimensions.*adapter \"wide\" was built for `task_dim=9`"
+    ):
+        run(model)
+
+
+def test_several_active_adapters_add_their_updates():
+    name = "plain"
+    model = with_two(name, target_modules=["second"])
+    layer = model.get_base_model().second
+    x = torch.randn(ROWS, 16)
+    outputs = {}
+    with task_context(tasks()), torch.no_grad():
+        for active in ("default", "other", ["default", "other"]):
+            model.base_model.set_adapter(active)
+            outputs[str(active)] = layer.eval()(x) - layer.base_layer(x)
+    total = outputs["default"] + outputs["other"]
+    torch.testing.assert_close(outputs["['default', 'other']"], total, atol=1e-6, rtol=1e-5)
+    assert model.active_adapters == ["default", "other"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_several_active_adapters_train_together_or_apart(name):
+    model, batch = with_two(name).train(), MODELS[name].inputs()
+
+    def trained(active: Any) -> set[str]:
+        model.zero_grad()
+        model.base_model.set_adapter(active)
+        logits_of(model(**batch, task_embeds=tasks())).pow(2).mean().backward()
+        keys = [
+            key
+            for key, p in model.named_parameters()
+            if "taskmoe_lora_" in key and p.grad is not None
+        ]
+        return {key.split(".")[-2] for key in keys}
+
+    assert trained("default") == {"default"}
+    assert trained("other") == {"other"}
+    if any(
+        isinstance(module, ModulesToSaveWrapper) for module in model.modules()
+    ):  # a classifier's head is one or the other
+        with pytest.raises(
+            ValueError, match="Only one adapter can be set at a time for ModulesToSaveWrapper"
+        ):
+            trained(["default", "other"])
+    else:
+        assert trained(["default", "other"]) == {"default", "other"}
+
+
+@pytest.mark.parametrize("active", [True, False])
+@pytest.mark.parametrize(("name", "adapter"), EVERY_MODEL)
+def test_delete(name, adapter, active):
+    model = with_two(name, adapter, modules_to_save=list(MODELS[name].modules_to_save))
+    if active:
+        model.set_adapter("other")
+    model.delete_adapter("other")
+    assert list(model.peft_config) == ["default"] and model.active_adapters == ["default"]
+    for layer in layers(model):
+        for attribute in (*layer.adapter_layer_names, *layer.other_param_names):
+            assert "other" not in getattr(layer, attribute)
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            assert "other" not in module.modules_to_save and module.active_adapters == ["default"]
+    alone = run(adapted(name, adapter, modules_to_save=list(MODELS[name].modules_to_save)), name)
+    assert torch.equal(run(model, name), alone)
+    model.delete_adapter("default")
+    assert list(model.peft_config) == [] and model.active_adapters == []
+    with torch.no_grad():
+        assert torch.equal(logits_of(model.base_model(**MODELS[name].inputs())), base_logits(name))
+
+
+def test_deleted_adapter_is_gone_for_good():
+    model = with_two("llama")
+    with pytest.raises(ValueError, match="Adapter nobody does not exist"):
+        model.delete_adapter("nobody")
+    model.delete_adapter("other")
+    with pytest.raises(ValueError, match="Adapter other not found"):
+        model.set_adapter("other")
+    torch.manual_seed(21)
+    model.add_adapter("other", config_for("llama", **OTHER))  # the name is free again
+    model.set_adapter("other")
+    assert torch.equal(run(model), run(only_other("llama")))
+
+
+def test_an_adapter_that_cannot_be_added_leaves_nothing_behind():
+    model = adapted("llama")
+    expected = run(model)
+    with pytest.raises(ValueError, match=r"Target modules .* not found"):
+        model.add_adapter("bad", config_for("llama", target_modules=["nowhere"]))
+    assert "bad" not in model.peft_config
+    assert torch.equal(run(model), expected)
+
+
+# modules_to_save
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_modules_to_save_belong_to_their_adapter(name, tmp_path):
+    heads = list(MODELS[name].modules_to_save)
+    model = with_two(name, modules_to_save=heads)
+    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    assert wrappers
+    with torch.no_grad():
+        for wrapper in wrappers:
+            for parameter in wrapper.modules_to_save["other"].parameters():
+                parameter.add_(0.5)
+    alone = run(adapted(name, modules_to_save=heads), name)
+    assert torch.equal(run(model, name), alone)
+    model.set_adapter("other")
+    moved = run(model, name)
+    assert not torch.equal(moved, run(only_other(name, modules_to_save=heads), name))
+    with model.disable_adapter():
+        assert torch.equal(run(model, name), base_logits(name))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(MODELS[name].build(), tmp_path)
+    assert torch.equal(run(loaded, name), alone)
+    loaded.load_adapter(tmp_path / "other", adapter_name="other")
+    loaded.set_adapter("other")
+    assert torch.equal(run(loaded, name), moved)
+
+
+# An adapter for each row of a batch
+
+NAMES = ["__base__", "default", "other"]
+
+
+def per_row(model: Any, name: str, batch: dict) -> list[torch.Tensor]:
+    """Each row alone with its adapter."""
+    outputs = []
+    for i, adapter_name in enumerate(NAMES):
+        one = {**rows_of(batch, slice(i, i + 1)), "task_embeds": tasks()[i : i + 1]}
+        with torch.no_grad():
+            if adapter_name == "__base__":
+                with model.disable_adapter():
+                    outputs.append(logits_of(model(**one)))
+            else:
+                model.set_adapter(adapter_name)
+                outputs.append(logits_of(model(**one)))
+    model.set_adapter("default")
+    return outputs
+
+
+@pytest.mark.parametrize("heads", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_adapter_names(name, heads):
+    changes = {"modules_to_save": list(MODELS[name].modules_to_save)} if heads else {}
+    model, batch = with_two(name, **changes), MODELS[name].inputs()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "modules_to_save.other" in key:
+                parameter.add_(0.3)
+    if "attention_mask" in batch:
+        batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
+    if heads and name in ("gemma", "gpt2"):
+        with pytest.raises(
+            TypeError, match="Mixed batching is only supported for the following modules: Linear"
+        ):
+            run(model, name, **batch, adapter_names=NAMES)
+        return
+    mixed = run(model, name, **batch, adapter_names=NAMES)
+    for i, expected in enumerate(per_row(model, name, batch)):
+        torch.testing.assert_close(mixed[i : i + 1], expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}, {"use_cache": False}],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize("heads", [False, True])
+def test_adapter_names_in_generation(name, settings, heads):
+    model = louder(with_two(name, **({"modules_to_save": ["lm_head"]} if heads else {})))
+    batch = {
+        key: value for key, value in MODELS[name].inputs().items() if key != "decoder_input_ids"
+    }
+    settings = {"max_new_tokens": 4, "do_sample": False, **settings}
+    mixed = model.generate(**batch, task_embeds=tasks(), adapter_names=NAMES, **settings)
+    each = settings.get("num_return_sequences", 1)
+    different = set()
+    for i, adapter_name in enumerate(NAMES):
+        one = {**rows_of(batch, slice(i, i + 1)), "task_embeds": tasks()[i : i + 1]}
+        model.set_adapter("default" if adapter_name == "__base__" else adapter_name)
+        if adapter_name == "__base__":
+            with model.disable_adapter():
+                alone = model.generate(**one, **settings)
+        else:
+            alone = model.generate(**one, **settings)
+        assert torch.equal(mixed[each * i : each * (i + 1)], alone)
+        different.add(tuple(alone[0, -4:].tolist()))
+    assert len(different) == 3
+
+
+def test_adapter_names_with_trained_tokens():
+    model = with_two("llama", trainable_token_indices=[9, 11])
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "trainable_tokens_delta.other" in key:
+                parameter.add_(1.0)
+    batch = MODELS["llama"].inputs()
+    mixed = run(model, adapter_names=NAMES)
+    for i, expected in enumerate(per_row(model, "llama", batch)):
+        torch.testing.assert_close(mixed[i : i + 1], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_adapter_names_ask_for_a_task_only_where_a_router_reads_it():
+    model = adapted("llama", "token")
+    model.add_adapter("other", config_for("llama"))
+    model.eval()
+    with torch.no_grad():
+        found = model(**BATCH, adapter_names=["default", "__base__", "default"]).logits
+        assert torch.equal(found[1], base_logits("llama")[1])
+        with pytest.raises(ValueError, match=r"no task embedding.*adapter \"other\""):
+            model(**BATCH, adapter_names=["default", "other", "default"])
+    model.set_adapter("other")
+    with torch.no_grad():
+        again = model(**BATCH, adapter_names=["default", "__base__", "default"]).logits
+    assert torch.equal(again, found)
+
+
+def test_adapter_names_that_cannot_be_followed():
+    model = with_two("llama", "task")
+    with pytest.raises(
+        ValueError, match=r"non-existing adapter\(s\): nobody.*\"__base__\" for none"
+    ):
+        run(model, adapter_names=["nobody", "default", "other"])
+    with pytest.raises(
+        ValueError, match=r"`adapter_names` should be the same as the number of inputs.*2 and 3"
+    ):
+        run(model, adapter_names=["default", "other"])
+    model.train()
+    with pytest.raises(ValueError, match="when the model is in training mode"):
+        model(**BATCH, task_embeds=tasks(), adapter_names=NAMES)
+    model.eval()
+    with task_context(tasks(1)):
+        model.merge_adapter()
+    with pytest.raises(ValueError, match="when there are merged adapters"):
+        run(model, adapter_names=NAMES)
+
+
+# Disabling and unloading
+
+
+@pytest.mark.parametrize(("name", "adapter"), EVERY_MODEL)
+def test_disabled_the_model_is_its_base(name, adapter):
+    model = adapted(name, adapter)
+    expected = run(model, name)
+    with model.disable_adapter():
+        assert torch.equal(run(model, name), base_logits(name))
+        with torch.no_grad():  # and asks for no task
+            assert torch.equal(logits_of(model(**MODELS[name].inputs())), base_logits(name))
+    assert torch.equal(run(model, name), expected)
+
+
+def test_disabling_survives_errors_and_nesting():
+    model = adapted("llama")
+    expected = run(model)
+    with pytest.raises(RuntimeError, match="mine"), model.disable_adapter():
+        raise RuntimeError("mine")
+    assert torch.equal(run(model), expected)
+    with model.disable_adapter(), model.disable_adapter():
+        assert torch.equal(run(model), base_logits("llama"))
+    model.base_model.disable_adapter_layers()
+    assert torch.equal(run(model), base_logits("llama"))
+    model.base_model.enable_adapter_layers()
+    assert torch.equal(run(model), expected)
+
+
+@pytest.mark.parametrize(("name", "adapter"), EVERY_MODEL)
+def test_unloaded_the_model_is_its_base(name, adapter):
+    keys = MODELS[name].build().state_dict().keys()
+    base = with_two(name, adapter).unload()
+    assert not any(isinstance(module, BaseTunerLayer) for module in base.modules())
+    assert not hasattr(base, "peft_config")
+    assert base.state_dict().keys() == keys
+    with torch.no_grad():
+        assert torch.equal(logits_of(base(**MODELS[name].inputs())), base_logits(name))
+    again = get_peft_model(base, config_for(name, adapter, init_weights=True))
+    torch.testing.assert_close(run(again, name), base_logits(name))
+
+
+# Merging
+
+
+@pytest.mark.parametrize(("name", "adapter"), MERGING)
+def test_merge_and_unmerge(name, adapter):
+    model, embeds = adapted(name, adapter), tasks(1).expand(ROWS, -1)
+    expected = run(model, name, task_embeds=embeds)
+    before = copy.deepcopy({key: p for key, p in model.named_parameters() if "base_layer" in key})
+    with task_context(tasks(1)):
+        model.merge_adapter()
+        with pytest.warns(UserWarning, match="All adapters are already merged"):
+            model.merge_adapter()
+    with torch.no_grad():  # without any task: it is in the weights now
+        torch.testing.assert_close(
+            logits_of(model(**MODELS[name].inputs())), expected, atol=1e-5, rtol=1e-4
+        )
+    assert all(layer.merged_adapters == ["default"] for layer in layers(model))
+    model.unmerge_adapter()
+    for key, parameter in before.items():
+        torch.testing.assert_close(model.get_parameter(key), parameter, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(run(model, name, task_embeds=embeds), expected, atol=1e-5, rtol=1e-4)
+    with task_context(-tasks(1)):
+        other = model.merge_and_unload(safe_merge=True)
+    with torch.no_grad():
+        assert not torch.allclose(logits_of(other(**MODELS[name].inputs())), expected, atol=1e-3)
+
+
+def test_merging_one_or_all_of_several():
+    def both() -> Any:
+        return with_two("llama", "task")
+
+    embeds = tasks(1).expand(ROWS, -1)
+
+    def merged(names: list[str]) -> torch.Tensor:
+        with task_context(tasks(1)):
+            return logits_of(both().merge_and_unload(adapter_names=names)(**BATCH))
+
+    model = both()
+    default = run(model, task_embeds=embeds)
+    model.set_adapter("other")
+    other = run(model, task_embeds=embeds)
+    model.base_model.set_adapter(["default", "other"])
+    together = run(model, task_embeds=embeds)
+    torch.testing.assert_close(merged(["default"]), default, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(merged(["other"]), other, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(merged(["default", "other"]), together, atol=1e-5, rtol=1e-4)
+    with task_context(tasks(1)):
+        model.merge_adapter(["other"])
+    with pytest.raises(ValueError, match="merged"):
+        model.delete_adapter("other")
+
+
+@pytest.mark.parametrize("adapter", ["token+task", "token", "top_k"])
+def test_a_router_that_reads_the_token_refuses_to_merge(adapter):
+    model = with_two("llama", adapter)
+    expected = run(model)
+    message = r'adapter "default" reads the token.*cannot be merged.*`to_lora\(model, ...\)`'
+    for names in (None, ["other", "default"]):
+        with task_context(tasks(1)):
+            with pytest.raises(ValueError, match=message):
+                model.merge_adapter(names)
+            with pytest.raises(ValueError, match=message):
+                model.merge_and_unload(adapter_names=names)
+    assert not any(layer.merged for layer in layers(model))
+    assert torch.equal(run(model), expected)
+
+
+def test_merging_needs_one_task():
+    model = adapted("llama", "task")
+    with pytest.raises(ValueError, match=r"no task embedding.*`with task_context\(task_embeds\):`"):
+        model.merge_adapter()
+    with (
+        task_context(tasks()),
+        pytest.raises(ValueError, match=r"needs the one task.*but 3 task embeddings"),
+    ):
+        model.merge_and_unload()
+
+
+def test_broken_weights_are_not_merged():
+    model = adapted("llama", "task")
+    with torch.no_grad():
+        model.get_parameter(
+            "base_model.model.model.layers.0.self_attn.q_proj.taskmoe_lora_A.default.weight"
+        )[0] = torch.nan
+    layer = layers(model)[0]
+    before = layer.base_layer.weight.clone()
+    with (
+        task_context(tasks(1)),
+        pytest.raises(
+            ValueError,
+            match=r"NaNs detected in the merged weights. The adapter default seems to be broken",
+        ),
+    ):
+        model.merge_and_unload(safe_merge=True)
+    assert torch.equal(layer.base_layer.weight, before) and not layer.merged
+
+
+# What the model says of itself
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_status(name):
+    model = with_two(name)
+    status = model.get_model_status()
+    assert status.peft_types == {"default": "TASKMOE_LORA", "other": "TASKMOE_LORA"}
+    assert status.adapter_model_type == "TaskMoELoraModel"
+    assert (
+        status.enabled is True
+        and status.active_adapters == ["default"]
+        and status.merged_adapters == []
+    )
+    assert status.available_adapters == ["default", "other"]
+    assert status.requires_grad == {"default": True, "other": False}
+    assert status.num_adapter_layers == len(layers(model)) + sum(
+        isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules()
+    )
+    counted = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert status.trainable_params == counted == model.get_nb_trainable_parameters()[0]
+    layer = next(
+        layer for layer in model.get_layer_status() if layer.module_type.startswith("taskmoe_lora")
+    )
+    assert (layer.module_type, layer.enabled) == ("taskmoe_lora.Linear", True)
+    assert layer.available_adapters == ["default", "other"] and layer.devices == {
+        "default": ["cpu"],
+        "other": ["cpu"],
+    }
+    model.base_model.disable_adapter_layers()
+    assert model.get_model_status().enabled is False
+
+
+def test_set_requires_grad():
+    model = with_two("llama")
+
+    def trainable() -> set[str]:
+        return {key.split(".")[-2] for key, p in model.named_parameters() if p.requires_grad}
+
+    assert trainable() == {"default"}
+    model.set_requires_grad("default", requires_grad=False)
+    assert trainable() == set()
+    model.set_requires_grad(["default", "other"])
+    assert trainable() == {"default", "other"}
+    model.set_adapter("other", inference_mode=True)
+    assert trainable() == set()
+    assert model.active_adapters == ["other"]
+
+
+def test_repr_tells_what_the_shapes_do_not():
+    text = repr(with_two("llama", "top_k").get_base_model().model.layers[0].self_attn.q_proj)
+    assert text.startswith("taskmoe_lora.Linear(")
+    assert "default: 3 experts of rank 2, scaling 2, router reads token+task, top_k 2\n" in text
+    assert re.search(r"other: 2 experts of rank 3, scaling 1\.66667, router reads task\n", text)
+    assert (
+        "(taskmoe_lora_router): ModuleDict(" in text
+        and "(base_layer): Linear(in_features=16" in text
+    )
+
+
+# Other methods beside this one
+
+
+def test_other_methods_are_not_mixed_in():
+    model, lora = adapted("llama"), LoraConfig(target_modules=["q_proj"])
+    with pytest.raises(
+        ValueError, match="'TASKMOE_LORA' is not compatible with the `PeftMixedModel`"
+    ):
+        get_peft_model(MODELS["llama"].build(), config_for("llama"), mixed=True)
+    with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
+        model.add_adapter("lora", lora)
+    assert list(model.peft_config) == ["default"]
+    other = get_peft_model(MODELS["llama"].build(), lora)
+    with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
+        other.add_adapter("routed", config_for("llama"))
+
+
+def test_what_only_lora_can_do_is_refused(tmp_path):
+    model = with_two("llama")
+    with pytest.raises(
+        NotImplementedError,
+        match=r"cannot be combined by weights.*`model.base_model.set_adapter\(\[...\]\)`",
+    ):
+        model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "mean")
+    with pytest.raises(TypeError, match="do not support LoRA conversion"):
+        convert_to_lora(model, rank=2)
+    adapted("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Hotswapping only supports LORA"):
+        hotswap_adapter(model, str(tmp_path), adapter_name="default")
+
+
+@pytest.mark.parametrize("lora_first", [True, False])
+def test_injected_around_or_inside_of_a_lora(lora_first):
+    """PEFT lets tuner layers nest; both updates then count."""
+    lora = LoraConfig(target_modules=["first"], init_lora_weights=False)
+    ours = TaskMoELoraConfig(**{**SMALL, "target_modules": ["first"]})
+    model = MODELS["plain"].build()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for config in (lora, ours) if lora_first else (ours, lora):
+            inject_adapter_in_model(config, model)
+    x, layer = torch.randn(ROWS, 10), model.first.eval()
+    outer, inner = layer, layer.base_layer
+    with task_context(tasks()), torch.no_grad():
+        both, base = outer(x), inner.base_layer(x)
+        outer.enable_adapters(False)
+        only_inner = outer(x)
+        outer.enable_adapters(True)
+        inner.enable_adapters(False)
+        only_outer = outer(x)
+    torch.testing.assert_close(
+        both - base, (only_inner - base) + (only_outer - base), atol=1e-5, rtol=1e-4
+    )
+    assert not torch.equal(only_inner, base) and not torch.equal(only_outer, base)
+
+
+# The rest of what PEFT's users do
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, case in MODELS.items() if case.config_class is not None]
+)
+def test_input_vectors_instead_of_ids(name):
+    model, batch = adapted(name), MODELS[name].inputs()
+    expected = run(model, name)
+    vectors = model.get_input_embeddings()(batch.pop("input_ids")).detach()
+    with torch.no_grad():
+        found = logits_of(model(inputs_embeds=vectors, **batch, task_embeds=tasks()))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_positional_arguments(name):
+    model, batch = adapted(name), MODELS[name].inputs()
+    first = next(iter(batch))
+    value = batch.pop(first)
+    with torch.no_grad():
+        found = logits_of(model(value, **batch, task_embeds=tasks()))
+    assert torch.equal(found, run(model, name))
+
+
+def test_prepared_for_training():
+    model = adapted("llama")
+    ids = BATCH["input_ids"]
+    assert not model.get_input_embeddings()(ids).requires_grad
+    model.prepare_model_for_gradient_checkpointing(model)
+    assert model.get_input_embeddings()(ids).requires_grad

@@ -1,0 +1,795 @@
+"""Export to plain LoRA (loaded by stock PEFT in a process of its own), merging, experts from LoRAs, the published layout.
+
+Expected values come from the adapted model itself, from PEFT's own LoRA, or from the plain loops below.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from peft_taskmoe import TaskMoELoraConfig, attach_task_encoder, task_context
+from peft_taskmoe.conditioning import current_state
+from peft_taskmoe.export import experts_from_loras, from_reference_checkpoint, to_lora
+from peft_taskmoe.layer import TaskMoELoraLayer
+from tiny import TASK_DIM
+
+LLAMA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+IDS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])
+
+# Each case: base model, settings of the adapter. All read the task only, so the export has to be exact.
+EXACT = {
+    "llama": ("llama", {"task_type": "CAUSAL_LM"}),
+    "top_k": ("llama", {"task_type": "CAUSAL_LM", "top_k": 2}),
+    "patterns": (
+        "llama",
+        {
+            "task_type": "CAUSAL_LM",
+            "rank_pattern": {"q_proj": 4, "layers.1.mlp.up_proj": 1},
+            "alpha_pattern": {"k_proj": 5.0, "q_proj": 9.0},
+        },
+    ),
+    "rslora": (
+        "llama",
+        {
+            "task_type": "CAUSAL_LM",
+            "use_rslora": True,
+            "rank_pattern": {"q_proj": 4},
+            "alpha_pattern": {"q_proj": 9.0},
+        },
+    ),
+    "layers": (
+        "llama",
+        {
+            "target_modules": LLAMA_TARGETS,
+            "exclude_modules": ["o_proj"],
+            "layers_to_transform": [1],
+        },
+    ),
+    "saved": (
+        "llama",
+        {
+            "task_type": "CAUSAL_LM",
+            "modules_to_save": ["lm_head"],
+            "trainable_token_indices": [5, 8],
+        },
+    ),
+    "gpt2": ("gpt2", {"task_type": "CAUSAL_LM"}),
+    "gpt2_all_biases": ("gpt2", {"bias": "all"}),
+    "gpt2_own_biases": ("gpt2", {"bias": "taskmoe_lora_only", "target_modules": ["c_attn"]}),
+    "bert": ("bert", {"task_type": "SEQ_CLS"}),
+}
+
+STOCK_PEFT = """
+import json, sys
+import torch, transformers
+torch.set_num_threads(1)
+from peft import PeftModel
+from safetensors.torch import save_file
+found = {}
+for name, base_class, base, adapter in json.loads(sys.argv[1]):
+    model = getattr(transformers, base_class).from_pretrained(base)
+    model = PeftModel.from_pretrained(model, adapter).eval()
+    with torch.no_grad():
+        found[name] = model(input_ids=torch.tensor(json.loads(sys.argv[2]))).logits.contiguous()
+assert not [m for m in sys.modules if "taskmoe" in m]
+save_file(found, sys.argv[3])
+"""
+
+
+@pytest.fixture
+def task():
+    return torch.randn(1, TASK_DIM, generator=torch.Generator().manual_seed(7))
+
+
+def logits(model, task_embeds=None, **inputs):
+    inputs = inputs or {"input_ids": IDS}
+    if task_embeds is not None:
+        inputs["task_embeds"] = task_embeds.expand(inputs["input_ids"].shape[0], -1)
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def disturb(model, seed=5):
+    """Move what the adapter trains beside its experts away from the base model's values."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "taskmoe_lora_" not in name:
+            parameter.data += torch.randn(parameter.shape, generator=generator) * 0.3
+    return model
+
+
+def test_stock_peft_loads_what_was_exported(adapted, tiny_model, tmp_path, task):
+    """In one process without this package: the same logits, for every case, and for an averaged export what its report says."""
+    jobs, expected, moved = [], {}, 0
+    for name, (base, settings) in EXACT.items():
+        model = disturb(adapted(base, router_inputs="task", **settings))
+        export = to_lora(model, task)
+        assert export.report.exact and export.report.tokens == 0
+        export.save_pretrained(tmp_path / name)
+        tiny_model(base).save_pretrained(tmp_path / f"base_{base}")
+        jobs.append(
+            (
+                name,
+                type(tiny_model(base)).__name__,
+                str(tmp_path / f"base_{base}"),
+                str(tmp_path / name),
+            )
+        )
+        expected[name] = logits(model, task)
+        with model.disable_adapter():
+            moved += not torch.allclose(expected[name], logits(model), atol=1e-2)
+    assert moved == len(EXACT)  # every adapter does something
+
+    model = adapted(task_type="CAUSAL_LM")
+    with pytest.warns(UserWarning, match="approximation"):
+        export = to_lora(model, task, calibration=[{"input_ids": IDS}])
+    export.save_pretrained(tmp_path / "averaged")
+    jobs.append(
+        ("averaged", "LlamaForCausalLM", str(tmp_path / "base_llama"), str(tmp_path / "averaged"))
+    )
+
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            STOCK_PEFT,
+            json.dumps(jobs),
+            json.dumps(IDS.tolist()),
+            str(tmp_path / "out"),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    found = load_file(tmp_path / "out")
+    for name, values in expected.items():
+        torch.testing.assert_close(
+            found[name], values, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    apart = found["averaged"] - logits(model, task)
+    assert apart.abs().max().item() == pytest.approx(export.report.logits_max_abs, rel=1e-3)
+    assert (
+        json.loads((tmp_path / "averaged" / "export_report.json").read_text())
+        == export.report.to_dict()
+    )
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"top_k": 2}])
+def test_exact_to_1e_6(adapted, tiny_model, tmp_path, task, settings):
+    """In float64, so that what is compared is the export and not the models' own rounding."""
+    model = adapted(router_inputs="task", **settings).double()
+    to_lora(model, task.double()).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(
+        tiny_model(dtype=torch.float64), tmp_path, autocast_adapter_dtype=False
+    ).double()
+    expected = logits(model, task.double())
+    torch.testing.assert_close(logits(loaded.eval()), expected, atol=1e-10, rtol=1e-10)
+    ranks = {p.shape[0] for n, p in loaded.named_parameters() if "lora_A" in n}
+    assert ranks == {3 * 2} == {loaded.peft_config["default"].r}
+
+
+def test_measuring_an_exact_export_finds_rounding_only(adapted, task):
+    report = to_lora(adapted(router_inputs="task"), task, calibration=[{"input_ids": IDS}]).report
+    assert report.exact and report.tokens == 10 and len(report.layer_errors) == 14
+    assert max(report.layer_errors.values()) < 1e-5
+    assert report.logits_max_abs < 1e-3 and report.logits_kl < 1e-6
+
+
+def test_bare_model_of_inject_adapter(tiny_model, task, tmp_path):
+    config = TaskMoELoraConfig(
+        num_experts=2,
+        r=2,
+        task_dim=TASK_DIM,
+        router_inputs="task",
+        init_weights=False,
+        target_modules=["q_proj"],
+    )
+    model = inject_adapter_in_model(config, tiny_model()).eval()
+    to_lora(model, task[0]).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path).eval()
+    torch.testing.assert_close(logits(loaded), logits(model, task), atol=1e-5, rtol=1e-5)
+
+
+def test_another_adapter_than_the_active_one(adapted, tiny_model, task, tmp_path):
+    model = adapted()  # "default" reads the token, "other" does not
+    other = TaskMoELoraConfig(
+        num_experts=2, r=1, task_dim=TASK_DIM, router_inputs="task", init_weights=False
+    )
+    model.add_adapter("other", other)
+    to_lora(model, task, adapter_name="other").save_pretrained(tmp_path)
+    assert model.active_adapter == "default"
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path).eval()
+    model.set_adapter("other")
+    torch.testing.assert_close(logits(loaded), logits(model.eval(), task), atol=1e-5, rtol=1e-5)
+    with pytest.raises(
+        ValueError,
+        match=r'adapter "default" alone.*the adapters are active: \[\'other\'\].*set_adapter',
+    ):
+        to_lora(model, task, adapter_name="default", calibration=[{"input_ids": IDS}])
+
+
+def reference_updates(model, task_embeds, batches, name):
+    """(exact updates, updates with mean gates) of layer `name` over all tokens that count: the definition, by loops."""
+    layer = model.get_base_model().get_submodule(name)
+    a = layer.taskmoe_lora_A["default"].weight.detach().double()
+    b = layer.taskmoe_lora_B["default"].weight.detach().double()
+    router = layer.taskmoe_lora_router["default"].weight.detach().double()
+    r, scaling = layer.r["default"], layer.scaling["default"]
+    rows = []
+    hook = layer.register_forward_pre_hook(lambda m, args: rows.append(args[0].detach()))
+    for batch in batches:
+        logits(model, task_embeds, **batch)
+    hook.remove()
+    tokens = [
+        x[i, t].double()
+        for x, batch in zip(rows, batches, strict=True)
+        for i in range(x.shape[0])
+        for t in range(x.shape[1])
+        if batch["attention_mask"][i, t]
+    ]
+    e = task_embeds[0].double()
+    e = e / e.norm() * 0.25 * layer.in_features**0.5
+    gates = torch.stack([torch.softmax(router @ torch.cat((x, e)), dim=0) for x in tokens])
+
+    def update(x, g):
+        parts = [slice(i * r, (i + 1) * r) for i in range(len(g))]
+        return sum(scaling * g[i] * (b[:, part] @ (a[part] @ x)) for i, part in enumerate(parts))
+
+    exact = torch.stack([update(x, g) for x, g in zip(tokens, gates, strict=True)])
+    mean = torch.stack([update(x, gates.mean(0)) for x in tokens])
+    return exact, mean
+
+
+def test_average_and_its_report(adapted, tiny_model, task, tmp_path):
+    model = adapted(task_type="CAUSAL_LM", task_norm="matched")
+    batches = [
+        {"input_ids": IDS, "attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])},
+        {"input_ids": IDS[:1, :3], "attention_mask": torch.ones(1, 3, dtype=torch.long)},
+    ]
+    with pytest.warns(
+        UserWarning, match=r"approximation.*11 calibration tokens.*and the logits by up.*Score it"
+    ) as caught:
+        export = to_lora(model, task, calibration=batches)
+    assert len([w for w in caught if "approximation" in str(w.message)]) == 1
+    report = export.report
+    assert not report.exact and report.tokens == 11 and report.rank == 6
+    for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
+        exact, mean = reference_updates(model, task, batches, name)
+        assert report.layer_errors[name] == pytest.approx(
+            ((mean - exact).norm() / exact.norm()).item(), rel=1e-4
+        )
+        assert report.layer_errors[name] > 1e-3
+
+    export.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path).eval()
+    ours, theirs = [], []
+    for batch in batches:
+        mask = batch["attention_mask"].bool()
+        ours.append(logits(model, task, **batch)[mask])
+        theirs.append(
+            logits(loaded, **{k: v for k, v in batch.items() if k != "task_embeds"})[mask]
+        )
+    ours, theirs = torch.cat(ours), torch.cat(theirs)
+    assert report.logits_max_abs == pytest.approx((ours - theirs).abs().max().item(), rel=1e-3)
+    kl = nn.functional.kl_div(
+        theirs.log_softmax(-1), ours.log_softmax(-1), log_target=True, reduction="batchmean"
+    )
+    assert report.logits_kl == pytest.approx(kl.item(), rel=1e-3)
+
+
+def test_calibration_leaves_the_model_alone(adapted, task):
+    model = adapted().train()
+    model.get_base_model().lm_head.eval()
+    modes = [m.training for m in model.modules()]
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.warns(UserWarning, match="approximation"):
+        to_lora(model, task, calibration=[{"input_ids": IDS}])
+    assert [m.training for m in model.modules()] == modes and current_state() is None
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
+
+
+def test_calibration_on_texts_and_on_the_encoder_s_own_tasks(
+    adapted, word_tokenizer, tiny_encoder, task
+):
+    model, texts = adapted(), ["w5 w6 w7", "w8 w9"]
+    batches = [dict(word_tokenizer(text, return_tensors="pt")) for text in texts]
+    with pytest.warns(UserWarning, match="approximation"):
+        of_texts = to_lora(model, task, calibration=texts, tokenizer=word_tokenizer)
+        of_batches = to_lora(model, task, calibration=batches)
+    assert of_texts.report == of_batches.report and of_texts.report.tokens == 5
+    attach_task_encoder(model, tiny_encoder, word_tokenizer)
+    with pytest.warns(UserWarning, match="approximation"):
+        automatic = to_lora(model, calibration=texts, tokenizer=word_tokenizer)
+        explicit = to_lora(
+            model,
+            calibration=[
+                {**b, "task_embeds": tiny_encoder([t])} for b, t in zip(batches, texts, strict=True)
+            ],
+        )
+    for key, value in automatic.state_dict.items():
+        torch.testing.assert_close(value, explicit.state_dict[key])
+    assert automatic.report.layer_errors != of_texts.report.layer_errors
+
+
+def test_token_router_and_encoder_decoder(adapted, tiny_model, tmp_path):
+    model = adapted("t5", router_inputs="token", task_type="SEQ_2_SEQ_LM")
+    batch = {
+        "input_ids": IDS,
+        "attention_mask": torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]),
+        "labels": IDS[:, :3].contiguous(),
+    }
+    with pytest.warns(UserWarning, match="approximation"):
+        export = to_lora(model, calibration=[batch])
+    export.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model("t5"), tmp_path).eval()
+    apart = (logits(loaded, **batch) - logits(model, **batch)).abs().max().item()
+    assert export.report.logits_max_abs == pytest.approx(apart, rel=1e-3)
+
+
+class TwoPaths(nn.Module):
+    """A plain model without logits, one of whose layers is not always used."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x, both):
+        return self.second(self.first(x)) if both else self.first(x)
+
+
+def test_plain_model_and_layers_that_calibration_does_not_reach():
+    config = TaskMoELoraConfig(
+        num_experts=2,
+        r=1,
+        router_inputs="token",
+        init_weights=False,
+        target_modules=["first", "second"],
+    )
+    model = get_peft_model(TwoPaths(), config)
+    with pytest.raises(ValueError, match=r"never reached 1 of the 2 adapted layers, e.g. `second`"):
+        to_lora(model, calibration=[{"x": torch.randn(3, 4), "both": False}])
+    with pytest.warns(UserWarning, match=r"differ by up to \d+\.\d% \(`\w+`\)\. Score it"):
+        report = to_lora(model, calibration=[{"x": torch.randn(3, 4), "both": True}]).report
+    assert (
+        report.tokens == 3 and report.logits_max_abs is None and report.layer_errors["second"] > 0
+    )
+
+
+def test_errors_of_to_lora(adapted, tiny_model, task):
+    with pytest.raises(ValueError, match=r"`LlamaForCausalLM` has no Task-Aware MoELoRA adapter"):
+        to_lora(tiny_model(), task)
+    exact, token = adapted(router_inputs="task"), adapted(router_inputs="token")
+    calibration = [{"input_ids": IDS}]
+    with pytest.raises(
+        ValueError, match=r'adapter "default" reads the task, and a plain LoRA is .* for one task'
+    ):
+        to_lora(exact)
+    with pytest.raises(
+        ValueError, match=r"`task_embeds` has the shape \(2, 6\).*shape \(1, 6\).*once per task"
+    ):
+        to_lora(exact, task.expand(2, -1))
+    with pytest.raises(ValueError, match=r"`task_embeds` has the shape \(1, 5\)"):
+        to_lora(exact, task[:, :5])
+    with pytest.raises(
+        ValueError, match=r"reads the token only, so `task_embeds` would have no effect"
+    ):
+        to_lora(token, task, calibration=calibration)
+    with pytest.raises(
+        ValueError, match=r'reads the token \(`router_inputs="token"`\).*Pass `calibration='
+    ):
+        to_lora(token)
+    with pytest.raises(ValueError, match=r"Item 0 of `calibration` is a text.*tokenizer=tokenizer"):
+        to_lora(token, calibration=["w5"])
+    with pytest.raises(ValueError, match=r"Item 0 of `calibration` is a list"):
+        to_lora(token, calibration=[[1, 2]])
+    with pytest.raises(
+        ValueError, match=r"Item 0 of `calibration` has no tensors \(keys: \['input_ids'\]\)"
+    ):
+        to_lora(token, calibration=[{"input_ids": [1, 2]}])
+    with pytest.raises(
+        ValueError, match=r"Item 0 of `calibration` brings its own `task_embeds`.*Leave one"
+    ):
+        to_lora(exact, task, calibration=[{"input_ids": IDS, "task_embeds": task}])
+    with pytest.raises(ValueError, match=r"`calibration` is empty"):
+        to_lora(token, calibration=[])
+    with pytest.raises(
+        ValueError, match=r'no Task-Aware MoELoRA adapter "x" on this model; it has \[\'default\'\]'
+    ):
+        to_lora(exact, task, adapter_name="x")
+    exact.base_model.set_adapter([])
+    with pytest.raises(
+        ValueError, match=r"0 Task-Aware MoELoRA adapters are active.*Pass `adapter_name`"
+    ):
+        to_lora(exact, task)
+    with token.disable_adapter(), pytest.raises(ValueError, match=r"the adapters are disabled"):
+        to_lora(token, calibration=calibration)
+
+
+# Merging
+
+
+def test_merging_a_router_that_reads_the_token_names_to_lora(adapted, task):
+    model = adapted()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with (
+        task_context(task),
+        pytest.raises(ValueError, match=r"reads the token .*cannot be merged.*`to_lora\(model"),
+    ):
+        model.merge_and_unload()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("base", ["llama", "gpt2"])
+def test_merging_for_one_task_is_exact(adapted, task, base):
+    model = adapted(base, router_inputs="task").double()
+    task = task.double()
+    weights = {k: v.clone() for k, v in model.get_base_model().state_dict().items()}
+    unmerged = logits(model, task)
+    with task_context(task):
+        model.merge_adapter()
+    torch.testing.assert_close(logits(model), unmerged, atol=1e-9, rtol=1e-9)
+    model.unmerge_adapter()
+    for key, value in model.get_base_model().state_dict().items():
+        torch.testing.assert_close(value, weights[key], atol=1e-12, rtol=0)
+    torch.testing.assert_close(logits(model, task), unmerged, atol=1e-9, rtol=1e-9)
+    with task_context(task):
+        merged = model.merge_and_unload()
+    assert not [m for m in merged.modules() if isinstance(m, TaskMoELoraLayer)]
+    torch.testing.assert_close(logits(merged), unmerged, atol=1e-9, rtol=1e-9)
+
+
+def test_merging_where_conv1d_and_linear_are_both_adapted(adapted, task):
+    model = adapted(
+        "gpt2",
+        router_inputs="task",
+        target_modules=["c_attn", "lm_head"],
+        model_changes={"tie_word_embeddings": False},
+    ).double()
+    unmerged = logits(model, task.double())
+    with task_context(task.double()):
+        model.merge_adapter()
+    torch.testing.assert_close(logits(model), unmerged, atol=1e-9, rtol=1e-9)
+
+
+def test_merging_without_exactly_one_task_refuses(adapted, task):
+    model = adapted(router_inputs="task")
+    with pytest.raises(ValueError, match=r"no task embedding"):
+        model.merge_adapter()
+    with (
+        task_context(task.expand(2, -1)),
+        pytest.raises(ValueError, match=r"the one task to merge for, but 2 task"),
+    ):
+        model.merge_adapter()
+
+
+# Experts from LoRAs
+
+
+@pytest.fixture
+def lora(tiny_model):
+    """`lora(seed, base, **settings)`: a PEFT LoRA with random A and B."""
+
+    def make(seed, base="llama", **settings):
+        settings = {"r": 2, "lora_alpha": 3, "target_modules": "all-linear", **settings}
+        model = get_peft_model(tiny_model(base), LoraConfig(**settings)).eval()
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        return model
+
+    return make
+
+
+def lora_delta(model, name):
+    return model.get_base_model().get_submodule(name).get_delta_weight("default")
+
+
+@pytest.mark.parametrize("base", ["llama", "gpt2"])
+@pytest.mark.parametrize("combine", ["mean", "sum"])
+def test_uniform_gates_give_the_mean_or_the_sum(
+    adapted, tiny_model, lora, tmp_path, task, base, combine
+):
+    sources = [
+        lora(1, base),
+        lora(2, base, lora_alpha=7, use_rslora=True),
+        lora(
+            3, base, r=4, alpha_pattern={"c_attn" if base == "gpt2" else "q_proj": 5}
+        ),  # becomes two experts
+    ]
+    sources[0].save_pretrained(tmp_path)
+    share = 1 / 3 if combine == "mean" else 1
+    model = adapted(base, num_experts=4, r=2, lora_alpha=11).double()
+    experts_from_loras(model, [tmp_path, *sources[1:]], combine=combine)
+    reference = tiny_model(base, dtype=torch.float64).eval()
+    for name, layer in model.get_base_model().named_modules():
+        if isinstance(layer, TaskMoELoraLayer):
+            delta = sum(lora_delta(source.double(), name) for source in sources) * share
+            reference.get_submodule(name).weight.data += delta.detach()
+    torch.testing.assert_close(
+        logits(model, task.double()), logits(reference), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_an_expert_alone_is_its_lora(adapted, lora):
+    sources = [lora(1), lora(2, lora_alpha=7)]
+    model = adapted(num_experts=2, r=2)
+    experts_from_loras(model, sources)
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    a, b = layer.taskmoe_lora_A["default"].weight, layer.taskmoe_lora_B["default"].weight
+    for i, source in enumerate(sources):
+        own = b[:, 2 * i : 2 * i + 2] @ a[2 * i : 2 * i + 2] * layer.scaling["default"]
+        torch.testing.assert_close(own, lora_delta(source, "model.layers.0.self_attn.q_proj"))
+
+
+def test_the_router_can_stay_and_training_can_start(adapted, lora, task):
+    model, sources = adapted(num_experts=2, r=2), [lora(1), lora(2)]
+    router = (
+        model.get_base_model()
+        .model.layers[0]
+        .self_attn.q_proj.taskmoe_lora_router["default"]
+        .weight
+    )
+    before = router.detach().clone()
+    experts_from_loras(model, sources, zero_router=False)
+    assert torch.equal(router, before)
+    experts_from_loras(model, sources)
+    assert not router.any()
+    model(input_ids=IDS, labels=IDS, task_embeds=task.expand(2, -1)).loss.backward()
+    assert router.grad.abs().max() > 0  # experts differ, so a zero router learns
+
+
+def test_there_and_back(adapted, task, tmp_path):
+    """An exported adapter, taken in again as experts, is the export."""
+    model = adapted(router_inputs="task")
+    to_lora(model, task).save_pretrained(tmp_path)
+    back = adapted()  # 3 experts of rank 2 from one LoRA of rank 6
+    experts_from_loras(back, [tmp_path])
+    torch.testing.assert_close(logits(back, task), logits(model, task), atol=1e-4, rtol=1e-4)
+
+
+def test_errors_of_experts_from_loras(adapted, lora, tmp_path):
+    model = adapted(num_experts=2, r=2)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    cases = [
+        (
+            [lora(1)],
+            r"The 1 LoRAs make 1 experts of rank 2 at `model.layers.0.self_attn.q_proj`.*num_experts=1, r=2",
+        ),
+        (
+            [lora(1, r=3), lora(2)],
+            r"LoRA 0 \(adapter \"default\"\) has rank 3 at .*cut into experts of rank 2.*`r=3`",
+        ),
+        (
+            [lora(1), lora(2, target_modules=["q_proj"])],
+            r"LoRA 1 .*does not adapt `model.layers.0.self_attn.k_proj`.*target_modules=\['q_proj'\]",
+        ),
+        ([lora(1), lora(2, use_dora=True)], r"LoRA 1 .*has `use_dora`"),
+        (
+            [lora(1), lora(2, modules_to_save=["lm_head"])],
+            r"LoRA 1 .*also holds `lm_head.weight`.*no expert",
+        ),
+        ([model, lora(1)], r"LoRA 0 .*has the PEFT type TASKMOE_LORA"),
+        ([3], r"Item 0 of `loras` is a int"),
+        ([], r"`loras` is empty"),
+    ]
+    narrow = adapted(num_experts=2, r=2, target_modules=["q_proj"])
+    with pytest.raises(
+        ValueError,
+        match=r"LoRA 0 .*adapts `.*`, which adapter \"default\" does not \(12 such.*be lost",
+    ):
+        experts_from_loras(narrow, [lora(1), lora(2)])
+    for loras, message in cases:
+        with pytest.raises(ValueError, match=message):
+            experts_from_loras(model, loras)
+    with pytest.raises(ValueError, match=r"`combine` is 'max', which is unknown"):
+        experts_from_loras(model, [lora(1), lora(2)], combine="max")
+    with pytest.raises(
+        ValueError, match=r"With a zero router all gates tie, and `top_k=1`.*`zero_router=False`"
+    ):
+        experts_from_loras(adapted(num_experts=2, top_k=1), [lora(1), lora(2)])
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_loras_of_another_base_model_are_refused(adapted, lora, tiny_model):
+    wide = get_peft_model(
+        tiny_model(intermediate_size=20), LoraConfig(r=2, target_modules="all-linear")
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"at `model.layers.0.mlp.gate_proj`, which takes 16 features to 24.*another base",
+    ):
+        experts_from_loras(adapted(num_experts=2, r=2), [lora(1), wide])
+
+
+# The published layout
+
+E, R, D_TASK = 3, 2, 5
+
+
+def reference_checkpoint(base, d_task=D_TASK, prefix="base_model.model."):
+    """Random tensors in the published layout for every linear layer of a Llama but the head."""
+    generator = torch.Generator().manual_seed(11)
+    found = {}
+    for name, module in base.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            shapes = {
+                "lora_A_weight": (E, module.in_features, R),
+                "lora_B_weight": (E, R, module.out_features),
+                "lora_route.weight": (E, module.in_features + d_task),
+            }
+            for part, shape in shapes.items():
+                found[f"{prefix}{name}.{part}"] = torch.randn(shape, generator=generator) * 0.3
+    return found
+
+
+def install_reference_layers(base, checkpoint, task_embeds, alpha):
+    """The method as loops over tokens and experts, straight from the tensors of the published layout."""
+    for name, module in list(base.named_modules()):
+        if not isinstance(module, nn.Linear) or name == "lm_head":
+            continue
+        a, b, route = (
+            checkpoint[f"base_model.model.{name}.{part}"]
+            for part in ("lora_A_weight", "lora_B_weight", "lora_route.weight")
+        )
+
+        def forward(x, weight=module.weight, a=a, b=b, route=route):
+            y = x @ weight.T
+            for row in range(x.shape[0]):
+                for t in range(x.shape[1]):
+                    read = (
+                        x[row, t]
+                        if task_embeds is None
+                        else torch.cat((x[row, t], task_embeds[row]))
+                    )
+                    gates = torch.softmax(route @ read, dim=0)
+                    for i in range(E):
+                        y[row, t] += alpha / R * gates[i] * ((x[row, t] @ a[i]) @ b[i])
+            return y
+
+        module.forward = forward
+    return base
+
+
+@pytest.mark.parametrize(
+    "form", ["safetensors", "bin", "file", "tensors", "no prefix", "token only", "config"]
+)
+def test_published_layout_equals_the_plain_loops(tiny_model, tmp_path, form):
+    base = tiny_model(
+        num_hidden_layers=3
+    ).eval()  # 21 layers: more than PEFT keeps in full in target_modules
+    d_task = 0 if form == "token only" else D_TASK
+    checkpoint = reference_checkpoint(base, d_task)
+    source, settings = tmp_path / "theirs", {"lora_alpha": 4}
+    source.mkdir()
+    given = source
+    if form == "bin":
+        torch.save(checkpoint, source / "adapter_model.bin")
+    elif form == "tensors":
+        given = checkpoint
+    elif form == "no prefix":
+        given = {key.removeprefix("base_model.model."): value for key, value in checkpoint.items()}
+    else:
+        save_file(checkpoint, source / "adapter_model.safetensors")
+    if form == "file":
+        given = source / "adapter_model.safetensors"
+    if form == "config":
+        (source / "adapter_config.json").write_text(
+            json.dumps(
+                {
+                    "r": R,
+                    "lora_alpha": 4,
+                    "lora_dropout": 0.1,
+                    "target_modules": LLAMA_TARGETS,
+                    "base_model_name_or_path": "some/base",
+                }
+            )
+        )
+        settings = {}
+    config = from_reference_checkpoint(given, tmp_path / "ours", base_model=base, **settings)
+    assert (config.num_experts, config.r, config.lora_alpha, config.task_norm) == (E, R, 4, "none")
+    assert config.router_inputs == ("token" if form == "token only" else "token+task")
+    if form == "config":
+        assert (config.lora_dropout, config.base_model_name_or_path) == (0.1, "some/base")
+
+    model = PeftModel.from_pretrained(tiny_model(num_hidden_layers=3), tmp_path / "ours").eval()
+    task_embeds = None if form == "token only" else torch.randn(2, D_TASK)
+    with torch.no_grad():
+        plain = base(input_ids=IDS).logits
+        expected = install_reference_layers(base, checkpoint, task_embeds, alpha=4)(
+            input_ids=IDS
+        ).logits
+    assert not torch.allclose(expected, plain, atol=0.1)
+    torch.testing.assert_close(logits(model, task_embeds), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_errors_of_the_published_layout(tiny_model, tmp_path):
+    base = tiny_model(num_hidden_layers=1)
+    whole = reference_checkpoint(base)
+    q = "base_model.model.model.layers.0.self_attn.q_proj"
+    out = tmp_path / "ours"
+
+    def refused(message, change=None, error=ValueError, given=None, **settings):
+        checkpoint = dict(whole)
+        for key, value in (change or {}).items():
+            if value is None:
+                del checkpoint[key]
+            else:
+                checkpoint[key] = value
+        with pytest.raises(error, match=message):
+            from_reference_checkpoint(given or checkpoint, out, **{"lora_alpha": 4, **settings})
+        assert not out.exists()
+
+    refused(
+        r"`model.layers.0.self_attn.q_proj.lora_B_weight` is missing, while `.*q_proj.lora_A_weight` is there",
+        {f"{q}.lora_B_weight": None},
+    )
+    refused(
+        r"`base_model.model.lm_head.weight` is no part of the published layout",
+        {"base_model.model.lm_head.weight": torch.ones(2, 2)},
+    )
+    refused(
+        r"q_proj.lora_B_weight` has the shape \(3, 4, 16\).*\(3, 16, 2\).*must be \(3, 2, out\)",
+        {f"{q}.lora_B_weight": torch.ones(3, 4, 16)},
+    )
+    refused(
+        r"q_proj.lora_route.weight` has the shape \(3, 15\).*must be \(3, 16 \+ task dimension\)",
+        {f"{q}.lora_route.weight": torch.ones(3, 15)},
+    )
+    refused(
+        r"q_proj.lora_A_weight` is torch.float32 of shape \(3, 2\), but a float tensor of 3 dim",
+        {f"{q}.lora_A_weight": torch.ones(3, 2)},
+    )
+    refused(
+        r"q_proj.lora_A_weight` is torch.int64",
+        {f"{q}.lora_A_weight": torch.ones(3, 16, 2, dtype=torch.long)},
+    )
+    refused(
+        r"`model.layers.0.self_attn.k_proj` has .* = \(3, 2, 5\), but .*q_proj` has \(3, 2, 6\)",
+        {f"{q}.lora_route.weight": torch.ones(3, 22)},
+    )
+    refused(r"does not say its `lora_alpha`.*`lora_alpha=32`", lora_alpha=None)
+    refused(
+        r"adapts `model.layers.0.self_attn.q_proj`, but the base model has no such layer",
+        base_model=nn.Linear(2, 2),
+    )
+    refused(
+        r"16 features to 24 at `model.layers.0.mlp.gate_proj`, but .* \(20, 16\)",
+        base_model=tiny_model(intermediate_size=20),
+    )
+    refused(r"The checkpoint is empty", dict.fromkeys(whole))
+    refused(
+        r"holds neither `adapter_model.safetensors` nor `adapter_model.bin`.*snapshot_download",
+        error=FileNotFoundError,
+        given=tmp_path,
+    )
+
+    source = tmp_path / "theirs"
+    source.mkdir()
+    torch.save(SimpleNamespace(weights=whole), source / "adapter_model.bin")
+    refused(r"holds more than tensors.*could run code", given=source)
+    save_file(whole, source / "adapter_model.safetensors")
+    for theirs, message in (
+        ({"r": 8}, r"`adapter_config.json` says `r=8`, but the tensors have experts of rank 2"),
+        (
+            {"target_modules": ["q_proj", "lm_head"]},
+            r"lists the target `lm_head`, but no key is of such a layer",
+        ),
+        ({"bias": "all"}, r"says `bias='all'`"),
+    ):
+        (source / "adapter_config.json").write_text(json.dumps(theirs))
+        refused(message, given=source)
+    (source / "adapter_config.json").unlink()
+    with pytest.raises(ValueError, match=r"`output_folder` is where the checkpoint is"):
+        from_reference_checkpoint(source, source, lora_alpha=4)

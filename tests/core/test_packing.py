@@ -1,0 +1,206 @@
+"""Packing and padding-free batches of `SFTTrainer`: every token is routed by the task of its own document.
+
+It knows what TRL's collator makes of documents, and compares with the same documents given one by one.
+"""
+
+from __future__ import annotations
+
+import warnings
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+from peft_taskmoe import TaskMoELoraConfig, attach_task_encoder
+from peft_taskmoe.automatic import packed_documents, prompt_ids
+from tiny import TASK_DIM, randomise
+
+# Prompts and completions, all of different lengths.
+DOCUMENTS = [
+    {
+        "prompt": " ".join(f"w{4 + 7 * i + j}" for j in range(2 + i)),
+        "completion": " " + " ".join(f"w{50 + i}" for _ in range(1 + i % 2)),
+    }
+    for i in range(6)
+]
+PACKINGS: dict[str, dict[str, Any]] = {
+    "packing": {"packing": True, "max_length": 16},
+    "padding-free": {"padding_free": True, "max_length": None},
+    "both": {"packing": True, "padding_free": True, "max_length": 16},
+    "padded to 8": {"packing": True, "max_length": 16, "pad_to_multiple_of": 8},
+}
+
+
+@pytest.fixture
+def sft(tiny_model, word_tokenizer, tiny_encoder, tmp_path):
+    """`sft(packing=True, ...)`: an `SFTTrainer` in fp32 on a randomised adapter, its encoder attached."""
+
+    def make(documents=DOCUMENTS, attention: str = "sdpa", **settings: Any) -> SFTTrainer:
+        arguments = {
+            "report_to": [], "use_cpu": True, "bf16": False, "per_device_train_batch_size": 4, "learning_rate": 1e-2,
+            **settings,
+        }  # fmt: skip
+        trainer = SFTTrainer(
+            tiny_model(attn_implementation=attention),
+            SFTConfig(str(tmp_path), **arguments),
+            train_dataset=Dataset.from_list(documents),
+            processing_class=word_tokenizer,
+            peft_config=TaskMoELoraConfig(task_dim=TASK_DIM, num_experts=3, r=2, lora_dropout=0.0),
+        )
+        randomise(trainer.model)
+        attach_task_encoder(trainer.model, tiny_encoder, word_tokenizer)
+        return trainer
+
+    return make
+
+
+def batch_of(trainer: SFTTrainer) -> dict[str, Any]:
+    return dict(next(iter(trainer.get_train_dataloader())))
+
+
+def documents_in(batch: dict[str, Any]) -> list[slice]:
+    """Where the documents of a flattened batch are, from the lengths that the collator states."""
+    return [slice(int(start), int(end)) for start, end in pairwise(batch["cu_seq_lens_q"])]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_packed_logits_equal_those_of_each_document_alone(
+    sft, tiny_encoder, word_tokenizer, packing, attention
+) -> None:
+    trainer = sft(attention=attention, **PACKINGS[packing])
+    model = trainer.model.eval().double()
+    batch = batch_of(trainer)
+    assert batch["input_ids"].shape[0] == 1 and "attention_mask" not in batch
+    prompts = {document["prompt"] for document in DOCUMENTS}
+    seen = []
+    with torch.no_grad():
+        packed = model(**batch).logits[0]
+        for place in documents_in(batch):
+            ids, labels = batch["input_ids"][:, place], batch["labels"][:, place]
+            if (ids == word_tokenizer.pad_token_id).all():
+                continue
+            prompt = word_tokenizer.decode(ids[labels == -100])
+            seen.append(prompt)
+            alone = model(input_ids=ids, task_embeds=tiny_encoder([prompt])).logits[0]
+            other = model(input_ids=ids, task_embeds=tiny_encoder(["w63 w62"])).logits[0]
+            torch.testing.assert_close(packed[place], alone, atol=1e-6, rtol=0)
+            torch.testing.assert_close(
+                model(input_ids=ids, labels=labels).logits[0], alone, atol=1e-6, rtol=0
+            )
+            assert (alone - other).abs().max() > 1e-3  # the task does matter
+    assert set(seen) <= prompts and len(set(seen)) >= 2
+
+
+@pytest.mark.parametrize("packing", ["packing", "padding-free"])
+def test_packed_gradients_equal_those_of_a_padded_batch(sft, packing) -> None:
+    """Through TRL's own loss (fused LM head) and gradient checkpointing, which is on by default."""
+    found = {}
+    for settings in (PACKINGS[packing], {}):
+        trainer = sft(per_device_train_batch_size=8, **settings)
+        model = trainer.model.train().double()
+        trainer.compute_loss(model, batch_of(trainer)).backward()
+        found[bool(settings)] = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    torch.testing.assert_close(found[True], found[False], atol=1e-6, rtol=1e-6)
+    assert max(grad.abs().max() for grad in found[True].values()) > 1e-3
+
+
+def test_training_with_packing_learns(sft) -> None:
+    trainer = sft(**PACKINGS["packing"], max_steps=6, logging_steps=1, bf16=True)
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[-1] < losses[0]
+
+
+def test_one_task_per_document_may_be_given(sft, tiny_encoder, word_tokenizer) -> None:
+    trainer = sft(**PACKINGS["packing"])
+    model = trainer.model.eval()
+    batch = batch_of(trainer)
+    places = documents_in(batch)
+    embeds = tiny_encoder(
+        [
+            word_tokenizer.decode(batch["input_ids"][:, place][batch["labels"][:, place] == -100])
+            for place in places
+        ]
+    )
+    with torch.no_grad():
+        expected = model(**batch).logits
+        assert torch.equal(model(**batch, task_embeds=embeds).logits, expected)
+        assert not torch.allclose(
+            model(**batch, task_embeds=embeds.flip(0)).logits, expected, atol=1e-3
+        )
+    with pytest.raises(
+        ValueError, match=rf"There are {len(places) + 1} task embeddings for a batch of 1 rows"
+    ):
+        model(**batch, task_embeds=torch.cat((embeds, embeds[:1])))
+
+
+def test_a_cut_document_keeps_its_prompt(sft, word_tokenizer) -> None:
+    """`"bfd"` drops what does not fit. The prompt stands first, so the task stays whole unless the prompt itself is cut."""
+    trainer = sft(packing=True, max_length=4)
+    batch = batch_of(trainer)
+    tasks = prompt_ids(
+        batch["input_ids"], batch["labels"], None, packed_documents(batch["position_ids"], None)
+    )
+    prompts = [document["prompt"] for document in DOCUMENTS]
+    for found in map(word_tokenizer.decode, tasks):
+        assert any(
+            prompt == found or (len(found.split()) == 4 and prompt.startswith(found))
+            for prompt in prompts
+        )
+
+
+def test_wrapped_packing_warns_that_documents_are_cut(sft) -> None:
+    """`"wrapped"` hides where documents begin: a row is routed by what stands before its first answer, and a row that begins
+    within an answer by that one token. Nobody can tell from the batch, but such rows are noticed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = sft(packing=True, packing_strategy="wrapped", max_length=5)
+    batch = next(
+        batch
+        for batch in trainer.get_train_dataloader()
+        if (batch["labels"][:, :2] != -100).all(1).any()
+    )
+    assert "position_ids" not in batch
+    with pytest.warns(
+        UserWarning,
+        match=r"examples have no prompt.*cuts documents \(`packing_strategy=\"wrapped\"`",
+    ):
+        trainer.model(**batch)
+    with warnings.catch_warnings():  # once
+        warnings.simplefilter("error")
+        trainer.model(**batch)
+
+
+def test_split_documents_warn_too(sft) -> None:
+    trainer = sft(packing=True, packing_strategy="bfd_split", max_length=4)
+    batches = list(trainer.get_train_dataloader())
+    with pytest.warns(UserWarning, match="examples have no prompt"):
+        for batch in batches:
+            trainer.model(**batch)
+
+
+def test_documents_are_told_apart_by_their_positions() -> None:
+    positions = torch.tensor(
+        [[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]]
+    )  # a document of one token among them
+    assert packed_documents(positions, None).tolist() == [0, 0, 0, 1, 1, 2, 3, 3, 3, 3]
+    assert packed_documents(torch.arange(5).expand(2, 5), None) is None
+    assert (
+        packed_documents(positions, torch.ones(2, 5)) is None
+    )  # a mask says that rows are examples
+    assert packed_documents(None, None) is None
+
+
+def test_a_prompt_ends_at_the_first_label_that_a_loss_reads() -> None:
+    ids = torch.tensor([[5, 6, 7, 8], [0, 5, 6, 7], [5, 6, 7, 0]])
+    mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1], [1, 1, 1, 0]])
+    labels = torch.tensor([[-100, -100, 7, -100], [-100, 5, 6, 7], [-100, -100, -100, -100]])
+    # Nothing predicts a first token, so its label (second row) begins no answer: packed rows mask it, others do not.
+    assert prompt_ids(ids, labels, mask, None) == [[5, 6], [5], [5, 6, 7]]
+    assert prompt_ids(ids, None, mask, None) == [[5, 6, 7, 8], [5, 6, 7], [5, 6, 7]]
+    documents = torch.tensor([0, 0, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3])
+    assert prompt_ids(ids, labels, None, documents) == [[5, 6], [7, 8], [0], [5, 6, 7, 0]]

@@ -1,0 +1,31 @@
+"""Runs a script of the repository as a user does: as a process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(script: str, *arguments: object, launcher: Sequence[str] = (), **environment: str) -> str:
+    """Run a script of `examples/`, under a launcher if one is named, and return what it printed."""
+    done = subprocess.run(
+        [sys.executable, *launcher, ROOT / "examples" / script, *map(str, arguments)],
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "COLUMNS": "200",
+            "PYTHONPATH": str(ROOT),
+            **environment,
+        },
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout

@@ -1,0 +1,237 @@
+"""Span alignment: against a brute-force search over all substrings, and the rules by which records take places."""
+
+import random
+import unicodedata
+
+import pytest
+
+from peft_taskmoe.uie.alignment import Aligner, TextIndex, normalise, stands_alone
+
+# Pieces that are awkward alone or next to each other: case that changes length, marks composed and not, ligatures,
+# emoji with joiners and selectors, line ends, quotes, kana with and without voicing, Hangul, an Indic cluster.
+PIECES = [
+    "a", "b", "A", "ß", "SS", "ss", "İ", "i", "ﬁ", "fi", "é", "e", "\u0301", "e\u0301", "Å", "Å", " ", "  ", "\r\n",
+    "\n", "\t", "\u00a0", ".", ",", "'", "’", '"', "”", "-", "–", "が", "か", "\u3099", "각", "가", "ᆨ", "क", "\u093c",
+    "👩", "👨\u200d👩", "❤", "\ufe0f", "\u200b", "\u0327", "½", "…", "ς", "σ", "١", "\0", "\ud800", "_",
+]  # fmt: skip
+
+
+def slow_normal_form(words):
+    """The definition of the normal form, in passes over the whole string."""
+    plain = (
+        dict.fromkeys("‘’‚‛′`´", "'")
+        | dict.fromkeys("“”„‟″«»", '"')
+        | dict.fromkeys("‐‑‒–—―−", "-")
+    )
+    out = []
+    for character in words:
+        for c in unicodedata.normalize("NFKD", plain.get(character, character)):
+            for f in unicodedata.normalize("NFKD", c.casefold()):
+                out.append(plain.get(f, f))
+    dropped = [
+        c
+        for c in out
+        if unicodedata.combining(c) < 10
+        and unicodedata.category(c) != "Cf"
+        and not 0xFE00 <= ord(c) <= 0xFE0F
+        and not 0xE0100 <= ord(c) <= 0xE01EF
+    ]
+    runs = "".join(" " if c.isspace() else c for c in dropped).split(" ")
+    result = ""
+    for run in (run for run in runs if run):
+        wordlike = [
+            x and (x.isalnum() or unicodedata.category(x).startswith("M"))
+            for x in (result[-1:], run[0])
+        ]
+        result += (" " if all(wordlike) else "") + run
+    return result
+
+
+def brute_force(text, mention):
+    """All places of a mention, by trying every substring of the text."""
+    places = [
+        (i, i + len(mention))
+        for i in range(len(text) - len(mention) + 1)
+        if text[i : i + len(mention)] == mention
+    ]
+    if mention and places:
+        return "exact", places
+    wanted = slow_normal_form(mention)
+    forms = {}
+    if wanted:
+        for start in range(len(text)):
+            for end in range(start + 1, len(text) + 1):
+                if slow_normal_form(text[start:end]) == wanted:
+                    forms.setdefault(start, []).append(end)
+    places = []
+    for start, ends in forms.items():
+        # It begins with a character of the form, and ends with one, and with the marks that belong to that.
+        if not slow_normal_form(text[start]) or text[start].isspace():
+            continue
+        end = min(ends)
+        while (
+            end < len(text)
+            and unicodedata.category(text[end])[0] == "M"
+            and not slow_normal_form(text[end])
+        ):
+            end += 1
+        if end < len(text) and unicodedata.category(text[end])[0] == "M":
+            continue
+        places.append((start, end))
+    return ("normalised", places) if places else ("not_found", [])
+
+
+def variant(words, rng):
+    """The same words as somebody else might write them."""
+    change = rng.randrange(7)
+    if change == 0:
+        return words.upper()
+    if change == 1:
+        return words.casefold()
+    if change == 2:
+        return unicodedata.normalize("NFKC", words)
+    if change == 3:
+        return unicodedata.normalize("NFD", words)
+    if change == 4:
+        return words.replace("\r\n", "\n").replace(" ", "\t")
+    if change == 5:
+        return words.replace("’", "'").replace("”", '"').replace("–", "-")
+    return "".join(c for c in words if not unicodedata.combining(c))
+
+
+def test_agrees_with_brute_force_in_100_000_trials():
+    rng = random.Random(20240607)
+    statuses = dict.fromkeys(("exact", "normalised", "not_found"), 0)
+    trials = 0
+    while trials < 100_000:
+        text = "".join(rng.choice(PIECES) for _ in range(rng.randrange(1, 7)))
+        index = TextIndex(text)
+        for _ in range(20):
+            trials += 1
+            start = rng.randrange(len(text))
+            mention = text[start : start + rng.randrange(1, 6)]
+            if rng.random() < 0.7:
+                mention = variant(mention, rng)
+            if rng.random() < 0.2:
+                mention += rng.choice(PIECES)
+            found = index.occurrences(mention)
+            alignment, places = cached_brute_force(text, mention)
+            in_order = sorted(places, key=lambda place: (not stands_alone(text, *place), place))
+            assert (found.alignment, list(found.places)) == (alignment, in_order), (text, mention)
+            statuses[alignment] += 1
+    assert min(statuses.values()) > 2_000, statuses  # each outcome was tried, not only the easy one
+
+
+_CACHE: dict[tuple[str, str], tuple[str, list[tuple[int, int]]]] = {}
+
+
+def cached_brute_force(text, mention):
+    if (text, mention) not in _CACHE:
+        _CACHE[text, mention] = brute_force(text, mention)
+    return _CACHE[text, mention]
+
+
+@pytest.mark.parametrize(
+    ("text", "mention", "status", "found"),
+    [
+        ("Ariane 5 flew", "Ariane 5", "exact", "Ariane 5"),
+        ("Ariane 5 flew", "ariane 5", "normalised", "Ariane 5"),
+        ("die STRASSE da", "Straße", "normalised", "STRASSE"),
+        ("die Straße da", "STRASSE", "normalised", "Straße"),
+        ("in İstanbul today", "istanbul", "normalised", "İstanbul"),
+        ("a cafe\u0301 here", "café", "normalised", "cafe\u0301"),
+        ("a café here", "cafe\u0301", "normalised", "café"),
+        ("New\r\n  York", "New York", "normalised", "New\r\n  York"),
+        ("the so - called “x”", 'so-called "x"', "normalised", "so - called “x”"),
+        ("Fred 's dog", "Fred’s", "normalised", "Fred 's"),
+        ("I ❤\ufe0f you", "❤", "exact", "❤"),
+        ("I ❤\ufe0f you", "i ❤", "normalised", "I ❤\ufe0f"),
+        ("office", "ﬀi", "normalised", "ffi"),
+        ("ガラス", "カ", "not_found", None),
+        ("nothing here", "something", "not_found", None),
+        ("nothing here", "", "not_found", None),
+        ("nothing here", "\u200b", "not_found", None),
+    ],
+)
+def test_known_cases(text, mention, status, found):
+    occurrences = TextIndex(text).occurrences(mention)
+    assert occurrences.alignment == status
+    assert [text[start:end] for start, end in occurrences.places] == (
+        [found] if found is not None else []
+    )
+
+
+def test_occurrences_that_stand_alone_come_first():
+    text = "artful art, party art"
+    assert TextIndex(text).occurrences("art").places == ((7, 10), (18, 21), (0, 3), (13, 16))
+    assert not stands_alone("cafe\u0301", 0, 4)  # the mark belongs to the last letter
+    assert stands_alone("日本人", 0, 2)  # no spaces between words: any boundary may be one
+    assert not stands_alone("a_b", 0, 1)
+
+
+def test_nth_and_number_are_inverse():
+    index = TextIndex("aa aaa a")
+    places = index.occurrences("a").places
+    assert len(places) == 6
+    assert [index.number("a", place) for place in places] == [1, 2, 3, 4, 5, 6]
+    assert [index.nth("a", number) for number in range(8)] == [None, *places, None]
+
+
+def test_repeated_mentions_take_their_places_in_order():
+    aligner = Aligner(TextIndex("Rome and Rome and Rome"))
+    taken = []
+    while place := aligner.free_place("City", "Rome"):
+        aligner.take("City", place)
+        taken.append(place)
+    assert taken == [(0, 4), (9, 13), (18, 22)]
+    assert aligner.free_place("Team", "Rome") == (0, 4)  # another label counts for itself
+
+
+def test_a_default_passes_what_a_number_has_taken():
+    aligner = Aligner(TextIndex("Rome and Rome"))
+    aligner.take("City", (0, 4))
+    assert aligner.free_place("City", "Rome") == (9, 13)
+
+
+@pytest.mark.parametrize(
+    ("text", "pairs"),
+    [
+        ("A killed B. A killed B.", [((0, 1), (9, 10)), ((12, 13), (21, 22))]),
+        ("A killed B and B", [((0, 1), (9, 10)), ((0, 1), (15, 16))]),
+    ],
+)
+def test_relations_take_pairs_in_order(text, pairs):
+    aligner = Aligner(TextIndex(text))
+    taken = []
+    while pair := aligner.free_pair("Kill", "A", "B"):
+        aligner.take("Kill", pair)
+        taken.append(pair)
+    assert taken == pairs
+
+
+def test_a_relation_between_the_same_words_is_between_two_occurrences():
+    assert Aligner(TextIndex("x is x")).free_pair("Same", "x", "x") == ((0, 1), (5, 6))
+    assert Aligner(TextIndex("x is y")).free_pair("Same", "x", "x") == ((0, 1), (0, 1))
+    assert Aligner(TextIndex("x x x")).free_pair("Same", "x", "x", tail_place=(0, 1)) == (
+        (2, 3),
+        (0, 1),
+    )
+
+
+def test_arguments_are_nearest_to_their_trigger():
+    text = "Bob left. Ann met Bob; Bob and Bobby stayed."
+    aligner = Aligner(TextIndex(text))
+    trigger = (text.index("met"), text.index("met") + 3)
+    order = []
+    while place := aligner.free_argument("met", "Bob", trigger):
+        aligner.take("met", place)
+        order.append(place[0])
+    assert order == [18, 23, 0, 31]
+
+
+def test_normal_form_is_idempotent():
+    rng = random.Random(1)
+    for _ in range(2_000):
+        words = "".join(rng.choice(PIECES) for _ in range(rng.randrange(8)))
+        assert normalise(normalise(words)) == normalise(words), words
+        assert normalise(words) == slow_normal_form(words), words

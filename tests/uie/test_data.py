@@ -1,0 +1,929 @@
+"""Readers, writers and training examples, on made-up files, and on the public sets where they are."""
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from peft_taskmoe.uie.data import (
+    ReadError,
+    TokenTags,
+    convert,
+    mix,
+    read_brat,
+    read_conll,
+    read_datasets,
+    read_hub,
+    read_iepile,
+    read_jsonl,
+    sample,
+    to_dataset,
+    to_prompt_completion,
+    write_jsonl,
+)
+from peft_taskmoe.uie.records import Document, Entity, Event, Relation
+from peft_taskmoe.uie.schema import Schema
+
+DATA = Path(__file__).parents[2] / ".." / "shared" / "data" / "uie"
+
+NER = {
+    "id": "n1", "text": "Zoë flew to 東京 🚀.", "task": "NER", "schema": {"Person": "people", "creative-work": ""},
+    "annotations": [{"label": "Person", "text": "Zoë", "start": 0, "end": 3}],
+}  # fmt: skip
+RE = {
+    "id": "r1", "text": "Ann works for Acme.", "task": "RE", "schema": {"Work_For": "employment"},
+    "annotations": [{
+        "relation": "Work_For",
+        "head": {"type": "Person", "text": "Ann", "start": 0, "end": 3},
+        "tail": {"type": "Org", "text": "Acme", "start": 14, "end": 18},
+    }],
+    "entities": [{"label": "Person", "text": "Ann", "start": 0, "end": 3}],
+}  # fmt: skip
+EE = {
+    "id": "e1", "text": "Rebels attacked the town.", "task": "EE",
+    "schema": {"Conflict.Attack": {"description": "violence", "roles": ["Attacker", "Place"]}},
+    "annotations": [{
+        "type": "Conflict.Attack", "trigger": {"text": "attacked", "start": 7, "end": 15},
+        "arguments": [{"role": "Attacker", "text": "Rebels", "start": 0, "end": 6}],
+    }],
+}  # fmt: skip
+EAE = EE | {"id": "a1", "task": "EAE", "source": "made up"}
+ROWS = [NER, RE, EE, EAE]
+
+
+def jsonl(path, *rows):
+    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def changed(row, **changes):
+    """A deep copy with other values; `a__0__b=v` reaches into lists and objects, None deletes."""
+    row = json.loads(json.dumps(row))
+    for path, value in changes.items():
+        *outer, last = [int(key) if key.isdigit() else key for key in path.split("__")]
+        target = row
+        for key in outer:
+            target = target[key]
+        if value is None:
+            del target[last]
+        else:
+            target[last] = value
+    return row
+
+
+def places(report):
+    return [(problem.kind, problem.line) for problem in report.problems]
+
+
+# JSONL ----------------------------------------------------------------------------------------------------------------
+
+
+def test_jsonl_is_read_and_written_back(tmp_path):
+    report = read_jsonl(jsonl(tmp_path / "in.jsonl", *ROWS))
+    assert report.problems == [] and str(report) == "4 documents, 0 problems"
+    ner, re_, ee, eae = report.documents
+    assert (
+        isinstance(ner.records[0], Entity)
+        and isinstance(re_.records[0], Relation)
+        and isinstance(ee.records[0], Event)
+    )
+    assert (eae.task, eae.extra) == ("EAE", {"source": "made up"})
+    assert re_.entities[0].label == "Person"
+    assert write_jsonl(report.documents, tmp_path / "out.jsonl") == 4
+    assert [
+        json.loads(line) for line in (tmp_path / "out.jsonl").read_text("utf-8").splitlines()
+    ] == ROWS
+    assert read_jsonl(tmp_path / "out.jsonl").documents == report.documents
+    assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl"}
+
+
+def test_writing_leaves_the_old_file_where_it_fails(tmp_path):
+    target = jsonl(tmp_path / "out.jsonl", NER)
+    before = target.read_bytes()
+
+    def documents():
+        yield Document.from_dict(RE)
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError):
+        write_jsonl(documents(), target)
+    assert target.read_bytes() == before and list(tmp_path.iterdir()) == [target]
+
+
+BAD_ROWS = {
+    "not an object": ("[1]", "row", "which is no JSON object"),
+    "no JSON": ('{"id": ', "json", "The line is no JSON"),
+    "key twice": ('{"id": "a", "id": "b"}', "json", "the key `id` is given twice in one object"),
+    "too deep": ("[" * 100_000, "json", "nested too deeply"),
+    "no number": (json.dumps(changed(NER, score=float("nan"))), "json", "`NaN` is no value of JSON"),
+    "no text": (changed(NER, text=None), "row", "The key `text` is missing \\(keys: id, task, schema, annotations\\)"),
+    "number as id": (changed(NER, id=7), "row", "The value of `id` is `7`; it has to be a string"),
+    "empty id": (changed(NER, id=""), "row", "The value of `id` is"),
+    "unknown task": (changed(NER, task="NRE"), "task", "`NRE` is no task"),
+    "empty schema": (changed(NER, schema={}), "schema", "The schema has no labels"),
+    "annotations are no list": (changed(NER, annotations={}), "row", "The value of `annotations` is `{}`; it has to be a list"),
+    "annotation is no object": (changed(NER, annotations__0="x"), "row", "`annotations\\[0\\]` is `'x'`, not an object"),
+    "unknown label": (changed(NER, annotations__0__label="Place"), "label", "`annotations\\[0\\]` has the label `Place`.* Its own: `Person`, `creative-work`"),
+    "no label": (changed(NER, annotations__0__label=None), "row", "`annotations\\[0\\]` has no `label` \\(keys: text, start, end\\)"),
+    "shifted": (changed(NER, annotations__0__start=1, annotations__0__end=4), "offsets", "says `'Zoë'`, but text\\[1:4\\] is `'oë '`. The mention stands at 0"),
+    "other words": (changed(NER, annotations__0__text="Zoe"), "offsets", "says `'Zoe'`, but text\\[0:3\\] is `'Zoë'`"),
+    "outside": (changed(NER, annotations__0__end=99), "offsets", "`annotations\\[0\\]` is at \\[0:99\\], outside of the text of 17 characters"),
+    "negative": (changed(NER, annotations__0__start=-17), "offsets", "is at \\[-17:3\\]"),
+    "no offsets": (changed(NER, annotations__0__start=None), "row", "needs a text and two integers"),
+    "bool": (changed(NER, annotations__0__start=False), "row", "needs a text and two integers"),
+    "lone surrogate": (json.dumps(changed(NER, text="\ud800 Zoë")), "encoding", "There is half a character \\(a lone surrogate\\) in"),
+    "relation label": (changed(RE, annotations__0__relation="Kill"), "label", "has the relation `Kill`"),
+    "tail missing": (changed(RE, annotations__0__tail=None), "row", "`annotations\\[0\\].tail` is `None`, not an object"),
+    "tail shifted": (changed(RE, annotations__0__tail__start=13), "offsets", "`annotations\\[0\\].tail` says"),
+    "entity shifted": (changed(RE, entities__0__end=4), "offsets", "`entities\\[0\\]` says"),
+    "entities no list": (changed(RE, entities=3), "row", "The value of `entities` is `3`; it has to be a list"),
+    "trigger shifted": (changed(EE, annotations__0__trigger__start=8), "offsets", "`annotations\\[0\\].trigger` says"),
+    "unknown role": (changed(EE, annotations__0__arguments__0__role="Tool"), "label", "has the role `Tool`, which `Conflict.Attack` does not have. Its own: `Attacker`, `Place`"),
+    "no role": (changed(EE, annotations__0__arguments__0__role=None), "row", "`annotations\\[0\\].arguments\\[0\\]` has no `role`"),
+    "argument shifted": (changed(EE, annotations__0__arguments__0__end=5), "offsets", "`annotations\\[0\\].arguments\\[0\\]` says"),
+    "arguments no list": (changed(EE, annotations__0__arguments="x"), "row", "`annotations\\[0\\].arguments` is `'x'`, not a list"),
+    "type is a number": (
+        changed(RE, annotations__0__head__type=3),
+        "row",
+        r"`annotations\[0\].head` needs a string as type",
+    ),
+    "nothing given": (changed(EAE, annotations=[]), "row", "An EAE document needs the event"),
+    "same id": (NER, "duplicate_id", "The id `n1` is that of line 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_bad_lines_are_reported_by_number(tmp_path, case):
+    row, kind, message = BAD_ROWS[case]
+    path = jsonl(tmp_path / "in.jsonl", NER, row, RE | {"id": "last"})
+    report = read_jsonl(path, on_error="collect")
+    assert [document.id for document in report.documents] == ["n1", "last"]
+    assert places(report) == [(kind, 2)] and report.counts() == {kind: 1}
+    with pytest.raises(ReadError, match=message) as caught:
+        read_jsonl(path)
+    assert str(caught.value).startswith(f"{path}:2: {kind}: ") and 'Pass on_error="collect"' in str(
+        caught.value
+    )
+    assert caught.value.problem == report.problems[0]
+
+
+def test_no_mutation_of_a_row_stops_the_reader(tmp_path):
+    rng = random.Random(0)
+    values = [None, True, -1, 3, 1e400, "", "x", "\ud800", [], {}, [[]], {"text": "x"}, [1, "x"]]
+
+    def mutate(value):
+        if rng.random() < 0.15:
+            return rng.choice(values)
+        if isinstance(value, dict):
+            return {key: mutate(inner) for key, inner in value.items() if rng.random() > 0.03}
+        return [mutate(inner) for inner in value] if isinstance(value, list) else value
+
+    rows = [mutate(changed(rng.choice(ROWS), id=str(i))) for i in range(2000)]
+    report = read_jsonl(
+        jsonl(tmp_path / "in.jsonl", *(json.dumps(row) for row in rows)), on_error="collect"
+    )
+    lost = {problem.line for problem in report.errors}
+    assert len(lost) + len(report.documents) == 2000 and len(report.documents) > 20
+    assert (
+        write_jsonl(report.documents, tmp_path / "out.jsonl")
+        and not read_jsonl(tmp_path / "out.jsonl").errors
+    )
+
+
+def test_all_faults_of_a_row_are_reported(tmp_path):
+    row = changed(
+        RE, annotations__0__head__start=1, annotations__0__relation="Kill", entities__0__end=4
+    )
+    report = read_jsonl(jsonl(tmp_path / "in.jsonl", row), on_error="collect")
+    assert (
+        report.counts() == {"label": 1, "offsets": 2}
+        and str(report) == "0 documents, 3 problems: 1 label, 2 offsets"
+    )
+
+
+def test_encodings(tmp_path):
+    path = tmp_path / "in.jsonl"
+    line = json.dumps(NER, ensure_ascii=False).encode()
+    path.write_bytes(b"\xef\xbb\xbf" + line + b"\r\n")  # a byte order mark and Windows line ends
+    assert read_jsonl(path).documents == [Document.from_dict(NER)]
+    path.write_bytes(line + b"\n" + line.replace("Zoë".encode(), b"Zo\xeb") + b"\n")
+    report = read_jsonl(path, on_error="collect")
+    assert (
+        places(report) == [("encoding", 2)]
+        and "(0xeb) is no UTF-8. Save the file as UTF-8." in report.problems[0].message
+    )
+    assert len(report.documents) == 1
+    # characters that Python, but not JSON, takes for line ends
+    row = changed(NER, text="Zoë\u2028\x85\x0b.")
+    assert read_jsonl(jsonl(path, row)).documents[0].text == "Zoë\u2028\x85\x0b."
+
+
+def test_empty_files_and_blank_lines(tmp_path):
+    for content in ("", "\n\n"):
+        (tmp_path / "in.jsonl").write_text(content)
+        with pytest.raises(
+            ReadError, match=r"The file has no document. Check that it is the right one"
+        ):
+            read_jsonl(tmp_path / "in.jsonl")
+    report = read_jsonl(jsonl(tmp_path / "in.jsonl", NER, "", RE, "", ""))
+    assert (
+        places(report) == [("unsupported", 2)]
+        and report.errors == []
+        and len(report.documents) == 2
+    )
+    with pytest.raises(FileNotFoundError):
+        read_jsonl(tmp_path / "missing.jsonl")
+    with pytest.raises(
+        ValueError, match=r'There is no on_error="skip". Choose "raise" or "collect"'
+    ):
+        read_jsonl(tmp_path / "in.jsonl", on_error="skip")
+
+
+@pytest.mark.filterwarnings("ignore:An? .* has the keys")
+def test_keys_that_no_record_holds_are_noted(tmp_path):
+    row = changed(RE, annotations__0__certainty="high", annotations__0__head__kb="Q1")
+    report = read_jsonl(jsonl(tmp_path / "in.jsonl", row))
+    assert len(report.documents) == 1 and report.problems[0].severity == "note"
+    assert (
+        report.problems[0].message
+        == "The annotations have keys that are not kept: `certainty`, `kb`."
+    )
+
+
+def test_several_tasks_in_one_schema(tmp_path):
+    row = {
+        "id": "u", "text": RE["text"], "task": "UIE", "schema": {"entities": {"Person": ""}, "relations": RE["schema"]},
+        "annotations": [RE["annotations"][0], RE["entities"][0]],
+    }  # fmt: skip
+    assert [
+        type(record)
+        for record in read_jsonl(jsonl(tmp_path / "in.jsonl", row)).documents[0].records
+    ] == [Relation, Entity]
+    report = read_jsonl(
+        jsonl(tmp_path / "in.jsonl", changed(row, annotations__1__label="Work_For")),
+        on_error="collect",
+    )
+    assert report.counts() == {"label": 1}
+
+
+# CoNLL ----------------------------------------------------------------------------------------------------------------
+
+TOKENS = ["Ann", "Lee", "Bob", "saw", "New", "York"]
+SPANS = [("PER", "Ann Lee"), ("PER", "Bob"), ("LOC", "New York")]
+TAGS = {
+    "IOB1": ["I-PER", "I-PER", "B-PER", "O", "I-LOC", "I-LOC"],
+    "IOB2": ["B-PER", "I-PER", "B-PER", "O", "B-LOC", "I-LOC"],
+    "BIOES": ["B-PER", "E-PER", "S-PER", "O", "B-LOC", "E-LOC"],
+    "BILOU": ["B-PER", "L-PER", "U-PER", "O", "B-LOC", "L-LOC"],
+}
+
+
+def conll(path, *sentences):
+    path.write_text(
+        "\n".join("".join(line + "\n" for line in lines) for lines in sentences), encoding="utf-8"
+    )
+    return path
+
+
+def found(document):
+    assert all(document.text[r.span.start : r.span.end] == r.span.text for r in document.records)
+    return [(r.label, r.span.text) for r in document.records]
+
+
+@pytest.mark.parametrize("tags", TAGS)
+def test_conll_schemes(tmp_path, tags):
+    lines = [f"{token} x {tag}" for token, tag in zip(TOKENS, TAGS[tags], strict=True)]
+    scheme = "BIOES" if tags == "BILOU" else tags
+    report = read_conll(
+        conll(tmp_path / "a.conll", ["-DOCSTART- -X- O"], lines, lines[:2]), scheme=scheme
+    )
+    assert [found(document) for document in report.documents] == [SPANS, SPANS[:1]]
+    assert (
+        report.documents[0].text == "Ann Lee Bob saw New York" and report.documents[0].id == "a-0"
+    )
+    assert report.documents[0].schema == Schema.from_dict("NER", {"PER": "", "LOC": ""})
+
+
+@pytest.mark.parametrize(
+    ("scheme", "tags", "line", "message", "expected"),
+    [
+        (
+            "IOB2",
+            ["O", "I-PER", "I-PER"],
+            2,
+            "The tag `I-PER` continues no entity in IOB2",
+            [("PER", "Lee Bob")],
+        ),
+        (
+            "IOB2",
+            ["B-PER", "I-LOC", "O"],
+            2,
+            "The tag `I-LOC` continues no entity",
+            [("PER", "Ann"), ("LOC", "Lee")],
+        ),
+        (
+            "IOB2",
+            ["B-PER", "X-PER", "O"],
+            2,
+            "The tag `X-PER` is none of IOB2. It is read as O",
+            [("PER", "Ann")],
+        ),
+        ("IOB2", ["B-PER", "B-", "O"], 2, "The tag `B-` is none of IOB2", [("PER", "Ann")]),
+        ("IOB2", ["B-PER", "E-PER", "O"], 2, "The tag `E-PER` is none of IOB2", [("PER", "Ann")]),
+        (
+            "BIOES",
+            ["B-PER", "I-PER", "O"],
+            2,
+            "The entity `PER` does not end with E- or S-",
+            [("PER", "Ann Lee")],
+        ),
+        (
+            "BIOES",
+            ["O", "E-PER", "O"],
+            2,
+            "The tag `E-PER` continues no entity in BIOES",
+            [("PER", "Lee")],
+        ),
+        (
+            "BIOES",
+            ["S-PER", "O", "B-PER"],
+            3,
+            "The entity `PER` does not end",
+            [("PER", "Ann"), ("PER", "Bob")],
+        ),
+    ],
+)
+def test_conll_tags_that_break_the_scheme(tmp_path, scheme, tags, line, message, expected):
+    path = conll(
+        tmp_path / "a.conll", [f"{token}\t{tag}" for token, tag in zip(TOKENS, tags, strict=False)]
+    )
+    schema = {"PER": "", "LOC": ""}
+    report = read_conll(path, schema=schema, scheme=scheme, on_error="collect")
+    assert places(report) == [("tags", line)] and found(report.documents[0]) == expected
+    with pytest.raises(ReadError, match=message):
+        read_conll(path, schema=schema, scheme=scheme)
+
+
+def test_conll_columns_and_documents(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text(
+        "# id 1\n1\tNew York\tB-creative-work\n2\tTimes\tI-creative-work\n\n1\t#\tO\n-DOCSTART-\n\n1\tAnn\tB-PER\n",
+        "utf-8",
+    )
+    options = {"token_column": 1, "separator": "\t", "comment": "# id"}
+    report = read_conll(path, unit="document", **options)
+    assert [document.text for document in report.documents] == ["New York Times\n#", "Ann"]
+    assert found(report.documents[0]) == [("creative-work", "New York Times")]
+    assert [document.text for document in read_conll(path, **options).documents] == [
+        "New York Times",
+        "#",
+        "Ann",
+    ]
+    report = read_conll(path, token_column=5, comment="# id", on_error="collect")
+    assert report.documents == [] and set(report.counts()) == {"columns"}
+    with pytest.raises(
+        ReadError,
+        match=r"a\.txt:2: columns: Found .*: 3 columns, asked for token_column=5 and tag_column=-1",
+    ):
+        read_conll(path, separator="\t", token_column=5, comment="# id")
+    with pytest.raises(ValueError, match="Choose IOB1, IOB2 or BIOES; sentence or document"):
+        read_conll(path, scheme="BIO")
+
+
+def test_conll_lines_without_their_columns_cost_their_sentence(tmp_path):
+    path = tmp_path / "a.conll"
+    path.write_bytes(b"Ann B-PER\n\nBob\nsaw O\n\nL\xe9a B-PER\n\nZoe B-PER\n")
+    report = read_conll(path, token_column=0, tag_column=1, on_error="collect")
+    assert [document.text for document in report.documents] == ["Ann", "Zoe"]
+    assert places(report) == [("columns", 3), ("encoding", 6)]
+
+
+def test_conll_without_documents_or_labels(tmp_path):
+    (tmp_path / "a.conll").write_text("-DOCSTART- O\n\n")
+    with pytest.raises(ReadError, match="The file has no document"):
+        read_conll(tmp_path / "a.conll")
+    with pytest.raises(
+        ReadError, match=r"The file has no tagged token. Pass schema=\{label: description\}"
+    ):
+        read_conll(conll(tmp_path / "b.conll", ["Ann O"]))
+    with pytest.raises(ReadError, match="has the label `PER`, which the schema does not have"):
+        read_conll(conll(tmp_path / "c.conll", ["Ann B-PER"]), schema={"LOC": ""})
+    assert (
+        read_conll(conll(tmp_path / "d.conll", ["Ann O"]), schema={"LOC": ""}).documents[0].records
+        == ()
+    )
+
+
+# BRAT -----------------------------------------------------------------------------------------------------------------
+
+BRAT_TEXT = "Ann joined Acme\nCorp. The move hit Bob."
+BRAT_ANN = """T1\tPerson 0 3\tAnn
+T2\tOrg 11 20\tAcme Corp
+T3\tJoin 4 10\tjoined
+T4\tHit 31 34\thit
+T5\tPerson 35 38\tBob
+R1\tWorkFor Arg1:T1 Arg2:T2\t
+E1\tJoin:T3 Who:T1 Who2:T5 Org:T2
+E2\tHit:T4 Cause:E1 Whom:T5
+A1\tNegated E1
+#1\tAnnotatorNotes T1\tsure
+"""
+
+
+def brat(folder, name="one", text=BRAT_TEXT, ann=BRAT_ANN):
+    (folder / name).parent.mkdir(exist_ok=True, parents=True)
+    (folder / f"{name}.txt").write_text(text, encoding="utf-8", newline="")
+    (folder / f"{name}.ann").write_text(ann, encoding="utf-8", newline="")
+    return folder
+
+
+def test_brat_mentions(tmp_path):
+    report = read_brat(brat(tmp_path), "NER")
+    document = report.documents[0]
+    assert found(document) == [("Person", "Ann"), ("Org", "Acme\nCorp"), ("Person", "Bob")]
+    assert document.id == "one" and document.text == BRAT_TEXT
+    assert not report.errors and report.counts() == {
+        "unsupported": 5
+    }  # attribute, note, relation, two events
+
+
+def test_brat_relations(tmp_path):
+    document = read_brat(brat(tmp_path), "RE").documents[0]
+    relation = document.records[0]
+    assert (relation.label, relation.head.text, relation.tail.text) == (
+        "WorkFor",
+        "Ann",
+        "Acme\nCorp",
+    )
+    assert (relation.head_type, relation.tail_type) == ("Person", "Org") and len(
+        document.entities
+    ) == 3
+
+
+def test_brat_events(tmp_path):
+    document = read_brat(brat(tmp_path), "EE").documents[0]
+    roles = {
+        event.label: [(a.role, a.span.text) for a in event.arguments] for event in document.records
+    }
+    assert roles == {
+        "Join": [("Who", "Ann"), ("Who", "Bob"), ("Org", "Acme\nCorp")],
+        "Hit": [("Cause", "joined"), ("Whom", "Bob")],
+    }
+    assert [slot.name for slot in document.schema.get("event", "Join").roles] == ["Who", "Org"]
+
+
+@pytest.mark.parametrize(
+    ("line", "kind", "message"),
+    [
+        (
+            "T6\tPerson 0 3;35 38\tAnn Bob",
+            "discontinuous",
+            r"The mention `T6` has several pieces \(0 3;35 38\)",
+        ),
+        (
+            "T6\tPerson 1 4\tAnn",
+            "offsets",
+            r"The mention `T6` says `'Ann'`, but text\[1:4\] is `'nn '`",
+        ),
+        ("T6\tPerson 90 93\tAnn", "offsets", "but text.90:93. is `''`"),
+        (
+            "T6 Person 0 3 Ann",
+            "brat",
+            "Cannot read `'T6 Person 0 3 Ann'`. Expected a T, R or E line",
+        ),
+        ("R2\tWorkFor Arg1:T1 Arg2:T9", "brat", "There is no usable mention `T9`"),
+        ("X1\twhat", "brat", "Cannot read"),
+    ],
+)
+def test_brat_lines_that_cannot_be_read(tmp_path, line, kind, message):
+    task = "RE" if line.startswith("R") else "NER"
+    brat(tmp_path, ann=BRAT_ANN + line + "\n")
+    report = read_brat(tmp_path, task, on_error="collect")
+    assert [(p.kind, p.line) for p in report.errors] == [(kind, 11)]
+    assert report.documents == read_brat(brat(tmp_path), task).documents  # the rest is kept
+    brat(tmp_path, ann=BRAT_ANN + line + "\n")
+    with pytest.raises(ReadError, match=message):
+        read_brat(tmp_path / "one.ann", task)
+
+
+def test_brat_folders(tmp_path):
+    brat(tmp_path, "a/one")
+    brat(tmp_path, "a/two.v1", text="No one.", ann="")
+    brat(tmp_path, "b/bad")
+    (tmp_path / "b/bad.txt").write_bytes(b"\xff")
+    (tmp_path / "alone.txt").write_text("x")
+    report = read_brat(tmp_path, "NER", on_error="collect")
+    assert [document.id for document in report.documents] == ["a/one", "a/two.v1"]
+    assert [(p.kind, Path(p.file).name) for p in report.errors] == [
+        ("brat", "alone.ann"),
+        ("encoding", "bad.txt"),
+    ]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ReadError, match="The file has no document"):
+        read_brat(tmp_path / "empty", "NER")
+    with pytest.raises(ReadError, match=r"The files have no label for RE. Pass schema="):
+        read_brat(tmp_path / "a/two.v1.txt", "RE")
+    with pytest.raises(ValueError, match=r'Found task="EAE". BRAT files hold NER, RE and EE'):
+        read_brat(tmp_path, "EAE")
+
+
+def test_brat_keeps_the_characters_that_offsets_count(tmp_path):
+    text = "Ann\r\n🚀 Bob"
+    document = read_brat(brat(tmp_path, text=text, ann="T1\tPerson 7 10\tBob\n"), "NER").documents[
+        0
+    ]
+    assert document.text == text and found(document) == [("Person", "Bob")]
+
+
+# IEPile ---------------------------------------------------------------------------------------------------------------
+
+
+def iepile(task, schema, text, output, as_strings=True, **more):
+    instruction = {"instruction": "You are an expert.", "schema": schema, "input": text}
+    encode = json.dumps if as_strings else (lambda value: value)
+    return {
+        "task": task,
+        "source": "made up",
+        "instruction": encode(instruction),
+        "output": encode(output),
+    } | more
+
+
+@pytest.mark.parametrize("as_strings", [True, False])
+def test_iepile_tasks(tmp_path, as_strings):
+    text = "Ann Lee hired Ann at Acme"
+    rows = [
+        iepile("NER", ["person", "place"], text, {"person": ["Ann", "Ann", "Ann Lee"], "place": []}, as_strings),
+        iepile("RE", ["works for"], text, {"works for": [{"subject": "Ann", "object": "Acme"}]}, as_strings, id="r"),
+        iepile(
+            "EE", [{"event_type": "hire", "trigger": True, "arguments": ["who", "whom", "when"]}], text,
+            {"hire": [{"trigger": "hired", "arguments": {"who": "Ann Lee", "whom": ["Ann"], "when": "NAN"}}]}, as_strings,
+        ),
+        iepile("EET", ["hire", "fire"], text, {"hire": ["hired"], "fire": []}, as_strings),
+    ]  # fmt: skip
+    ner, re_, ee, eet = read_iepile(jsonl(tmp_path / "in.json", *rows)).documents
+    assert [(r.span.start, r.span.text) for r in ner.records] == [
+        (0, "Ann"),
+        (14, "Ann"),
+        (0, "Ann Lee"),
+    ]
+    assert (ner.id, re_.id, ner.extra) == ("in-1", "r", {"source": "made up"})
+    assert [label.name for label in ner.schema.labels] == ["person", "place"]
+    assert (re_.records[0].head.start, re_.records[0].tail.text) == (0, "Acme")
+    assert ee.records[0].trigger.text == "hired"
+    assert [(a.role, a.span.text) for a in ee.records[0].arguments] == [
+        ("who", "Ann Lee"),
+        ("whom", "Ann"),
+    ]
+    assert [event.trigger.text for event in eet.records] == ["hired"]
+
+
+def test_iepile_lines_as_they_are_published(tmp_path):
+    """Every field and every task, with what occurs in the files: blanks at the end of a mention, no trigger, a list for one role."""
+    text = "The  board dismissed Ann Lee in May; Bo quit ."
+    hire = {
+        "event_type": "end position",
+        "trigger": True,
+        "arguments": ["Person", "Time.Point", "agent"],
+    }
+    given = {
+        "event_type": "end position",
+        "trigger": ["dismissed "],
+        "arguments": ["Person", "Time.Point"],
+    }
+    two = {"event_type": "quit", "trigger": ["dismissed", "quit"], "arguments": ["Person"]}
+    arguments = {"Person": ["Ann Lee ", "Bo"], "Time.Point": "May", "agent": "NAN"}
+    rows = [
+        iepile("EE", [hire], text, {"end position": [{"trigger": "dismissed ", "arguments": arguments}]}, split="train"),
+        iepile("EE", [hire | {"trigger": False}], text, {"end position": [{"arguments": {"Person": "Bo"}}]}),
+        iepile("EE", [hire], text, {"end position": [{"trigger": "NAN", "arguments": {}}]}),
+        iepile("EEA", [given], text, {"end position": [{"Person": "Ann Lee", "Time.Point": "NAN"}]}),
+        iepile("EEA", [given], text, {"end position": []}),
+        iepile("EEA", [given, two], text, {"end position": [{"Person": "Ann Lee"}], "quit": [{"Person": "Bo"}]}),
+        iepile("EEA", [two], text, {"quit": [{"Person": "Bo"}, {"Person": "Ann Lee"}]}),
+        iepile("NER", ["人物", "地点"], "王小明住在北京，北京很大。", {"人物": ["王小明"], "地点": ["北京", "北京"]}),
+    ]  # fmt: skip
+    report = read_iepile(jsonl(tmp_path / "in.json", *rows), on_error="collect")
+    assert places(report) == [("no_trigger", n) for n in (2, 3, 6, 7)]
+    assert "`end position` has no trigger" in report.problems[0].message
+    assert "2 triggers and 1 sets of arguments of `quit`" in report.problems[2].message
+    ee, _, _, eea, empty, partly, ner = report.documents
+    assert ee.extra == {"source": "made up", "split": "train"}
+    (event,) = ee.records
+    assert (event.trigger.text, event.trigger.start) == ("dismissed", 11)
+    assert [(a.role, a.span.text) for a in event.arguments] == [
+        ("Person", "Ann Lee"), ("Person", "Bo"), ("Time.Point", "May"),
+    ]  # fmt: skip
+    assert [slot.name for slot in ee.schema.labels[0].roles] == ["Person", "Time.Point", "agent"]
+    assert (eea.task, eea.given[0].trigger.text) == ("EAE", "dismissed")
+    assert [(a.role, a.span.text) for a in eea.records[0].arguments] == [("Person", "Ann Lee")]
+    assert empty.given == eea.given and empty.records[0].arguments == ()
+    assert [r.label for r in partly.records] == ["end position"] and len(partly.schema.labels) == 2
+    assert [(r.label, r.span.start) for r in ner.records] == [("人物", 0), ("地点", 5), ("地点", 8)]
+
+
+def test_iepile_keys_that_a_document_has_for_itself(tmp_path):
+    row = iepile("NER", ["person"], "Ann", {"person": ["Ann"]}, split="dev")
+    row |= {"schema": ["x"], "text": "other", "entities": 3}
+    report = read_iepile(jsonl(tmp_path / "in.json", row))
+    (document,) = report.documents
+    assert document.text == "Ann" and document.extra == {"source": "made up", "split": "dev"}
+    (note,) = report.problems
+    assert note.severity == "note" and "not kept: `schema`, `text`, `entities`" in note.message
+    converted = {
+        "id": "1",
+        "instruction": row["instruction"],
+        "label": "[]",
+    }  # of the repository's test conversion
+    with pytest.raises(ReadError, match=r"it has no `task` \(keys: id, instruction, label\)"):
+        read_iepile(jsonl(tmp_path / "test.json", converted))
+
+
+def test_iepile_problems(tmp_path):
+    good = iepile("NER", ["person"], "Ann", {"person": ["Ann"]})
+    path = jsonl(
+        tmp_path / "in.json",
+        good,
+        iepile("NER", ["person"], "Ann", {"person": ["Bob", "Ann"]}),
+        iepile("KG", ["person"], "Ann", {}),
+        iepile("NER", ["person"], "Ann", {"place": ["Ann"]}),
+        iepile("RE", ["knows"], "Ann", {"knows": ["Ann"]}),
+        iepile("NER", {"person": "people"}, "Ann", {"person": ["Ann"]}),
+        {"task": "NER"},
+        "{",
+    )
+    report = read_iepile(path, on_error="collect")
+    assert places(report) == [
+        ("not_in_text", 2),
+        ("row", 3),
+        ("label", 4),
+        ("row", 5),
+        ("row", 6),
+        ("row", 7),
+        ("json", 8),
+    ]
+    assert [(document.id, len(document.records)) for document in report.documents] == [
+        ("in-1", 1),
+        ("in-2", 1),
+    ]
+    assert (
+        "there is no reading of task `KG`, only of NER, RE, EE, EET, EEA"
+        in report.problems[1].message
+    )
+    with pytest.raises(ReadError, match=r"The text has no `'Bob'`. What it belongs to is left out"):
+        read_iepile(path)
+
+
+# Hub ------------------------------------------------------------------------------------------------------------------
+
+CONLL_ROWS = [
+    {"id": str(i), "tokens": ["Ann", f"Lee{i}", "saw"], "ner_tags": [1, 2, 0]} for i in range(6)
+]
+TAG_NAMES = ["O", "B-PER", "I-PER"]
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A local JSON data set and a cache folder of its own; returns load options."""
+    pytest.importorskip("datasets")
+    rows = [*CONLL_ROWS[:4], CONLL_ROWS[4] | {"ner_tags": [2, 2, 0]}, CONLL_ROWS[5]]
+    return {
+        "data_files": {"test": str(jsonl(tmp_path / "rows.jsonl", *rows))},
+        "cache_dir": str(tmp_path / "cache"),
+    }
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_proc": 2}, {"streaming": True}], ids=["plain", "num_proc", "streaming"]
+)
+def test_hub_rows_are_mapped(hub, options):
+    mapping = TokenTags({"PER": "people"}, TAG_NAMES, id_="id")
+    report = read_hub("json", mapping, split="test", on_error="collect", **hub, **options)
+    assert [document.id for document in report.documents] == ["0", "1", "2", "3", "5"]
+    assert found(report.documents[1]) == [("PER", "Ann Lee1")]
+    assert [(p.kind, p.file, p.line) for p in report.problems] == [("mapping", "json[test]", 5)]
+    assert "ValueError: tag 0: The tag `I-PER` continues no entity" in report.problems[0].message
+    assert len(read_hub("json", mapping, split="test", limit=3, **hub, **options).documents) == 3
+    with pytest.raises(ReadError, match=r"json\[test\]:5: mapping: The mapping raised ValueError"):
+        read_hub("json", mapping, split="test", **hub, **options)
+
+
+def test_hub_mapping_may_leave_rows_out_and_ids_to_be_made(hub):
+    def mapping(row):
+        return None if row["id"] == "0" else {k: v for k, v in NER.items() if k != "id"}
+
+    report = read_hub("json", mapping, split="test", limit=3, **hub)
+    assert [document.id for document in report.documents] == ["2", "3"]
+    assert [(p.severity, p.line) for p in report.problems] == [("note", 1)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_hub_rows_in_the_jsonl_format(tmp_path, streaming):
+    pytest.importorskip("datasets")
+    other = changed(EE, id="e2", schema={"Die": {"description": "", "roles": []}}, annotations=[])
+    path = jsonl(
+        tmp_path / "rows.jsonl", EE, other
+    )  # Arrow gives each row's schema the labels of the other, as None
+    options = {
+        "data_files": str(path),
+        "cache_dir": str(tmp_path / "cache"),
+        "streaming": streaming,
+    }
+    report = read_hub("json", split="train", **options)
+    assert [document.to_dict() for document in report.documents] == [EE, other]
+
+
+def test_hub_calls_that_cannot_work(hub):
+    with pytest.raises(ValueError, match=r"A stream is read in one process. Leave num_proc out"):
+        read_hub("json", split="test", streaming=True, num_proc=2, **hub)
+    with pytest.raises(ReadError, match=r"tags are numbers: pass names=dataset.features"):
+        read_hub("json", TokenTags({"PER": ""}), split="test", **hub)
+    with pytest.raises(ReadError, match="there are 3 tokens, but 1 tags"):
+        read_hub(
+            "json",
+            lambda row: TokenTags({"PER": ""}, TAG_NAMES)(row | {"ner_tags": [0]}),
+            split="test",
+            **hub,
+        )
+
+
+def test_datasets_of_a_command_line(tmp_path):
+    """Files of one folder are one data set; `limit` is per data set, and draws as `sample` does."""
+    rows = [changed(NER, id=f"n{i}") for i in range(6)]
+    for folder, file, part in (
+        ("a", "train", rows[:3]),
+        ("a", "dev", rows[3:]),
+        ("demo", "test_seen", rows[:2]),
+    ):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        jsonl(tmp_path / folder / f"{file}.jsonl", *part)
+    sources = [
+        tmp_path / "a" / "train.jsonl",
+        str(tmp_path / "a" / "dev.jsonl"),
+        tmp_path / "demo" / "test_seen.jsonl",
+    ]
+    whole = read_datasets(sources, split="train")
+    assert {name: [one.id for one in documents] for name, documents in whole.items()} == {
+        "a": [row["id"] for row in rows],
+        "test_seen": ["n0", "n1"],
+    }
+    drawn = read_datasets(sources, split="train", limit=4, seed=7)
+    assert drawn == {"a": sample(whole["a"], 4, 7), "test_seen": whole["test_seen"]}
+    assert drawn["a"] != sample(whole["a"], 4, 0)
+
+
+def test_datasets_of_the_hub(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    (tmp_path / "user" / "set").mkdir(parents=True)
+    jsonl(tmp_path / "user" / "set" / "test.jsonl", NER)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    found = read_datasets(["user/set"], split="test")
+    assert {name: [one.to_dict() for one in documents] for name, documents in found.items()} == {
+        "user/set": [NER]
+    }
+
+
+# Conversion and training examples -------------------------------------------------------------------------------------
+
+
+def test_conversion(tmp_path):
+    target = tmp_path / "out.jsonl"
+    brat(tmp_path / "brat")
+    report = convert(tmp_path / "brat", target, "brat", task="EE")
+    assert read_jsonl(target).documents == report.documents
+    lines = [f"{token} {tag}" for token, tag in zip(TOKENS, TAGS["BIOES"], strict=True)]
+    report = convert(
+        conll(tmp_path / "a.conll", lines),
+        target,
+        "conll",
+        scheme="BIOES",
+        schema={"PER": "p", "LOC": "l"},
+    )
+    assert found(read_jsonl(target).documents[0]) == SPANS
+    with pytest.raises(
+        ValueError, match=r"There is no format `xml`. Choose one of jsonl, conll, brat, iepile"
+    ):
+        convert(target, tmp_path / "x", "xml")
+    before = target.read_bytes()
+    with pytest.raises(ReadError):
+        convert(jsonl(tmp_path / "bad.jsonl", "{"), target, "jsonl")
+    assert target.read_bytes() == before
+
+
+def documents_of(name, n):
+    return [Document.from_dict(changed(NER, id=f"{name}-{i}")) for i in range(n)]
+
+
+def test_sample_keeps_the_order_and_grows():
+    documents = documents_of("a", 50)
+    ten, twenty = sample(documents, 10, seed=3), sample(documents, 20, seed=3)
+    assert (
+        len(ten) == 10
+        and [d for d in documents if d in ten] == ten
+        and all(d in twenty for d in ten)
+    )
+    assert sample(documents, 10, seed=4) != ten and sample(documents, 99) == documents
+
+
+def test_mix_spreads_data_sets_evenly():
+    sets = {
+        "big": documents_of("big", 60),
+        "small": documents_of("small", 20),
+        "tiny": documents_of("tiny", 4),
+    }
+    mixed = mix(sets, seed=1)
+    assert Counter(name for name, _ in mixed) == {"big": 60, "small": 20, "tiny": 4}
+    assert {d.id for _, d in mixed} == {d.id for of in sets.values() for d in of}
+    for start in range(0, 84, 21):  # each quarter has a quarter of each, give or take one
+        quarter = Counter(name for name, _ in mixed[start : start + 21])
+        assert (
+            abs(quarter["big"] - 15) <= 1
+            and abs(quarter["small"] - 5) <= 1
+            and abs(quarter["tiny"] - 1) <= 1
+        )
+    assert mix(sets, seed=1) == mixed != mix(sets, seed=2)
+    assert [d.id for name, d in mixed if name == "big"] != [d.id for d in sets["big"]]
+
+
+def test_mix_draws_of_each_data_set_whatever_the_others():
+    sets = {"big": documents_of("big", 60), "small": documents_of("small", 5)}
+    mixed = mix(sets, max_per_dataset=10, seed=1)
+    assert Counter(name for name, _ in mixed) == {"big": 10, "small": 5}
+    alone = mix({"big": sets["big"]}, max_per_dataset=10, seed=1)
+    assert [pair for pair in mixed if pair[0] == "big"] == alone
+
+
+@pytest.mark.parametrize("num_proc", [None, 2])
+def test_prompt_completion_rows(num_proc):
+    pytest.importorskip("datasets")
+    documents = [(f"set{i % 2}", Document.from_dict(row)) for i, row in enumerate(ROWS)]
+    rows = to_prompt_completion(documents, num_proc=num_proc)
+    assert set(rows.column_names) == {"id", "dataset", "prompt", "completion", "task_text"}
+    assert rows["id"][:] == [row["id"] for row in ROWS] and rows["dataset"][:] == [
+        "set0",
+        "set1",
+        "set0",
+        "set1",
+    ]
+    assert all(
+        row["prompt"].endswith("result =") and row["task_text"] == row["prompt"] for row in rows
+    )
+    assert "Zoë" in rows[0]["completion"] and "Work_For" in rows[1]["completion"]
+    schema_aware = to_prompt_completion(documents, task_text="schema", num_proc=num_proc)
+    assert all(
+        row["prompt"].startswith(row["task_text"]) and document.text not in row["task_text"]
+        for row, (_, document) in zip(schema_aware, documents, strict=True)
+    )
+    with pytest.raises(
+        ValueError,
+        match=r'Found task_text="text". The task encoder reads the "prompt" or the "schema"',
+    ):
+        to_prompt_completion(documents, task_text="text")
+
+
+def test_prompt_completion_takes_regularisers_and_seeds():
+    pytest.importorskip("datasets")
+    from peft_taskmoe.uie.regularisers import Regularisers
+
+    row = changed(NER, schema=dict.fromkeys(["Person", *"ABCDEFG"], ""))
+    documents = [("a", Document.from_dict(row))]
+    plain = to_prompt_completion(documents)[0]["prompt"]
+    shuffled = [
+        to_prompt_completion(documents, regularisers=Regularisers(shuffle=True), seed=s)[0][
+            "prompt"
+        ]
+        for s in (1, 2, 1)
+    ]
+    assert shuffled[0] == shuffled[2] and len({plain, *shuffled}) == 3
+
+
+def test_to_dataset_holds_whole_documents():
+    pytest.importorskip("datasets")
+    dataset = to_dataset([("set", Document.from_dict(row)) for row in ROWS])
+    assert [json.loads(document) for document in dataset["document"]] == ROWS
+    assert dataset["task"][:] == ["NER", "RE", "EE", "EAE"]
+
+
+def test_public_sets_are_read_whole(tmp_path):
+    if not DATA.exists():
+        pytest.skip("needs the data sets in ../shared/data/uie")
+    described = json.loads((DATA / "datasets.json").read_text(encoding="utf-8"))
+    for name, description in described.items():
+        for split in ("train", "test"):
+            path = DATA / name / f"{split}.jsonl"
+            report = read_jsonl(path)
+            assert report.problems == [] and len(report.documents) == description[split], path
+            write_jsonl(report.documents, tmp_path / "out.jsonl")
+            rows = [json.loads(line) for line in path.open(encoding="utf-8")]
+            for row in rows:  # an empty list of entities is not written, a role named twice is one
+                if not row.get("entities", True):
+                    del row["entities"]
+                for event in row["schema"].values() if row["task"] in ("EE", "EAE") else ():
+                    event["roles"] = list(dict.fromkeys(event["roles"]))
+            assert [
+                json.loads(line) for line in (tmp_path / "out.jsonl").open(encoding="utf-8")
+            ] == rows, path

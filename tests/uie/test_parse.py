@@ -1,0 +1,396 @@
+"""Answers, whole and broken: every complete record comes back, everything else is a problem, nothing raises."""
+
+import json
+import random
+import sys
+import time
+import warnings
+
+import pytest
+
+from peft_taskmoe.uie.parse import parse_answer
+from peft_taskmoe.uie.prompt import PromptFormat, completion_text
+from peft_taskmoe.uie.records import (
+    PROBLEM_KINDS,
+    Argument,
+    Entity,
+    Event,
+    Problem,
+    Relation,
+    Span,
+    record_key,
+)
+from peft_taskmoe.uie.schema import Names, Schema
+
+SCHEMA = Schema.from_dict(
+    "UIE",
+    {
+        "Launcher": "rockets",
+        "Mission": "missions",
+        "creative-work": "works",
+        "carries": {"description": "", "head": "Launcher", "tail": ["Mission", "creative-work"]},
+        "Launch": {"description": "a start", "roles": ["Vehicle", "Launch.Site", "Date"]},
+    },
+)
+TEXT = "Ariane 5 flew. Then Ariane 5 carried Rosetta from Kourou, and Apollo, not Ariane 5, (8) flew in 'x' \"y\"."
+
+
+def parse(answer, text=TEXT, **options):
+    return parse_answer(answer, SCHEMA, text, **options)
+
+
+def spans(parsed):
+    return [(r.label, r.span.text, r.span.start) for r in parsed.records]
+
+
+def kinds(parsed):
+    return [problem.kind for problem in parsed.problems]
+
+
+ARIANE, APOLLO = ("Launcher", "Ariane 5", 0), ("Mission", "Apollo", TEXT.index("Apollo"))
+
+
+def test_a_whole_answer():
+    parsed = parse(
+        ' [Launcher(span="Ariane 5"), Launcher(span="Ariane 5"), Mission(span="Apollo")]'
+    )
+    assert spans(parsed) == [ARIANE, ("Launcher", "Ariane 5", 20), APOLLO]
+    assert parsed.problems == () and parsed.well_formed
+    assert [parsed.raw[a:b] for a, b in parsed.sources][2] == 'Mission(span="Apollo")'
+
+
+@pytest.mark.parametrize(
+    ("answer", "found", "problems"),
+    [
+        ("[]", [], []),
+        (" []\n\ntext = \"Apollo\"\nresult = [Mission(span='Apollo')]", [], ["extra_text"]),
+        ("", [], ["truncated"]),
+        ("[", [], ["truncated"]),
+        ("I do not know.", [], ["extra_text", "truncated"]),
+        ('[Launcher(span="Ariane 5")', [ARIANE], ["truncated"]),
+        ('Launcher(span="Ariane 5")', [ARIANE], ["truncated"]),
+        ('[Launcher(span="Ariane 5"), Mission(span="Apo', [ARIANE], ["truncated"]),
+        ('[Launcher(span="Ariane 5"), Miss', [ARIANE], ["extra_text", "truncated"]),
+        ('[Launcher(span="Ariane 5), Mission(span="Apollo")]', [APOLLO], ["malformed"]),
+        ("[Launcher(span=\"Ariane 5), Mission(span='Apollo')]", [APOLLO], ["malformed"]),
+        ('[\n  Launcher(span="Ariane 5),\n  Mission(span="Apollo"),\n]', [APOLLO], ["malformed"]),
+        ('[Launcher(span="Ariane 5", Mission(span="Apollo")]', [APOLLO], ["malformed"]),
+        ('[Launcher(span="Ariane 5"] , Mission(span="Apollo")]', [APOLLO], ["malformed"]),
+        ('[Launcher(span="Ariane 5")]]]', [ARIANE], ["extra_text"]),
+        ('[Launcher(span="Ariane 5")]], Mission(span="Apollo")]', [ARIANE, APOLLO], ["extra_text"] * 2),
+        ('[[Launcher(span="Ariane 5")], [Mission(span="Apollo")]]', [ARIANE, APOLLO], []),
+        ('[Launcher(span="Ariane 5")], [Mission(span="Apollo")]', [ARIANE, APOLLO], []),
+        ('[Launcher(span="Ariane 5")]\nMission(span="Apollo")', [ARIANE, APOLLO], []),
+        ('[Launcher(span="Ariane 5") and also Mission(span="Apollo")]', [ARIANE, APOLLO], ["extra_text"]),
+        ('[Launcher(span="Ariane 5"),, , Mission(span="Apollo"),]', [ARIANE, APOLLO], []),
+        ('```python\nresult = [Launcher("Ariane 5")]\n```', [ARIANE], []),
+        ('Here [as asked] you are (see below):\n[Launcher("Ariane 5")]\nHope it helps!', [ARIANE], ["extra_text"] * 2),
+        ("[Launcher('Ariane 5'), Mission(span=\"\"\"Apollo\"\"\")]", [ARIANE, APOLLO], []),
+        ("[Launcher(\n    span='Ariane' ' 5',  # a rocket\n)]", [ARIANE], []),
+        ("[Launcher(span=['Ariane 5'])]", [ARIANE], []),
+        ("[Launcher(span=u'Ariane 5')]", [], ["malformed"]),
+        ("[Launcher(span=f'Ariane 5')]", [], ["malformed"]),
+        ("[Launcher(span=(s := 'Ariane 5'))]", [], ["malformed"]),
+        ("[Launcher(span=x) for x in ('Ariane 5',)]", [], ["malformed"]),
+        ("[Launcher(span='Ariane 5', span_nth=2)]", [("Launcher", "Ariane 5", 20)], []),
+        ("[Launcher(span='Ariane 5', span_nth=9)]", [ARIANE], ["bad_occurrence"]),
+        ("[Launcher(span='Ariane 5', span_nth=-1)]", [ARIANE], ["bad_occurrence"]),
+        ("[Launcher(span='Ariane 5', span_nth='2')]", [ARIANE], ["bad_occurrence"]),
+        ("[Launcher(span='Ariane 5', span_nth=True)]", [ARIANE], ["bad_occurrence"]),
+        ("[Launcher(span='Ariane 5', weight='8')]", [ARIANE], ["unknown_slot"]),
+        ("[Launcher('Ariane 5', 'Apollo')]", [ARIANE], ["unknown_slot"]),
+        ("[Launcher(name='Ariane 5')]", [], ["unknown_slot", "missing_slot"]),
+        ("[Launcher()]", [], ["missing_slot"]),
+        ("[Launcher(span=None)]", [], ["missing_slot"]),
+        ("[Launcher(span=8)]", [], ["bad_value", "missing_slot"]),
+        ("[Launcher(span='')]", [], ["bad_value", "missing_slot"]),
+        ("[Launcher(span=['Ariane 5', 'Apollo'])]", [], ["bad_value"]),
+        ("[Launcher(span='a', 'b')]", [], ["malformed"]),
+        ("[Rocket(span='Ariane 5'), Mission(span='Apollo')]", [APOLLO], ["unknown_label"]),
+        ("[Launcher(span='Falcon 9'), Mission(span='Apollo')]", [APOLLO], ["not_in_text"]),
+        ("[Mission('Apollo'), Mission('Apollo'), Mission('Apollo')]", [APOLLO], ["repeated"] * 2),
+        ("[Mission('Apollo'), Mission('Apollo', span_nth=1)]", [APOLLO], ["repeated"]),
+        ("[Mission('APOLLO'), Mission('Apollo')]", [APOLLO], ["repeated"]),
+        ("__import__('os').system('true')", [], ["unknown_label", "extra_text", "unknown_label", "truncated"]),
+    ],
+)  # fmt: skip
+def test_broken_answers(answer, found, problems):
+    parsed = parse(answer)
+    assert spans(parsed) == found
+    assert sorted(kinds(parsed)) == sorted(problems), parsed.problems
+    assert parsed.raw == answer
+    assert all(problem.source in answer for problem in parsed.problems)
+
+
+def test_labels_that_are_no_identifiers_and_normalised_spans():
+    parsed = parse("[creative_work(span='rosetta')]")
+    assert parsed.records == (Entity("creative-work", Span("Rosetta", 37, 44, "normalised")),)
+
+
+def test_spans_that_are_not_in_the_text_can_be_kept():
+    answer = "[Launcher('Falcon 9'), carries('Ariane 5', 'Sputnik'), Launch('carried', Vehicle=['Falcon 9'])]"
+    assert kinds(parse(answer)) == ["not_in_text"] * 3
+    assert [type(record) for record in parse(answer).records] == [Event]
+    kept = parse(answer, keep_not_found=True)
+    assert kinds(kept) == ["not_in_text"] * 3
+    lost = Span("Falcon 9", None, None, "not_found")
+    assert kept.records[0] == Entity("Launcher", lost)
+    assert kept.records[1].head.start == 0 and kept.records[1].tail.alignment == "not_found"
+    assert kept.records[2].arguments == (Argument("Vehicle", lost),)
+
+
+def test_relations_get_types_from_the_schema_or_from_entities():
+    parsed = parse("[carries('Ariane 5', 'Rosetta'), creative_work('Rosetta')]")
+    relation = parsed.records[0]
+    assert isinstance(relation, Relation)
+    assert (relation.head_type, relation.tail_type) == ("Launcher", "creative-work")
+    assert parse("[carries('Ariane 5', 'Rosetta')]").records[0].tail_type is None
+
+
+def test_events_with_roles_that_are_no_identifiers():
+    parsed = parse(
+        "[Launch(trigger='carried', Vehicle='Ariane 5', Launch_Site=['Kourou', 'Mars', 7], Crew=['x'])]"
+    )
+    (event,) = parsed.records
+    assert [(a.role, a.span.text, a.span.start) for a in event.arguments] == [
+        ("Vehicle", "Ariane 5", 20),  # the nearest to the trigger
+        ("Launch.Site", "Kourou", TEXT.index("Kourou")),
+    ]
+    assert sorted(kinds(parsed)) == ["bad_value", "not_in_text", "unknown_slot"]
+
+
+def test_occurrences_of_a_role():
+    answer = "[Launch('carried', Vehicle=['Ariane 5', 'Ariane 5'], Vehicle_nth=[3, 1])]"
+    assert [a.span.start for a in parse(answer).records[0].arguments] == [
+        TEXT.rindex("Ariane 5"),
+        0,
+    ]
+    parsed = parse("[Launch('carried', Vehicle=['Ariane 5', 'Ariane 5'], Vehicle_nth=[3])]")
+    assert kinds(parsed) == ["bad_occurrence"] and len(parsed.records[0].arguments) == 2
+    parsed = parse("[Launch('carried', Launch_Site=['Kourou', 'Kourou'])]")
+    assert kinds(parsed) == ["repeated"] and len(parsed.records[0].arguments) == 1
+
+
+def test_given_events():
+    first = Event("Launch", Span("flew", 9, 13))
+    second = Event("Launch", Span("flew", TEXT.rindex("flew"), TEXT.rindex("flew") + 4))
+    answer = "[Launch('flew'), Launch('flew', Vehicle='Apollo'), Launch('flew'), Launch('carried')]"
+    parsed = parse(answer, given=(second, first))
+    assert [(r.trigger.start, len(r.arguments)) for r in parsed.records] == [
+        (9, 0),
+        (second.trigger.start, 1),
+    ]
+    assert kinds(parsed) == ["not_given"] * 2
+    chosen = parse("[Launch('flew', trigger_nth=2)]", given=(first, second))
+    assert chosen.records[0].trigger == second.trigger
+
+
+def test_masked_names():
+    names = Names.masked(SCHEMA)
+    assert spans(parse("[LABEL_1('Ariane 5'), Launcher('Ariane 5')]", names=names)) == [ARIANE]
+
+
+def random_text(rng):
+    pieces = [
+        "Ariane 5",
+        "Rosetta",
+        "Launcher(span='Apollo')",
+        '"',
+        "'",
+        "\\",
+        "\n",
+        "\r\n",
+        "]",
+        "result = [",
+        "é",
+        "🚀",
+    ]
+    pieces += [
+        "Apollo",
+        "\0",
+        "\ud83d",
+        "שלום",
+        ", ",
+        "(",
+        "#",
+        '[Mission(span="Apollo")]',
+        "\\n",
+        "```",
+        "{}",
+        "text",
+    ]
+    return " ".join(rng.choice(pieces) for _ in range(rng.randrange(2, 20)))
+
+
+def random_records(text, rng):
+    def span():
+        start = rng.randrange(len(text))
+        end = min(len(text), start + rng.randrange(1, 30))
+        return Span(text[start:end], start, end)
+
+    records = []
+    for _ in range(rng.randrange(6)):
+        kind = rng.randrange(3)
+        if kind == 0:
+            records.append(Entity(rng.choice(["Launcher", "Mission", "creative-work"]), span()))
+        elif kind == 1:
+            records.append(Relation("carries", span(), span()))
+        else:
+            roles = [
+                rng.choice(["Vehicle", "Launch.Site", "Date"]) for _ in range(rng.randrange(4))
+            ]
+            arguments = {Argument(role, span()): None for role in roles}
+            records.append(Event("Launch", span(), tuple(arguments)))
+    return records
+
+
+@pytest.mark.parametrize("style", ["dataclass", "compact"])
+def test_any_records_of_any_text_come_back(style):
+    rng = random.Random(5)
+    for _ in range(1_500):
+        text = random_text(rng)
+        records = random_records(text, rng)
+        answer = completion_text(records, text, SCHEMA, format=PromptFormat(style))
+        parsed = parse(answer, text)
+        assert {record_key(r) for r in parsed.records} == {record_key(r) for r in records}, (
+            text,
+            answer,
+        )
+        assert parsed.problems == ()
+
+
+@pytest.mark.parametrize("style", ["dataclass", "compact"])
+def test_every_prefix_gives_exactly_its_complete_records(style):
+    rng = random.Random(6)
+    prefixes = 0
+    for _ in range(60):
+        text = random_text(rng)
+        answer = completion_text(
+            random_records(text, rng), text, SCHEMA, format=PromptFormat(style)
+        )
+        whole = parse(answer, text)
+        for cut in range(len(answer)):
+            parsed = parse(answer[:cut], text)
+            complete = sum(end <= cut for _, end in whole.sources)
+            keys = [record_key(record) for record in parsed.records]
+            assert keys == [record_key(record) for record in whole.records[:complete]], (
+                text,
+                answer[:cut],
+            )
+            assert not parsed.well_formed
+            prefixes += 1
+    assert prefixes > 3_000
+
+
+def test_an_escape_may_be_cut_off_as_well():
+    text = "see Launcher(span='Apollo') \ud83d and \n\\ Apollo"
+    answer = completion_text([Entity("Mission", Span(text, 0, len(text)))], text, SCHEMA)
+    for cut in range(len(answer) - 2):
+        assert parse(answer[:cut], text).records == ()
+    assert len(parse(answer[:-1], text).records) == 1
+
+
+N = 20_000
+HOSTILE = {
+    "brackets": "[" * 100_000,
+    "calls in calls": "Launcher(" * N,
+    "nested values": "Launcher(span=" + "[" * 100_000 + "]" * 100_000 + ")",
+    "strings that never end": 'nothing("' + "nothing('" * N,
+    "unterminated": 'Mission("' * N,
+    "alternating quotes": ("Mission('" + 'Mission("') * N,
+    "long string": '[Mission(span="' + "x" * 1_000_000 + '")]',
+    "backslashes": '[Mission(span="' + "\\" * 999_999,
+    "bad escapes": '[Mission(span="\\N{NO SUCH NAME}\\xZZ\\u12 \\U00110000 \\777 \\d")]' * 5_000,
+    "quotes": '"' * 1_000_000,
+    "NUL": '[Mission(span="Ap\0ollo")]\0',
+    "surrogate": '[Mission(span="\ud800")]',
+    "huge number": "[Mission(span='Apollo', span_nth=" + "9" * 500_000 + ")]",
+    "many values": "[Launch('flew', Vehicle=[" + "'Apollo'," * N + "])]",
+    "many records": "[" + "Mission('Apollo')," * N,
+    "many unknown": "Nothing('Apollo')," * N,
+    "prose": "Mission ( of the " * N,
+    "spaces": "Mission" + " " * 500_000 + "(",
+    "names": "M" * 1_000_000,
+    "comments": "Mission(#" * N,
+    "triple quotes": 'Mission("""' * N,
+    "lists": "[] " * N,
+    "closing": "]" * 500_000,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_answers(name):
+    answer = HOSTILE[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        parsed = parse(answer)
+    assert {record_key(record) for record in parsed.records} <= {
+        ("entity", "Mission", (APOLLO[2], APOLLO[2] + 6)),
+        ("event", "Launch", (9, 13), frozenset({("Vehicle", (APOLLO[2], APOLLO[2] + 6))})),
+    }
+    assert parsed.raw == answer
+    assert all(problem.kind in PROBLEM_KINDS for problem in parsed.problems)
+
+
+@pytest.mark.parametrize(
+    "name", ["calls in calls", "unterminated", "alternating quotes", "many records", "spaces"]
+)
+def test_time_is_linear(name):
+    answer = HOSTILE[name]
+
+    def seconds(part):
+        start = time.process_time()
+        parse(part)
+        return time.process_time() - start
+
+    short = min(seconds(answer[: len(answer) // 4]) for _ in range(2))
+    # Four times the length: 4 if linear, 16 if quadratic.
+    assert seconds(answer) < 9 * short + 0.5
+
+
+def test_nothing_is_executed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "os_spy", None)
+    for code in (
+        "open('made', 'w')",
+        "__import__('pathlib').Path('made').touch()",
+        'exec(\'open("made", "w")\')',
+    ):
+        parse(f"[Launcher(span={code}), {code}, Launcher(span=f'{{{code}}}')]")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_random_garbage_never_raises():
+    rng = random.Random(7)
+    alphabet = [
+        "Launcher",
+        "Mission(",
+        "span=",
+        "'",
+        '"',
+        "Apollo",
+        "(",
+        ")",
+        "[",
+        "]",
+        ",",
+        "\\",
+        "\n",
+        "#",
+        "=",
+        " ",
+        "5",
+    ]
+    for _ in range(3_000):
+        parsed = parse("".join(rng.choice(alphabet) for _ in range(rng.randrange(40))))
+        assert all(isinstance(problem, Problem) for problem in parsed.problems)
+
+
+def test_a_problem_has_a_known_kind_and_is_json():
+    with pytest.raises(
+        ValueError, match=r"`oops` is no kind of problem. The kinds are: `malformed`"
+    ):
+        Problem("oops", "", "")
+    (problem,) = parse("[Rocket('Apollo')]").problems
+    assert json.loads(json.dumps(problem.to_dict()))["kind"] == "unknown_label"
+    assert problem.message == "The schema has no class `Rocket`; the record is left out."

@@ -1,0 +1,184 @@
+"""Records and documents as JSON, both ways, and the errors of rows that cannot be read."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from peft_taskmoe.uie.records import (
+    Argument,
+    Document,
+    Entity,
+    Event,
+    Relation,
+    Span,
+    record_from_dict,
+    record_key,
+    shift_record,
+    spans_of,
+)
+
+TEXT = "Ada met Bob in Rome."
+ADA = {"text": "Ada", "start": 0, "end": 3}
+BOB = {"text": "Bob", "start": 8, "end": 11}
+MET = {"text": "met", "start": 4, "end": 7}
+
+ROWS = [
+    {
+        "id": "a",
+        "text": TEXT,
+        "task": "NER",
+        "schema": {"PER": "people", "x-y": ""},
+        "annotations": [{"label": "PER", **ADA}, {"label": "x-y", **BOB, "alignment": "normalised", "confidence": 0.5}],
+        "split": "test",
+        "meta": {"k": [1]},
+    },
+    {
+        "id": "b",
+        "text": TEXT,
+        "task": "RE",
+        "schema": {"knows": "knows"},
+        "annotations": [{"relation": "knows", "head": {"type": "PER", **ADA}, "tail": BOB, "confidence": 1.0}],
+        "entities": [{"label": "PER", **ADA}],
+    },
+    {
+        "id": "c",
+        "text": TEXT,
+        "task": "EE",
+        "schema": {"Meet": {"description": "meets", "roles": ["Who", "Where"]}},
+        "annotations": [{"type": "Meet", "trigger": MET, "arguments": [{"role": "Who", **ADA}, {"role": "Who", **BOB}]}],
+    },
+    {
+        "id": "d",
+        "text": TEXT,
+        "task": "EAE",
+        "schema": {"Meet": {"description": "meets", "roles": ["Who"]}},
+        "annotations": [{"type": "Meet", "trigger": MET, "arguments": []}],
+    },
+    {
+        "id": "e",
+        "text": TEXT,
+        "task": "UIE",
+        "schema": {"entities": {"PER": "people"}, "relations": {"knows": ""}, "events": {"Meet": {"description": "", "roles": []}}},
+        "annotations": [
+            {"label": "PER", **ADA},
+            {"relation": "knows", "head": ADA, "tail": {"text": "Eve", "start": None, "end": None}},
+            {"type": "Meet", "trigger": MET, "arguments": []},
+        ],
+    },
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row["task"])
+def test_rows_come_back(row):
+    document = Document.from_dict(row)
+    assert document.to_dict() == row
+    assert json.loads(json.dumps(document.to_dict())) == row
+    assert Document.from_dict(document.to_dict()) == document
+    assert len({document, Document.from_dict(row)}) == 1
+    for record, annotation in zip(document.records, row["annotations"], strict=True):
+        assert record_from_dict(row["task"], record.to_dict()) == record
+        assert record.to_dict() == annotation
+
+
+def test_given_events_have_no_arguments():
+    document = Document.from_dict(ROWS[2])
+    assert document.given == ()
+    eae = Document(document.id, TEXT, "EAE", document.schema, document.records)
+    assert eae.given == (Event("Meet", Span("met", 4, 7)),)
+
+
+def test_keys_tell_records_apart_by_label_and_place_only():
+    ada, bob = Span("Ada", 0, 3), Span("Bob", 8, 11)
+    assert record_key(Entity("PER", ada, 0.5)) == record_key(
+        Entity("PER", Span("ADA", 0, 3, "normalised"))
+    )
+    assert record_key(Relation("knows", ada, bob, "PER")) == record_key(Relation("knows", ada, bob))
+    who, whom = Argument("Who", ada), Argument("Whom", bob)
+    assert record_key(Event("Meet", bob, (who, whom))) == record_key(
+        Event("Meet", bob, (whom, who))
+    )
+    different = [
+        Entity("PER", ada),
+        Entity("LOC", ada),
+        Entity("PER", bob),
+        Entity("PER", Span("Ada")),
+        Relation("PER", ada, bob),
+        Relation("PER", bob, ada),
+        Event("PER", ada),
+        Event("PER", ada, (who,)),
+        Event("PER", ada, (Argument("Who", bob),)),
+    ]
+    assert len({record_key(record) for record in different}) == len(different)
+
+
+def test_shifted_records():
+    document = Document.from_dict(ROWS[2])
+    (event,) = document.records
+    moved = shift_record(event, 10)
+    assert [(s.text, s.start, s.end) for s in spans_of(moved)] == [
+        ("met", 14, 17),
+        ("Ada", 10, 13),
+        ("Bob", 18, 21),
+    ]
+    assert shift_record(moved, -10) == event
+    lost = Entity("PER", Span("Eve", alignment="not_found"))
+    assert shift_record(lost, 10) == lost
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text": None}, r"`text` is a NoneType. Write it as one string"),
+        ({"task": "NRE"}, r"`NRE` is no task. Write one of: `NER`"),
+        ({"schema": {}}, r"The schema has no labels"),
+        ({"annotations": [{"label": "PER"}]}, r"An entity has no `text` \(keys: `label`\). Add what is missing"),
+        ({"annotations": ["Ada"]}, r"An entity is written as 'Ada'. Write it as a JSON object"),
+        (
+            {"annotations": [{"label": "PER", "text": "Ada", "start": 1, "end": 4}]},
+            r"'Ada' is said to stand at 1:4, where the text has 'da '. Offsets count characters",
+        ),
+        ({"annotations": [{"label": "PER", "text": "Ada", "start": -20, "end": 3}]}, r"stand at -20:3, where the text has ''"),
+        ({"annotations": [{"label": "PER", "text": "Ada", "start": 0}]}, r"start 0 and end None. Write both as integers"),
+        ({"annotations": [{"label": "PER", "text": "", "start": 0, "end": 0}]}, r"The mention '' has no words"),
+    ],
+)  # fmt: skip
+def test_rows_that_cannot_be_read(change, message):
+    with pytest.raises(ValueError, match=message):
+        Document.from_dict(ROWS[0] | change)
+
+
+def test_missing_keys_and_unknown_tasks():
+    with pytest.raises(
+        ValueError, match="The row has no `id`, `schema` \\(keys: `text`, `task`\\)"
+    ):
+        Document.from_dict({"text": "", "task": "NER"})
+    with pytest.raises(ValueError, match="`X` is no task"):
+        record_from_dict("X", {})
+    with pytest.raises(ValueError, match=r"Document `a` has task `X`. Write one of: `NER`"):
+        Document("a", "", "X", Document.from_dict(ROWS[0]).schema)
+
+
+def test_keys_that_are_not_kept_are_said():
+    with pytest.warns(UserWarning, match="An entity has the keys `nested`, which are not kept"):
+        record_from_dict("NER", {"label": "PER", **ADA, "nested": True})
+
+
+def test_reading_and_writing_answers_needs_no_torch():
+    root = Path(__file__).parents[2]
+    names = ("records", "schema", "alignment", "regularisers", "prompt", "parse", "windows")
+    # The packages' own __init__ are stepped over: they hold names that do need torch.
+    code = (
+        "import sys, types\n"
+        "for name in ('peft_taskmoe', 'peft_taskmoe.uie'):\n"
+        "    module = sys.modules[name] = types.ModuleType(name)\n"
+        "    module.__path__ = [name.replace('.', '/')]\n"
+        f"for name in {names!r}: __import__('peft_taskmoe.uie.' + name)\n"
+        "print(sorted({'torch', 'transformers', 'peft', 'pydantic', 'datasets'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, check=True, capture_output=True, text=True
+    )
+    assert done.stdout == "[]\n"

@@ -1,0 +1,474 @@
+"""Schemas from everything a user may have, the errors of those that cannot be, and the identifiers of any name."""
+
+import enum
+import json
+import keyword
+from dataclasses import FrozenInstanceError, dataclass, field
+from typing import Annotated, ClassVar, Literal, Optional
+
+import pytest
+
+from peft_taskmoe.uie.schema import (
+    EntityType,
+    EventType,
+    Label,
+    Names,
+    RelationType,
+    Schema,
+    SchemaError,
+    Slot,
+)
+
+pydantic = pytest.importorskip("pydantic")
+
+
+class Person(EntityType):
+    """Names of
+    people."""
+
+    examples = ("Ada",)
+
+
+@dataclass
+class Work(EntityType):
+    """Books."""
+
+    label = "creative-work"
+    span: str
+
+
+class Wrote(RelationType):
+    """The head wrote the tail."""
+
+    head: Person
+    tail: Annotated["Work | None", "what was written"]
+
+
+@dataclass
+class Attack(EventType):
+    """Somebody attacks."""
+
+    trigger: Annotated[str, "the verb"]
+    attacker: list[Person]
+    place: str = field(
+        default="", metadata={"description": "where", "examples": ["Rome"], "name": "Attack-Place"}
+    )
+    counter: ClassVar[int] = 3
+
+
+ATTACK = Label(
+    "event",
+    "Attack",
+    "Somebody attacks.",
+    slots=(
+        Slot("trigger", "the verb"),
+        Slot("attacker", types=("Person",)),
+        Slot("Attack-Place", "where", ("Rome",)),
+    ),
+)
+
+
+def test_classes():
+    schema = Schema.of(Person, Work, Wrote, Attack)
+    assert schema.labels == (
+        Label("entity", "Person", "Names of people.", ("Ada",)),
+        Label("entity", "creative-work", "Books."),
+        Label(
+            "relation",
+            "Wrote",
+            "The head wrote the tail.",
+            slots=(
+                Slot("head", types=("Person",)),
+                Slot("tail", "what was written", types=("creative-work",)),
+            ),
+        ),
+        ATTACK,
+    )
+    assert schema.tasks == ("NER", "RE", "EE")
+
+
+def test_a_dataclass_without_docstring_has_no_guideline():
+    @dataclass
+    class Plain(EntityType):
+        span: str
+
+    assert Schema.of(Plain).labels == (Label("entity", "Plain"),)
+
+
+def test_sources_can_be_mixed_and_a_label_is_kept_once():
+    schema = Schema.of([Person, {"Place": "places"}], Person, "Thing", ATTACK, Schema.of(Work))
+    assert [label.name for label in schema.labels] == [
+        "Person",
+        "Place",
+        "Thing",
+        "Attack",
+        "creative-work",
+    ]
+    assert schema.get("entity", "Place") == Label("entity", "Place", "places")
+    assert schema.get("event", "Place") is None
+
+
+JOINT = {
+    "entities": {"Person": {"description": "people", "examples": ["Ada"]}, "Place": "places"},
+    "relations": {
+        "born-in": {
+            "description": "",
+            "head": {"types": ["Person"]},
+            "tail": {"types": ["Place", "City"]},
+        }
+    },
+    "events": {
+        "Life.Die": {"description": "die", "roles": ["Victim", "Place"]},
+        "Attack": {
+            "description": "",
+            "trigger": {"description": "the verb"},
+            "roles": {"Place": {"description": "where", "examples": ["Rome"]}, "Who": {}},
+        },
+    },
+}
+
+
+def test_dicts_and_json_files(tmp_path):
+    schema = Schema.from_dict("UIE", JOINT)
+    assert schema.to_dict() == JOINT
+    path = tmp_path / "schema.json"
+    path.write_text(json.dumps(JOINT), encoding="utf-8")
+    assert Schema.from_json(path) == Schema.of(path) == Schema.of(JOINT) == schema
+    assert hash(Schema.from_json(path)) == hash(schema)
+    flat = {name: value for group in JOINT.values() for name, value in group.items()}
+    assert Schema.of(flat) == schema
+    with pytest.raises(FrozenInstanceError):
+        schema.labels = ()
+
+
+@pytest.mark.parametrize(
+    ("task", "data"),
+    [
+        ("NER", {"PER": "people", "creative-work": ""}),
+        ("RE", {"Kill": "kills", "Live_In": {"description": "", "head": {"types": ["Person"]}}}),
+        ("EE", {"Die": {"description": "d", "roles": ["Victim", "Subject.Age"]}}),
+        ("EAE", {"Die": {"description": "d", "roles": []}}),
+    ],
+)
+def test_the_dicts_of_the_jsonl_format_come_back(task, data):
+    assert Schema.from_dict(task, data).to_dict(task) == data
+
+
+def test_short_forms_of_dicts():
+    assert Schema.from_dict("NER", ["PER", "LOC"]) == Schema.from_dict(
+        "NER", {"PER": "", "LOC": None}
+    )
+    assert Schema.from_dict("RE", {"in": {"head": "Person", "tail": ["Place"]}}).labels[
+        0
+    ].slots == (
+        Slot("head", types=("Person",)),
+        Slot("tail", types=("Place",)),
+    )
+    # Several participants: one role that several mentions may fill.
+    assert [
+        r.name
+        for r in Schema.from_dict("EE", {"Meet": {"roles": ["Who", "Who", "Where"]}})
+        .labels[0]
+        .roles
+    ] == [
+        "Who",
+        "Where",
+    ]
+
+
+def test_fingerprint_depends_on_all_that_is_shown():
+    schema = Schema.from_dict("UIE", JOINT)
+    assert (
+        schema.fingerprint() == Schema.from_dict("UIE", json.loads(json.dumps(JOINT))).fingerprint()
+    )
+    others = [
+        schema.select(reversed(schema.labels)),
+        schema.select(schema.labels[:-1]),
+        Schema.of({"Person": "people"}),
+        Schema.of({"Person": "People"}),
+        Schema.of({"Person": {"roles": []}}),
+    ]
+    assert len({schema.fingerprint(), *(other.fingerprint() for other in others)}) == 6
+
+
+# --- Pydantic
+
+
+class Colour(enum.Enum):
+    RED = "red"
+    DARK = "dark-blue"
+
+
+def test_pydantic_models():
+    class Mention(pydantic.BaseModel):
+        """Things."""
+
+        span: str
+        label: Literal["PER", "creative-work"]
+
+    class Paint(pydantic.BaseModel):
+        span: str
+        colour: Colour
+
+    class Company(pydantic.BaseModel):
+        """Firms."""
+
+        model_config = pydantic.ConfigDict(title="organi-sation")
+
+    class Works(pydantic.BaseModel):
+        """Works for."""
+
+        head: str = pydantic.Field(description="a person", examples=["Ada"])
+        tail: Optional[Company] = None  # noqa: UP045 (older code is read as well)
+
+    class Hit(pydantic.BaseModel):
+        """Hits."""
+
+        trigger: str
+        victims: list[Company] = pydantic.Field(alias="Victim-s", description="who")
+        place: Annotated[str | None, "where"] = None
+
+    class Report(pydantic.BaseModel):
+        mentions: list[Mention]
+        paints: list[Paint]
+        works: list[Works] | None = None
+        hit: Hit
+        title: list[str] = pydantic.Field(description="titles")
+        nested: Optional["Report"] = None
+
+    schema = Schema.of(Report)
+    assert schema.labels == (
+        Label("entity", "PER", "Things."),
+        Label("entity", "creative-work", "Things."),
+        Label("entity", "red"),
+        Label("entity", "dark-blue"),
+        Label(
+            "relation",
+            "Works",
+            "Works for.",
+            slots=(Slot("head", "a person", ("Ada",)), Slot("tail", types=("organi-sation",))),
+        ),
+        Label(
+            "event",
+            "Hit",
+            "Hits.",
+            slots=(
+                Slot("trigger"),
+                Slot("Victim-s", "who", types=("organi-sation",)),
+                Slot("place", "where"),
+            ),
+        ),
+        Label("entity", "title", "titles"),
+    )
+
+
+# --- what cannot be
+
+
+def class_with_slot():
+    class Rocket(EntityType):
+        weight: str
+
+
+def relation_with_role():
+    class Meets(RelationType):
+        head: str
+        tail: str
+        place: str
+
+
+def number_as_role():
+    class Sale(EventType):
+        amount: int
+
+
+def choice_as_role():
+    class Sale(EventType):
+        amount: Literal["a", "b"]
+
+
+def unnamed_label():
+    class Sale(EventType):
+        label = ""
+
+
+def examples_in_a_string():
+    class Rocket(EntityType):
+        examples = "Ariane"
+
+
+def unknown_metadata():
+    class Sale(EventType):
+        buyer: str = field(metadata={"desc": "who"})
+
+
+def pydantic_number():
+    class Sale(pydantic.BaseModel):
+        amount: int
+
+    Schema.of(Sale)
+
+
+def pydantic_two_choices():
+    class Sale(pydantic.BaseModel):
+        span: str
+        a: Literal["x"]
+        b: Literal["y"]
+
+    Schema.of(Sale)
+
+
+def undefined_name():
+    class Sale(EventType):
+        buyer: "Nobody"  # noqa: F821
+
+    Schema.of(Sale)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            class_with_slot,
+            r"`Rocket.weight` has no place.*Write `class Rocket\(EventType\):` with `weight: str`",
+        ),
+        (
+            relation_with_role,
+            r"`Meets.place` has no place.*Write `class Meets\(EventType\):` for more roles",
+        ),
+        (
+            number_as_role,
+            r"`Sale.amount` is annotated `int`.*Write `amount: str`, `amount: list\[str\]` or",
+        ),
+        (choice_as_role, r"`Sale.amount` is annotated `.*Literal.*Write `amount: str`"),
+        (unnamed_label, r"`Sale.label` is named ''. Write a name with letters"),
+        (
+            examples_in_a_string,
+            r'`Rocket.examples` is \'Ariane\'. Write a list of strings: \["Ariane"\]',
+        ),
+        (
+            unknown_metadata,
+            r"metadata of `Sale.buyer` has the keys `desc`. It takes `description`, `examples` and",
+        ),
+        (
+            pydantic_number,
+            r"`Sale.amount` is annotated `int`.*Write `amount: list\[str\]`, or a model with `span`",
+        ),
+        (
+            pydantic_two_choices,
+            r"`Sale` has several fields of fixed choices \(`a`, `b`\). One of them can be the",
+        ),
+        (undefined_name, r"`Sale` uses a name that cannot be found .*Schema.of\(Sale, ...\)"),
+        (lambda: Schema.of(), r'The schema has no labels. Write at least one: {"Person"'),
+        (lambda: Schema.of(3), r"A schema cannot be read from `3`. Pass classes, Pydantic models"),
+        (
+            lambda: Schema.of(int),
+            r"A schema cannot be read from `int`. Write `class int\(EntityType\):`",
+        ),
+        (
+            lambda: Schema.of(Person, {"Person": "x"}),
+            r"The entity `Person` is defined twice. Keep one of the two",
+        ),
+        (lambda: Schema.from_dict("NRE", {}), r"`NRE` is no task. Write one of: `NER`, `RE`"),
+        (
+            lambda: Schema.from_dict("NER", "PER"),
+            r"A schema cannot be read from 'PER'. Write a dict",
+        ),
+        (
+            lambda: Schema.from_dict("NER", {"PER": 3}),
+            r'The entity `PER` is described by 3. Write a description: {"PER"',
+        ),
+        (
+            lambda: Schema.from_dict("NER", {"": "x"}),
+            r"A label of kind `entity` is named ''. Write a name",
+        ),
+        (
+            lambda: Schema.from_dict("EE", {"Die": {"role": []}}),
+            r"The event `Die` has the keys `role`. An event takes",
+        ),
+        (
+            lambda: Schema.from_dict("EE", {"Die": {"roles": "Who"}}),
+            r"event `Die` has roles 'Who'. Write a list of names",
+        ),
+        (
+            lambda: Schema.from_dict("EE", {"Die": {"roles": {"Who": 3}}}),
+            r"slot `Who` is described by 3. Write a des",
+        ),
+        (
+            lambda: Schema.from_dict("NER", {"A": {"examples": "x"}}),
+            r"`examples` of `A` is 'x'. Write a list",
+        ),
+        (
+            lambda: Schema.of(ATTACK).to_dict("NER"),
+            r"Task `NER` has no place for `Attack`. Use task `UIE`",
+        ),
+        (
+            lambda: Label("event", "A", slots=(Slot("x"),)),
+            r"`A` of kind `event` has the slots `x`. Its slots must be",
+        ),
+        (lambda: Label("thing", "A"), r"Label `A` has kind `thing`. Write one of: `entity`"),
+    ],
+)
+def test_invalid_schemas_say_what_to_write(make, message):
+    with pytest.raises(SchemaError, match=message):
+        make()
+
+
+def test_a_bad_json_file_is_named(tmp_path):
+    path = tmp_path / "bad.json"
+    path.write_text("{", encoding="utf-8")
+    with pytest.raises(SchemaError, match=r"bad.json` holds no schema: Expecting property name"):
+        Schema.from_json(path)
+
+
+# --- identifiers
+
+HARD_NAMES = [
+    "Life.Die.Unspecified", "creative-work", "creative_work", "creative work", "Ünïcode-Größe", "人物", "الشخص",
+    "class", "None", "match", "Entity", "Entity_", "List", "5G", "🚀", "🛰", "...", "label", "label_2", "ﬁre", "fire",
+    "a\nb", "__debug__", "result", "LABEL_1", "x_nth", "Person", "person", "e\u0301", "é", "\ud800",
+]  # fmt: skip
+
+
+def test_any_label_name_survives():
+    schema = Schema.from_dict("NER", HARD_NAMES)
+    names = schema.names
+    identifiers = [names.class_of(label) for label in schema.labels]
+    assert len(set(identifiers)) == len(HARD_NAMES)
+    for label, identifier in zip(schema.labels, identifiers, strict=True):
+        assert identifier.isidentifier() and not keyword.iskeyword(identifier)
+        assert names.label_key(identifier) == label.key
+    by_name = dict(zip(HARD_NAMES, identifiers, strict=True))
+    assert by_name["Life.Die.Unspecified"] == "Life_Die_Unspecified"
+    assert by_name["creative_work"] == "creative_work"  # a name that is an identifier keeps it
+    assert by_name["人物"] == "人物"
+    assert by_name["class"] == "class_"
+    reordered = schema.select(reversed(schema.labels)).names
+    assert [reordered.class_of(label) for label in schema.labels] == identifiers
+
+
+def test_any_role_name_survives():
+    roles = [*HARD_NAMES, "trigger", "trigger_nth", "x", "span"]
+    (label,) = Schema.from_dict("EE", {"E": {"roles": roles}}).labels
+    trigger, *identifiers = Schema.of(label).names.slots_of(label)
+    assert trigger == "trigger" and len({trigger, *identifiers}) == len(roles) + 1
+    assert all(
+        x.isidentifier() and not keyword.iskeyword(x) and not x.endswith("_nth")
+        for x in identifiers
+    )
+
+
+def test_an_entity_and_an_event_may_share_a_name():
+    schema = Schema.of({"entities": {"Attack": ""}, "events": {"Attack": {"roles": []}}})
+    identifiers = [schema.names.class_of(label) for label in schema.labels]
+    assert identifiers == ["Attack", "Attack_2"]
+    assert [schema.names.label_key(x) for x in identifiers] == [
+        ("entity", "Attack"),
+        ("event", "Attack"),
+    ]
+
+
+def test_masked_names_leave_labels_without_guideline():
+    schema = Schema.from_dict("NER", {"A": "first", "B": "", "C": {"examples": ["c"]}})
+    names = Names.masked(schema)
+    assert [names.class_of(label) for label in schema.labels] == ["LABEL_1", "B", "LABEL_3"]

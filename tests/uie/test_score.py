@@ -1,0 +1,930 @@
+"""Scoring, against a brute-force scorer, nervaluate, scipy's bootstrap and figures worked out by hand."""
+
+import importlib
+import io
+import json
+import math
+import random
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from peft_taskmoe.uie.parse import parse_answer
+from peft_taskmoe.uie.prompt import PromptFormat, build_example
+from peft_taskmoe.uie.records import Argument, Document, Entity, Event, Problem, Relation, Span
+from peft_taskmoe.uie.schema import Schema
+from peft_taskmoe.uie.score import Counts, ScoreReport, SeenLabels, compare, compare_values, score
+
+DATA = Path(__file__).parents[2] / ".." / "shared" / "data" / "uie"
+NO_TABLE = SeenLabels({}, {})
+LABELS = {"NER": {"A": "", "B": "", "C": ""}, "RE": {"A": "", "B": ""}}
+LABELS["EE"] = LABELS["EAE"] = {
+    "A": {"description": "", "roles": ["x", "y"]},
+    "B": {"description": "", "roles": ["x"]},
+}
+
+
+def document(id_, text, task, *records, schema=None):
+    return Document(id_, text, task, Schema.from_dict(task, schema or LABELS[task]), records)
+
+
+def at(text, start, end):
+    return Span(text[start:end], start, end)
+
+
+def answer(*records, problems=()):
+    return SimpleNamespace(records=records, problems=[Problem(kind, "", "") for kind in problems])
+
+
+def one(documents, answers, **options):
+    return score({"set": documents}, {"set": answers}, **{"seen": NO_TABLE} | options)
+
+
+def counts(report, task):
+    return next(s for s in report.scores if s.task == task).total()
+
+
+def random_record(rng, text, task):
+    def span():
+        start = rng.randrange(0, len(text) - 1)
+        return at(text, start, min(len(text), start + rng.choice([1, 2])))
+
+    if task == "NER":
+        return Entity(rng.choice("ABC"), span())
+    if task == "RE":
+        return Relation(rng.choice("AB"), span(), span())
+    label = rng.choice("AB")
+    roles = "xy" if label == "A" else "x"
+    return Event(
+        label, span(), tuple(Argument(rng.choice(roles), span()) for _ in range(rng.randrange(3)))
+    )
+
+
+def random_case(rng, task, n=12):
+    """Documents over a two-letter text, so that mentions repeat, and answers near to their gold records."""
+    documents, answers = [], {}
+    for i in range(n):
+        text = "".join(rng.choice("ab") for _ in range(6))
+        gold = [random_record(rng, text, task) for _ in range(rng.randrange(4))]
+        predicted = [record for record in gold if rng.random() < 0.6]
+        predicted += [random_record(rng, text, task) for _ in range(rng.randrange(3))]
+        rng.shuffle(predicted)
+        documents.append(document(str(i), text, task, *gold))
+        answers[str(i)] = predicted
+    return documents, answers
+
+
+def brute_force(documents, answers, task, match, identification=False):
+    """Cross out equal pairs one by one, on lists of JSON-like items; returns (tp, fp, fn) by label."""
+
+    def rows(records):
+        rows = [record.to_dict() for record in records]
+        if task == "NER":
+            return [[r["label"], r] for r in rows]
+        if task == "RE":
+            return [[r["relation"], r["head"], r["tail"]] for r in rows]
+        if task == "EE":
+            return [[r["type"], r["trigger"]] for r in rows]
+        return [[r["type"], r["trigger"], a["role"], a] for r in rows for a in r["arguments"]]
+
+    def items(records):
+        def shown(row, *keys):
+            return [part if isinstance(part, str) else [part[key] for key in keys] for part in row]
+
+        places, found = [], []
+        for row in rows(records):
+            if identification:
+                row = ["", *(part for part in row if isinstance(part, dict))]
+            if shown(row, "start", "end") not in places:
+                places.append(shown(row, "start", "end"))
+                found.append(shown(row, *(["text"] if match == "text" else ["start", "end"])))
+        return found
+
+    tally = {}
+    for doc in documents:
+        left = items(answers[doc.id])
+        for item in items(doc.records):
+            of_label = tally.setdefault(item[0], [0, 0, 0])
+            if item in left:
+                left.remove(item)
+                of_label[0] += 1
+            else:
+                of_label[2] += 1
+        for item in left:
+            tally.setdefault(item[0], [0, 0, 0])[1] += 1
+    return tally
+
+
+@pytest.mark.parametrize("identification", [False, True])
+@pytest.mark.parametrize("match", ["text", "offsets"])
+@pytest.mark.parametrize(
+    ("of_documents", "task"),
+    [("NER", "NER"), ("RE", "RE"), ("EE", "EE"), ("EE", "EAE"), ("EAE", "EAE")],
+)
+def test_agrees_with_brute_force(of_documents, task, match, identification):
+    rng = random.Random(7)
+    for _ in range(25):
+        documents, answers = random_case(rng, of_documents)
+        report = one(documents, answers, match=match, identification=identification)
+        of_task = next(s for s in report.scores if s.task == task)
+        expected = brute_force(documents, answers, task, match, identification)
+        assert {k: [c.tp, c.fp, c.fn] for k, c in of_task.by_label().items()} == expected
+        total = np.sum(list(expected.values()) or [[0, 0, 0]], axis=0).tolist()
+        assert [of_task.total().tp, of_task.total().fp, of_task.total().fn] == total
+
+
+def test_agrees_with_nervaluate_strict():
+    nervaluate = pytest.importorskip("nervaluate")
+    rng = random.Random(11)
+    for _ in range(20):
+        documents, answers = random_case(rng, "NER")
+
+        # nervaluate works on sets of disjoint spans with inclusive ends
+        def disjoint(records):
+            kept = []
+            for r in records:
+                if all(r.span.end <= k.span.start or k.span.end <= r.span.start for k in kept):
+                    kept.append(r)
+            return kept
+
+        documents = [replace(d, records=tuple(disjoint(d.records))) for d in documents]
+        answers = {id_: disjoint(records) for id_, records in answers.items()}
+
+        def spans(records):
+            return [
+                {"label": r.label, "start": r.span.start, "end": r.span.end - 1} for r in records
+            ]
+
+        gold, predicted = (
+            [spans(d.records) for d in documents],
+            [spans(answers[d.id]) for d in documents],
+        )
+        strict = nervaluate.Evaluator(gold, predicted, tags=list("ABC"), loader="dict").evaluate()
+        total = counts(one(documents, answers, match="offsets"), "NER")
+        theirs = strict["overall"]["strict"]
+        assert theirs.correct == total.tp > 0
+        assert (theirs.precision, theirs.recall, theirs.f1) == pytest.approx(
+            (total.precision, total.recall, total.f1)
+        )
+        found = counts(one(documents, answers, match="offsets", identification=True), "NER")
+        exact = nervaluate.Evaluator(
+            *(
+                [[span | {"label": "A"} for span in of] for of in both]
+                for both in (gold, predicted)
+            ),
+            tags=["A"],
+            loader="dict",
+        ).evaluate()["overall"]["strict"]
+        assert (exact.precision, exact.recall, exact.f1) == pytest.approx(
+            (found.precision, found.recall, found.f1)
+        )
+        for label, of_label in (
+            one(documents, answers, match="offsets").scores[0].by_label().items()
+        ):
+            assert strict["entities"][label]["strict"].f1 == pytest.approx(
+                of_label.f1 if of_label.tp else 0
+            )
+
+
+def test_figures_by_hand():
+    text = "Ann met Bob and Ann."
+    gold = document(
+        "1",
+        text,
+        "NER",
+        Entity("A", at(text, 0, 3)),
+        Entity("A", at(text, 16, 19)),
+        Entity("B", at(text, 8, 11)),
+    )
+    report = one([gold], {"1": [Entity("A", at(text, 0, 3)), Entity("A", at(text, 8, 11))]})
+    total = counts(report, "NER")
+    assert total == Counts(tp=1, fp=1, fn=2)
+    assert (total.precision, total.recall, total.f1, total.support) == (1 / 2, 1 / 3, 2 / 5, 3)
+    assert report.scores[0].by_label() == {"A": Counts(1, 1, 1), "B": Counts(0, 0, 1)}
+
+
+def test_identification_ignores_what_things_are_called():
+    text = "Ann met Bob and Ann."
+    gold = document("1", text, "NER", Entity("A", at(text, 0, 3)), Entity("B", at(text, 8, 11)))
+    answers = {
+        "1": [
+            Entity("B", at(text, 0, 3)),
+            Entity("A", at(text, 8, 11)),
+            Entity("C", at(text, 8, 11)),
+        ]
+    }
+    assert counts(one([gold], answers), "NER") == Counts(0, 3, 2)
+    report = one(
+        [gold],
+        answers,
+        identification=True,
+        seen=SeenLabels({"set": {"A": "why"}}, {"set": ("B",)}),
+    )
+    assert counts(report, "NER") == Counts(
+        2, 0, 0
+    )  # a place that is called two things is found once
+    assert report.scores[0].labels == ("",)
+    assert report.scores[0].seen is None
+    assert report.select(["set"]).identification
+    assert ScoreReport.from_dict(json.loads(report.to_json(documents=True))).identification
+    assert "F1 of identification" in report.table().title
+
+    event = Event("A", at(text, 4, 7), (Argument("x", at(text, 0, 3)),))
+    other = Event(
+        "B", at(text, 4, 7), (Argument("y", at(text, 0, 3)), Argument("y", at(text, 8, 11)))
+    )
+    report = one([document("1", text, "EE", event)], {"1": [other]}, identification=True)
+    assert counts(report, "EE") == Counts(1, 0, 0)
+    assert counts(report, "EAE") == Counts(1, 1, 0)
+    assert not report.scores[1].roles
+
+    with pytest.raises(
+        ValueError, match=r"Only one report is of identification, without labels\. Score both"
+    ):
+        compare(one([gold], answers, identification=True), one([gold], answers))
+
+
+def test_a_repeated_mention_has_to_be_found_as_often():
+    text = "Ann, Ann"
+    both = Entity("A", at(text, 0, 3)), Entity("A", at(text, 5, 8))
+    assert counts(one([document("1", text, "NER", *both)], {"1": both[:1]}), "NER") == Counts(
+        1, 0, 1
+    )
+    assert counts(one([document("1", text, "NER", both[0])], {"1": both}), "NER") == Counts(1, 1, 0)
+    # the same place twice is no second mention; without offsets, every one counts
+    assert counts(
+        one([document("1", text, "NER", both[0], both[0])], {"1": both[:1] * 3}), "NER"
+    ) == Counts(1, 0, 0)
+    assert counts(
+        one([document("1", text, "NER", *both)], {"1": [Entity("A", Span("Ann"))] * 3}), "NER"
+    ) == Counts(2, 1, 0)
+    # the second mention in place of the first: right by text, wrong by offsets
+    gold = [document("1", text, "NER", both[0])]
+    assert counts(one(gold, {"1": both[1:]}), "NER") == Counts(1, 0, 0)
+    assert counts(one(gold, {"1": both[1:]}, match="offsets"), "NER") == Counts(0, 1, 1)
+
+
+def test_relations_have_a_direction_and_no_types():
+    text = "Ann Bob"
+    ann, bob = at(text, 0, 3), at(text, 4, 7)
+    gold = [document("1", text, "RE", Relation("A", ann, bob, "Person", "Person"))]
+    assert counts(one(gold, {"1": [Relation("A", ann, bob)]}), "RE") == Counts(1, 0, 0)
+    assert counts(one(gold, {"1": [Relation("A", bob, ann)]}), "RE") == Counts(0, 1, 1)
+
+
+def test_arguments_count_inside_matched_events_only():
+    text = "hit struck Ann Bob"
+    ann, bob = Argument("x", at(text, 11, 14)), Argument("y", at(text, 15, 18))
+    gold = [document("1", text, "EE", Event("A", at(text, 0, 3), (ann, bob)))]
+    right_event = one(gold, {"1": [Event("A", at(text, 0, 3), (ann,))]})
+    assert (counts(right_event, "EE"), counts(right_event, "EAE")) == (
+        Counts(1, 0, 0),
+        Counts(1, 0, 1),
+    )
+    wrong_trigger = one(gold, {"1": [Event("A", at(text, 4, 10), (ann, bob))]})
+    assert (counts(wrong_trigger, "EE"), counts(wrong_trigger, "EAE")) == (
+        Counts(0, 1, 1),
+        Counts(0, 2, 2),
+    )
+    wrong_role = one(gold, {"1": [Event("A", at(text, 0, 3), (Argument("y", ann.span),))]})
+    assert counts(wrong_role, "EAE") == Counts(0, 1, 2)
+    given = [document("1", text, "EAE", *gold[0].records)]
+    assert [s.task for s in one(given, {"1": gold[0].records}).scores] == ["EAE"]
+
+
+def test_roles_are_counted_by_themselves():
+    text = "hit struck Ann Bob"
+    ann, bob = at(text, 11, 14), at(text, 15, 18)
+    gold = [
+        document(
+            "1", text, "EE", Event("A", at(text, 0, 3), (Argument("x", ann), Argument("y", bob)))
+        ),
+        document("2", text, "EE", Event("B", at(text, 4, 10), (Argument("x", bob),))),
+    ]
+    answers = {
+        "1": [Event("A", at(text, 0, 3), (Argument("x", ann), Argument("y", ann)))],
+        "2": [Event("B", at(text, 0, 3), (Argument("x", bob),))],
+    }
+    report = one(gold, answers)
+    ee, eae = report.scores
+    assert eae.roles == {"x": Counts(1, 1, 1), "y": Counts(0, 1, 1)} and ee.roles == {}
+    assert eae.by_label() == {"A": Counts(1, 1, 1), "B": Counts(0, 1, 1)}
+    assert "| EAE | set | role x |  | 2 | 50.0 | 50.0 | 50.0 |" in report.to_markdown(labels=True)
+    again = ScoreReport.from_dict(json.loads(report.to_json(documents=True)))
+    assert again.scores[1].roles == eae.roles
+
+
+@pytest.mark.parametrize("match", ["text", "offsets"])
+def test_roles_add_up_to_the_same_as_labels(match):
+    rng = random.Random(8)
+    for _ in range(20):
+        (_, eae) = one(*random_case(rng, "EE"), match=match).scores
+        sums = np.array([[c.tp, c.fp, c.fn] for c in eae.roles.values()]).sum(axis=0)
+        assert tuple(sums) == (eae.total().tp, eae.total().fp, eae.total().fn)
+
+
+def test_several_tasks_in_one_document_are_scored_each():
+    text = "Ann hit Bob"
+    ann, hit, bob = at(text, 0, 3), at(text, 4, 7), at(text, 8, 11)
+    schema = {
+        "entities": {"P": ""},
+        "relations": {"R": ""},
+        "events": {"E": {"description": "", "roles": ["x"]}},
+    }
+    records = Entity("P", ann), Relation("R", ann, bob), Event("E", hit, (Argument("x", bob),))
+    report = one([document("1", text, "UIE", *records, schema=schema)], {"1": records[1:]})
+    assert {s.task: s.total() for s in report.scores} == {
+        "NER": Counts(0, 0, 1), "RE": Counts(1, 0, 0), "EE": Counts(1, 0, 0), "EAE": Counts(1, 0, 0),
+    }  # fmt: skip
+
+
+def test_hallucinated_spans_are_dropped_and_counted():
+    text = "Ann hit Bob"
+    invented = Span("Carl", alignment="not_found")
+    never_aligned = Span("Dora")
+    entities = [
+        Entity("A", at(text, 0, 3)),
+        Entity("A", invented),
+        Entity("B", never_aligned),
+        Entity("A", Span("Bob")),
+    ]
+    report = one([document("1", text, "NER", entities[0])], {"1": entities})
+    assert counts(report, "NER") == Counts(
+        1, 1, 0
+    )  # of the four, two are dropped; "Bob" is in the text, and wrong
+    assert report.answers["set"].hallucinated == 2
+    # what the parser has reported, and may have kept or left out, counts once
+    for records in (entities, entities[:1] + entities[2:]):
+        reported = one(
+            [document("1", text, "NER")], {"1": answer(*records, problems=["not_in_text"])}
+        )
+        assert reported.answers["set"].hallucinated == 2 and reported.answers["set"].problems == {}
+    relation = one([document("1", text, "RE")], {"1": [Relation("A", invented, never_aligned)]})
+    assert relation.answers["set"].hallucinated == 2
+    event = Event("A", at(text, 4, 7), (Argument("x", invented), Argument("x", at(text, 8, 11))))
+    gold = Event("A", at(text, 4, 7), (Argument("x", at(text, 8, 11)),))
+    report = one([document("1", text, "EE", gold)], {"1": [event, Event("B", invented)]})
+    assert (counts(report, "EE"), counts(report, "EAE")) == (Counts(1, 0, 0), Counts(1, 0, 0))
+    assert report.answers["set"].hallucinated == 2
+
+
+def test_failures_and_problems_are_counted():
+    text = "Ann"
+    ann = Entity("A", at(text, 0, 3))
+    documents = [document(str(i), text, "NER", ann) for i in range(7)]
+    answers = {
+        "0": answer(problems=["malformed", "malformed"]),  # nothing could be read: one failure
+        "1": answer(ann, problems=["truncated", "unknown_label"]),  # something could
+        "2": answer(),  # an empty list
+        "3": answer(ann, Relation("A", ann.span, ann.span), problems=["extra_text"]),
+        "4": answer(problems=["extra_text"]),  # an empty list with prose behind it
+        "5": answer(problems=["unknown_label", "truncated"]),  # a record was read, of no use
+    }
+    counted = one(documents, answers).answers["set"]
+    assert (
+        counted.documents,
+        counted.unanswered,
+        counted.parse_failures,
+        counted.hallucinated,
+    ) == (
+        7,
+        1,
+        1,
+        0,
+    )
+    assert counted.problems == {
+        "extra_text": 2,
+        "malformed": 2,
+        "truncated": 2,
+        "unknown_label": 2,
+        "wrong_task": 1,
+    }
+    assert counts(one(documents, answers), "NER") == Counts(2, 0, 5)
+
+
+def test_mean_is_unweighted_over_data_sets():
+    text = "Ann"
+    ann = Entity("A", at(text, 0, 3))
+    few = [document("1", text, "NER", ann)]
+    many = [document(str(i), text, "NER", ann) for i in range(99)]
+    nothing = [document("1", text, "NER")]
+    event = [document("1", text, "EE", Event("A", at(text, 0, 3)))]
+    report = score(
+        {"few": few, "many": many, "nothing": nothing, "event": event},
+        {"few": {"1": [ann]}, "event": {}},
+        seen=NO_TABLE,
+    )
+    assert report.average_f1("NER") == 0.5  # "nothing" has nothing to score
+    assert report.average_f1() == pytest.approx(1 / 3)
+    assert report.average_f1("EE+EAE") == 0
+    assert math.isnan(report.average_f1("RE"))
+    assert math.isnan(report.average_f1("NER", "unseen"))
+    assert report.select(["few"]).average_f1() == 1
+    with pytest.raises(
+        ValueError,
+        match="Data set `fewer` is not in the report, which has few, many, nothing, event",
+    ):
+        report.select(["fewer"])
+    with pytest.raises(
+        ValueError, match=r"There is no group `NRE` of tasks\. Choose one of NER, RE, EE"
+    ):
+        report.average_f1("NRE")
+
+
+def test_a_data_set_without_gold_items_is_in_no_mean_whatever_was_predicted():
+    text = "Ann"
+    ann = Entity("A", at(text, 0, 3))
+    documents = {"set": [document("1", text, "NER", ann)], "nothing": [document("1", text, "NER")]}
+    silent = score(documents, {"set": {"1": [ann]}}, seen=NO_TABLE)
+    noisy = score(documents, {"set": {"1": [ann]}, "nothing": {"1": [ann]}}, seen=NO_TABLE)
+    assert silent.average_f1() == noisy.average_f1() == 1
+    assert math.isnan(silent.scores[1].total().f1) and noisy.scores[1].total() == Counts(0, 1, 0)
+    assert [line.row for line in compare(noisy, silent, n_resamples=10).differences] == [
+        ("set", "NER"),
+        ("NER",),
+        ("all",),
+    ]
+
+
+def test_seen_and_unseen_labels():
+    text = "Ann Bob"
+    documents = [
+        document("1", text, "NER", Entity("A", at(text, 0, 3)), Entity("B", at(text, 4, 7)))
+    ]
+    table = SeenLabels({"set": {"A": "person"}}, {"set": ("B",)})
+    predicted = [
+        Entity("A", at(text, 0, 3)),
+        Entity("A", at(text, 4, 7)),
+        Entity("C", at(text, 4, 7)),
+    ]
+    report = one(documents, {"1": predicted}, seen=table)
+    assert report.scores[0].total("seen") == Counts(1, 1, 0)
+    assert report.scores[0].total("unseen") == Counts(
+        0, 1, 1
+    )  # a label that the table does not have is not seen
+    assert (report.average_f1("all", "seen"), report.average_f1("all", "unseen")) == (2 / 3, 0)
+    assert one(documents, {"1": predicted}).scores[0].total("seen") is None
+    # a part without a gold item is not scored, whatever was predicted
+    all_seen = one(
+        documents, {"1": predicted}, seen=SeenLabels({"set": {"A": "", "B": ""}}, {"set": ()})
+    )
+    assert all_seen.scores[0].total("unseen") is None and math.isnan(
+        all_seen.average_f1("all", "unseen")
+    )
+    with pytest.raises(
+        ValueError, match=r'knows data set `set` but not its label `B`. Add the label to the "seen"'
+    ):
+        one(documents, {}, seen=SeenLabels({"set": {"A": ""}}, {"set": ()}))
+
+
+def test_seen_table_of_the_package_is_whole():
+    table = SeenLabels.load()
+    assert not set(table.seen["crossner_ai"]) & set(table.unseen["crossner_ai"])
+    assert all(reason.strip() for labels in table.seen.values() for reason in labels.values())
+    assert (
+        table.seen["crossner_ai"]["person"] == "wnut17 person"
+        and "field" in table.unseen["crossner_ai"]
+    )
+
+
+def test_seen_table_covers_the_public_sets():
+    if not DATA.exists():
+        pytest.skip("needs the data sets in ../shared/data/uie")
+    table = SeenLabels.load()
+    for name, description in json.loads((DATA / "datasets.json").read_text()).items():
+        labels = set(description["labels"]) | set(description["schema"] or ())
+        assert {label for label in labels if not table.knows(name, label)} == set(), name
+        if description["use"] == "supervised":
+            assert not table.unseen[name], name
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "has no table of data sets. Write it as"),
+        (
+            '{"datasets": {"s": {"seen": {}}}}',
+            'Data set `s` in .* needs the keys "seen" and "unseen"',
+        ),
+        (
+            '{"datasets": {"s": {"seen": ["A"], "unseen": []}}}',
+            "Data set `s` in .* has lists of the wrong kind",
+        ),
+        (
+            '{"datasets": {"s": {"seen": {"A": ""}, "unseen": ["A"]}}}',
+            "Label `A` of data set `s` in .* is both seen and unseen",
+        ),
+    ],
+)
+def test_seen_table_of_a_user_is_checked(tmp_path, content, message):
+    (tmp_path / "seen.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        SeenLabels.load(tmp_path / "seen.json")
+
+
+def test_wrong_calls_say_what_to_do():
+    text = "Ann"
+    documents = [document("1", text, "NER", Entity("A", at(text, 0, 3)))]
+    with pytest.raises(
+        ValueError, match=r'There is no match by `start`. Choose "text" or "offsets"'
+    ):
+        one(documents, {}, match="start")
+    with pytest.raises(ValueError, match="answers for data set `other`, but no documents of it"):
+        score({"set": documents}, {"other": {}})
+    with pytest.raises(
+        ValueError, match="has 1 answers to documents it does not have, the first `2`"
+    ):
+        one(documents, {"2": []})
+    with pytest.raises(ValueError, match="Data set `set` has two documents `1`"):
+        one(documents * 2, {})
+    with pytest.raises(
+        ValueError,
+        match="The mention 'Ann' in document `1` has no offsets, so it cannot be matched",
+    ):
+        one(documents, {"1": [Entity("A", Span("Ann"))]}, match="offsets")
+
+
+def test_report_survives_json():
+    rng = random.Random(3)
+    documents, answers = random_case(rng, "EE", 20)
+    report = one(
+        documents, answers, seen=SeenLabels({"set": {"A": "x"}}, {"set": ("B",)})
+    ).with_intervals(200)
+    again = ScoreReport.from_dict(json.loads(report.to_json(documents=True)))
+    assert again.values() == report.values() and again.answers == report.answers
+    assert again.with_intervals(200).intervals == report.intervals
+    figures = json.loads(report.to_json())
+    assert figures["datasets"][0]["all"]["f1"] == report.scores[0].total().f1
+    low, high = figures["average_f1"]["all"]["unseen"]["f1_interval"]
+    assert low < figures["average_f1"]["all"]["unseen"]["f1"] < high
+    assert figures["datasets"][0]["labels"]["A"]["seen"] is True
+    with pytest.raises(
+        ValueError, match=r"no counts by document.*Write them with `to_dict\(documents=True\)`"
+    ):
+        ScoreReport.from_dict(report.to_dict())
+
+
+def test_nothing_to_score_is_null_in_json():
+    report = one([document("1", "Ann", "NER")], {"1": []}).with_intervals(10)
+    figures = json.loads(report.to_json(documents=True))
+    assert (
+        figures["datasets"][0]["all"]["f1"] is None
+        and figures["average_f1"]["all"]["all"]["f1"] is None
+    )
+    assert math.isnan(ScoreReport.from_dict(figures).average_f1())
+
+
+def test_tables_show_the_figures():
+    from rich.console import Console
+
+    text = "Ann Bob"
+    documents = [
+        document("1", text, "NER", Entity("A", at(text, 0, 3)), Entity("B", at(text, 4, 7)))
+    ]
+    report = one(
+        documents,
+        {"1": [Entity("A", at(text, 0, 3))]},
+        seen=SeenLabels({"set": {"A": ""}}, {"set": ("B",)}),
+    )
+    lines = report.to_markdown().splitlines()
+    assert lines[0].startswith("| task | data set | documents | P | R | F1 | F1 seen | F1 unseen |")
+    assert lines[2] == "| NER | set | 1 | 100.0 | 50.0 | 66.7 | 100.0 | 0.0 | 0 | 0 | 0 |"
+    assert lines[-1] == "| all | mean |  |  |  | 66.7 | 100.0 | 0.0 |  |  |  |"
+    assert "| NER | set | B | no | 1 |  | 0.0 | 0.0 |" in report.to_markdown(labels=True)
+    assert "66.7 [66.7, 66.7]" in report.with_intervals(10).to_markdown()
+    console = Console(file=io.StringIO(), width=200)
+    console.print(
+        report.table(), report.table(labels=True), compare(report, report, n_resamples=10).table()
+    )
+    shown = console.file.getvalue()
+    assert (
+        "66.7" in shown and "F1 unseen" in shown and "[0.0, 0.0]" in shown
+    )  # brackets are no markup
+
+
+# Intervals and tests --------------------------------------------------------------------------------------------------
+
+
+def simulated(rng, n, rate, gold=3, noise=0.3):
+    """Documents with `gold` entities each, and answers that find each with probability `rate`."""
+    text = "abcdefgh"
+    documents, answers = [], {}
+    for i in range(n):
+        entities = [Entity("A", at(text, k, k + 1)) for k in range(gold)]
+        documents.append(document(str(i), text, "NER", *entities))
+        found = [entity for entity in entities if rng.random() < rate]
+        answers[str(i)] = found + ([Entity("A", at(text, 7, 8))] if rng.random() < noise else [])
+    return documents, answers
+
+
+def test_intervals_agree_with_scipy():
+    from scipy import stats
+
+    report = one(*simulated(random.Random(1), 120, 0.6)).with_intervals(8000, 0.9)
+    by_document = report.scores[0].by_document()
+
+    def f1(rows, axis):
+        tp, fp, fn = np.moveaxis(by_document[rows].sum(axis=-2), -1, 0)  # rows: (..., documents)
+        return 2 * tp / (2 * tp + fp + fn)
+
+    theirs = stats.bootstrap(
+        (np.arange(120),), f1, n_resamples=8000, confidence_level=0.9, method="percentile", vectorized=True,
+    ).confidence_interval  # fmt: skip
+    ours = report.intervals[("set", "NER"), "all"]
+    width = theirs.high - theirs.low
+    assert abs(ours.low - theirs.low) < 0.05 * width and abs(ours.high - theirs.high) < 0.05 * width
+    assert ours.low < report.scores[0].total().f1 < ours.high and ours.confidence == 0.9
+
+
+def test_intervals_depend_on_the_seed_alone():
+    documents, answers = simulated(random.Random(2), 30, 0.5)
+    report = one(documents, answers)
+    assert report.with_intervals(50).intervals == report.with_intervals(50).intervals
+    assert report.with_intervals(50).intervals != report.with_intervals(50, seed=1).intervals
+    both = score(
+        {"other": documents, "set": documents}, {"other": {}, "set": answers}, seen=NO_TABLE
+    ).with_intervals(50)
+    key = (("set", "NER"), "all")
+    assert both.intervals[key] == report.with_intervals(50).intervals[key]
+
+
+def test_blocks_of_resamples_make_no_difference(monkeypatch):
+    module = importlib.import_module(
+        "peft_taskmoe.uie.score"
+    )  # the package has a function of this name
+
+    report = one(*simulated(random.Random(2), 30, 0.5))
+    whole = report.with_intervals(50).intervals
+    monkeypatch.setattr(module, "_CELLS_PER_BLOCK", 100)
+    assert report.with_intervals(50).intervals == whole
+
+
+def test_interval_of_a_mean_is_that_of_independent_data_sets():
+    rng = random.Random(4)
+    cases = {name: simulated(rng, 100, 0.5) for name in "abcd"}
+    report = score(
+        {n: c[0] for n, c in cases.items()}, {n: c[1] for n, c in cases.items()}, seen=NO_TABLE
+    )
+    intervals = report.with_intervals(4000).intervals
+    widths = [
+        intervals[(name, "NER"), "all"].high - intervals[(name, "NER"), "all"].low
+        for name in "abcd"
+    ]
+    mean = intervals[("all",), "all"]
+    assert mean.high - mean.low == pytest.approx(math.sqrt(sum(w**2 for w in widths)) / 4, rel=0.08)
+
+
+def test_coverage_of_the_interval():
+    rng = random.Random(5)
+    rate, noise = 0.5, 0.3
+    true_f1 = 2 * 3 * rate / (2 * 3 * rate + noise + 3 * (1 - rate))
+    covered = 0
+    for seed in range(200):
+        interval = (
+            one(*simulated(rng, 60, rate))
+            .with_intervals(300, 0.9, seed)
+            .intervals[("set", "NER"), "all"]
+        )
+        covered += interval.low <= true_f1 <= interval.high
+    assert 165 <= covered <= 195  # 180 expected, standard deviation 4.2
+
+
+def test_paired_test_sees_a_difference_and_no_difference():
+    documents, good = simulated(random.Random(6), 150, 0.7)
+    _, better = simulated(random.Random(7), 150, 0.85)
+    difference = compare(one(documents, better), one(documents, good), n_resamples=2000)[
+        "set", "NER"
+    ]
+    assert difference.p < 0.01 and 0 < difference.low < difference.difference < difference.high
+    same = compare(one(documents, good), one(documents, good), n_resamples=500)["all"]
+    assert (same.difference, same.low, same.high, same.p) == (0, 0, 0, 1)
+    turned = compare(one(documents, good), one(documents, better), n_resamples=2000)["set", "NER"]
+    assert (turned.difference, turned.low, turned.p) == (
+        -difference.difference,
+        -difference.high,
+        difference.p,
+    )
+
+
+def test_p_is_uniform_where_there_is_no_difference():
+    rng = random.Random(8)
+    p = []
+    for seed in range(200):
+        documents, a = simulated(rng, 60, 0.5)
+        _, b = simulated(rng, 60, 0.5)
+        p.append(compare(one(documents, a), one(documents, b), n_resamples=200, seed=seed)["all"].p)
+    assert 3 <= sum(value < 0.1 for value in p) <= 34  # 20 expected, standard deviation 4.2
+    assert 0.4 < np.mean(p) < 0.6
+
+
+def test_comparison_pairs_the_documents():
+    # b makes the same errors as a, and one more: unpaired, the difference would drown in the documents' spread
+    documents, a = simulated(random.Random(9), 200, 0.5, noise=0)
+    b = {id_: records[1:] if int(id_) % 20 == 0 else records for id_, records in a.items()}
+    line = compare(one(documents, a), one(documents, b), n_resamples=1000)["set", "NER"]
+    interval = one(documents, a).with_intervals(1000).intervals[("set", "NER"), "all"]
+    assert line.low >= 0 and line.high - line.low < (interval.high - interval.low) / 2
+
+
+def test_comparison_of_seeds_and_splits():
+    table = SeenLabels({"set": {"A": ""}}, {"set": ("B",)})
+    text = "abcdefgh"
+    documents = [
+        document(str(i), text, "NER", Entity("A", at(text, 0, 1)), Entity("B", at(text, 1, 2)))
+        for i in range(20)
+    ]
+    first = one(documents, {d.id: d.records for d in documents}, seen=table)
+    second = one(documents, {d.id: d.records[:1] for d in documents}, seen=table)
+    comparison = compare([first, second], [second], n_resamples=100)
+    assert (
+        comparison["set", "NER", "unseen"].a == 0.5
+        and comparison["all", "unseen"].difference == 0.5
+    )
+    assert comparison["all", "seen"].difference == 0 and comparison["all"].a == pytest.approx(
+        (1 + 2 / 3) / 2
+    )
+    assert json.loads(comparison.to_json())["differences"][0]["row"] == ["set", "NER"]
+    assert "| NER | seen |" in comparison.to_markdown()
+    with pytest.raises(KeyError):
+        comparison["other"]
+
+
+def test_comparison_refuses_other_documents():
+    documents, answers = simulated(random.Random(1), 5, 0.5)
+    report = one(documents, answers)
+    with pytest.raises(
+        ValueError,
+        match=r"different documents or gold records of `set`. Score both systems on the same",
+    ):
+        compare(report, one(documents[:4], {}))
+    with pytest.raises(ValueError, match="different documents or gold records of `set`"):
+        compare(report, one([replace(d, records=()) for d in documents], {}))
+    with pytest.raises(ValueError, match="One report matches by text, the other by offsets"):
+        compare(report, one(documents, answers, match="offsets"))
+    with pytest.raises(ValueError, match="Only one report has data set `other` under NER"):
+        compare(report, score({"set": documents, "other": documents}, {}, seen=NO_TABLE))
+    with pytest.raises(
+        ValueError, match=r"Found n_resamples=0 and confidence=0.95. Pass at least one resample"
+    ):
+        compare(report, report, n_resamples=0)
+    with pytest.raises(ValueError, match="without a report cannot be compared"):
+        compare([], report)
+
+
+def test_values_are_compared_by_document():
+    rng = np.random.default_rng(0)
+    base = rng.normal(2, 1, 80)
+    a = {
+        "x": {str(i): v for i, v in enumerate(base)},
+        "y": {str(i): v + 1 for i, v in enumerate(base)},
+    }
+    b = {
+        n: {i: v + 0.02 + 0.01 * rng.normal() for i, v in reversed(of.items())}
+        for n, of in a.items()
+    }
+    line = compare_values(a, b, n_resamples=2000)["all"]
+    assert line.difference == pytest.approx(-0.02, abs=0.003) and line.high < 0 and line.p < 0.001
+    assert line.high - line.low < 0.01  # the spread of the documents, 1, is paired away
+    assert compare_values(a, b, n_resamples=50)["x"].a == pytest.approx(base.mean())
+    one_set = compare_values({"x": a["x"]}, {"x": b["x"]}, n_resamples=50)
+    assert (one_set["all"].low, one_set["all"].p) == (one_set["x"].low, one_set["x"].p)
+
+
+def test_values_can_be_weighted():
+    a, b = {"x": {"1": 1.0, "2": 4.0}}, {"x": {"1": 1.0, "2": 1.0}}
+    line = compare_values(a, b, weights={"x": {"1": 3, "2": 1}}, n_resamples=10)["x"]
+    assert (line.a, line.b) == (7 / 4, 1)
+
+
+def repeated(times: int) -> tuple[list[Document], dict, dict]:
+    """Documents that stand there several times, their answers by two systems, and which are one."""
+    documents, answers = simulated(random.Random(3), 40, 0.5)
+    copies = [replace(d, id=f"{d.id}-{i}") for d in documents for i in range(times)]
+    return (
+        copies,
+        {d.id: answers[d.id.split("-")[0]] for d in copies},
+        {d.id: d.id.split("-")[0] for d in copies},
+    )
+
+
+def test_documents_of_one_cluster_are_drawn_together():
+    """Copies of a document bring nothing new: drawn as clusters they leave every interval as it is."""
+    documents, answers, clusters = repeated(4)
+    alone, alone_answers, _ = repeated(1)
+    half = {id_: records[:1] for id_, records in answers.items()}
+    systems = one(documents, answers), one(documents, half)
+    single = one(alone, alone_answers), one(alone, {i: r[:1] for i, r in alone_answers.items()})
+    expected = compare(*single, n_resamples=500)["set", "NER"]
+    assert compare(*systems, n_resamples=500, clusters={"set": clusters})["set", "NER"] == expected
+    by_document = compare(*systems, n_resamples=500)["set", "NER"]
+    assert by_document.high - by_document.low < 0.7 * (expected.high - expected.low)
+
+    interval = single[0].with_intervals(500).intervals[("set", "NER"), "all"]
+    assert (
+        systems[0].with_intervals(500, clusters={"set": clusters}).intervals[("set", "NER"), "all"]
+        == interval
+    )
+
+    values = {d.id: float(i // 4) for i, d in enumerate(documents)}
+    zeros = dict.fromkeys(values, 0.0)
+    whole = compare_values(
+        {"set": values}, {"set": zeros}, n_resamples=500, clusters={"set": clusters}
+    )["set"]
+    first = {d.id: float(i) for i, d in enumerate(alone)}
+    assert (
+        whole
+        == compare_values({"set": first}, {"set": dict.fromkeys(first, 0.0)}, n_resamples=500)[
+            "set"
+        ]
+    )
+
+    with pytest.raises(
+        ValueError, match="`clusters` has document `x` of `set`, which was not scored"
+    ):
+        compare(*systems, n_resamples=5, clusters={"set": {"x": "y"}})
+
+
+def test_a_resample_without_gold_counts_for_no_system():
+    """Else a system that predicts nothing would leave it out, and one that is wrong there would count it as 0."""
+    text = "ab"
+    documents = [document("0", text, "NER", Entity("A", at(text, 0, 1)))] + [
+        document(str(i), text, "NER", schema={"A": ""}) for i in range(1, 4)
+    ]
+    right = {d.id: d.records for d in documents}
+    wrong = {**right, "1": [Entity("A", at(text, 1, 2))]}
+    sets = {"x": documents, "y": documents[:1]}
+    a, b = (
+        score(sets, {"x": of_x, "y": {"0": right["0"]}}, seen=NO_TABLE) for of_x in (right, wrong)
+    )
+    line = compare(a, b, n_resamples=2000, confidence=0.9999)["all"]
+    # With k times the gold document and j times the wrong answer b has 2k / (2k + j) in x, at worst 2 / 5, and 1 in y.
+    assert line.low == 0 and line.high == pytest.approx((1 - 2 / 5) / 2)
+
+
+def test_wrong_values_say_what_to_do():
+    good = {"x": {"1": 1.0, "2": 2.0}}
+    with pytest.raises(ValueError, match="different data sets: \\['x'\\] and \\[\\]"):
+        compare_values(good, {})
+    with pytest.raises(ValueError, match="different documents of `x`, or none"):
+        compare_values(good, {"x": {"1": 1.0}})
+    with pytest.raises(ValueError, match="Document `2` of `x` has a value that is not finite"):
+        compare_values(good, {"x": {"1": 1.0, "2": math.nan}})
+    with pytest.raises(ValueError, match="Document `2` of `x` has no positive weight"):
+        compare_values(good, good, weights={"x": {"1": 1.0}})
+
+
+def test_scoring_imports_no_torch():
+    code = (
+        "import sys, types; p = types.ModuleType('peft_taskmoe'); p.__path__ = [sys.argv[1]]; "
+        "sys.modules['peft_taskmoe'] = p; import peft_taskmoe.uie.score; assert 'torch' not in sys.modules"
+    )
+    package = Path(__file__).parents[2] / "peft_taskmoe"
+    subprocess.run([sys.executable, "-c", code, str(package)], check=True)
+
+
+@pytest.mark.parametrize("style", ["dataclass", "compact"])
+def test_gold_records_written_read_and_scored_give_one_on_every_public_set(style):
+    """Gold -> completion -> parse -> score: F1 of exactly 1 on every document, by text and by offsets."""
+    if not DATA.exists():
+        pytest.skip("needs the data sets in ../shared/data/uie")
+    documents, answers = {}, {}
+    for path in sorted(DATA.glob("*/test.jsonl")):
+        name = path.parent.name
+        documents[name] = [
+            Document.from_dict(json.loads(line)) for line in path.open(encoding="utf-8")
+        ]
+        examples = [build_example(document, PromptFormat(style)) for document in documents[name]]
+        answers[name] = {
+            x.id: parse_answer(
+                x.completion, x.schema, x.document.text, names=x.names, given=x.document.given
+            )
+            for x in examples
+        }
+    for match in ("text", "offsets"):
+        report = score(documents, answers, match=match)
+        assert len(documents) == 16 and Counter(s.task for s in report.scores) == {
+            "NER": 9,
+            "RE": 4,
+            "EE": 2,
+            "EAE": 3,
+        }
+        wrong = {
+            (s.dataset, s.task): int((s.by_document()[:, 1:].sum(axis=1) > 0).sum())
+            for s in report.scores
+        }
+        assert {row: n for row, n in wrong.items() if n} == {}
+        assert {s.total().f1 for s in report.scores} == {1.0}
+        assert (
+            report.average_f1(),
+            report.average_f1("all", "seen"),
+            report.average_f1("all", "unseen"),
+        ) == (1, 1, 1)
+        assert all(
+            a.hallucinated == a.unanswered == 0 and not a.problems for a in report.answers.values()
+        )
