@@ -17,6 +17,7 @@ PACKAGE = ROOT.name
 LEVELS = [
     {
         "peft_type",
+        "cache",
         "config",
         "router",
         "experts",
