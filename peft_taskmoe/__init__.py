@@ -5,6 +5,7 @@ from .registration import register
 
 register()  # before the imports below, which other versions of PEFT would fail in, unexplained
 
+from .checkpoints import ChecksumCallback, checkpoint_fault, newest_whole_checkpoint
 from .collator import TaskCollator
 from .conditioning import task_context
 from .config import TaskMoELoraConfig
@@ -17,16 +18,19 @@ from .training_log import log_routing
 __version__ = "0.1.0"
 
 __all__ = [
+    "ChecksumCallback",
     "TaskCollator",
     "TaskEncoder",
     "TaskEncoderConfig",
     "TaskMoELoraConfig",
     "TaskMoELoraModel",
     "attach_task_encoder",
+    "checkpoint_fault",
     "experts_from_loras",
     "from_reference_checkpoint",
     "heat_map",
     "log_routing",
+    "newest_whole_checkpoint",
     "record_gates",
     "task_context",
     "to_lora",
