@@ -1,21 +1,23 @@
-"""Task-Aware MoELoRA for Hugging Face PEFT. Importing the package registers the method with PEFT."""
-# ruff: noqa: E402
+"""Task-Aware MoELoRA for Hugging Face PEFT. Importing it registers the method with PEFT."""
 
-from .registration import register
-
-register()  # before the imports below, which other versions of PEFT would fail in, unexplained
-
-from .checkpoints import ChecksumCallback, checkpoint_fault, newest_whole_checkpoint
-from .collator import TaskCollator
-from .conditioning import task_context
-from .config import TaskMoELoraConfig
-from .encoder import TaskEncoder, TaskEncoderConfig
-from .export import experts_from_loras, from_reference_checkpoint, to_lora
-from .inspection import heat_map, record_gates
-from .model import TaskMoELoraModel, attach_task_encoder
-from .training_log import log_routing
+from .help_only import is_help_only
 
 __version__ = "0.1.0"
+
+if not is_help_only():  # `peft-taskmoe --help` answers at once: torch and PEFT take seconds
+    from .registration import register
+
+    register()  # before the imports below, which other versions of PEFT would fail in, unexplained
+
+    from .checkpoints import ChecksumCallback, checkpoint_fault, newest_whole_checkpoint
+    from .collator import TaskCollator
+    from .conditioning import task_context
+    from .config import TaskMoELoraConfig
+    from .encoder import TaskEncoder, TaskEncoderConfig
+    from .export import experts_from_loras, from_reference_checkpoint, to_lora
+    from .inspection import heat_map, record_gates
+    from .model import TaskMoELoraModel, attach_task_encoder
+    from .training_log import log_routing
 
 __all__ = [
     "ChecksumCallback",

@@ -16,6 +16,7 @@ PACKAGE = ROOT.name
 # A module imports from levels before its own, and within its own level only what stands in WITHIN.
 LEVELS = [
     {
+        "help_only",
         "checkpoints",
         "peft_type",
         "cache",

@@ -1,4 +1,4 @@
-"""The command line: a line out for each line in, going on after an interruption, exit codes and messages."""
+"""The command line: lines, going on after an interruption, exit codes and messages."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 from peft_taskmoe import cli
+from peft_taskmoe.cli import Exit
 from peft_taskmoe.uie import (
     Document,
     Entity,
@@ -40,20 +41,15 @@ def capitals(prompt: str) -> str:
 
 @pytest.fixture
 def work(tmp_path, monkeypatch) -> Path:
-    """A folder with a schema; adapters are replaced by a model that finds capital letters, and its loads are counted."""
+    """A folder with a schema; adapters are a model that finds capital letters."""
     (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
     loads = []
 
-    def load(args):
-        loads.append(args)
-        return Extractor(
-            Scripted(capitals),
-            byte_tokenizer(),
-            batch_size=args.batch_size,
-            max_new_tokens=args.max_new_tokens,
-        )
+    def load(adapter, *, base_model, model_kwargs, **options):
+        loads.append((adapter, base_model, model_kwargs))
+        return Extractor(Scripted(capitals), byte_tokenizer(), **options)
 
-    monkeypatch.setattr(cli, "_load", load)
+    monkeypatch.setattr(Extractor, "from_pretrained", load)
     monkeypatch.chdir(tmp_path)
     work.loads = loads
     return tmp_path
@@ -89,7 +85,7 @@ def test_a_line_out_for_each_line_in_and_bad_ones_are_reported_by_number(work, c
         '{"text": "half \\ud83d a Pair"}',
     ]
     Path("texts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    assert extract() == cli.SOME_LINES_BAD
+    assert extract() == Exit.SOME_LINES_BAD
     found = rows()
     assert [row["id"] for row in found] == ["first", "2", "3", "4", "5", "6", "7"]
     assert [len(row["records"]) if "records" in row else "error" for row in found] == [
@@ -116,14 +112,14 @@ def test_a_line_out_for_each_line_in_and_bad_ones_are_reported_by_number(work, c
     assert "3 lines could not be used" in messages
     # Without bad lines:
     Path("texts.jsonl").write_text('{"text": "Ada"}\n{"text": "Bob"}', encoding="utf-8")
-    assert extract("--overwrite") == cli.DONE
+    assert extract("--overwrite") == Exit.DONE
     assert [row["id"] for row in rows()] == ["1", "2"]
 
 
 def test_an_interrupted_run_goes_on_behind_the_lines_that_are_written(work, monkeypatch, capsys):
     texts = [f"text {i} Ada" for i in range(10)]
     Path("texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    assert extract() == cli.DONE
+    assert extract() == Exit.DONE
     whole = rows()
     Path("out.jsonl").unlink()
 
@@ -136,16 +132,16 @@ def test_an_interrupted_run_goes_on_behind_the_lines_that_are_written(work, monk
             yield extraction
 
     monkeypatch.setattr(Extractor, "answer", stopped)
-    assert extract() == cli.INTERRUPTED
+    assert extract() == Exit.INTERRUPTED
     assert "The same command goes on from here" in capsys.readouterr().err
     with Path("out.jsonl").open("a") as file:
         file.write('{"id": "5", "text": "tex')  # the line that it was stopped in
     monkeypatch.setattr(Extractor, "answer", real)
-    assert extract() == cli.DONE
+    assert extract() == Exit.DONE
     assert "4 of 10 lines are done already" in capsys.readouterr().err
     assert [{**row, "seconds": 0} for row in rows()] == [{**row, "seconds": 0} for row in whole]
     loads = len(work_loads())
-    assert extract() == cli.DONE  # nothing is left to do, and no model is loaded
+    assert extract() == Exit.DONE  # nothing is left to do, and no model is loaded
     assert len(work_loads()) == loads and len(rows()) == 10
 
 
@@ -155,32 +151,32 @@ def work_loads() -> list:
 
 def test_error_lines_of_an_earlier_run_still_count(work):
     Path("texts.jsonl").write_text('{"text": "Ada"}\n{\n')
-    assert extract() == extract() == cli.SOME_LINES_BAD
+    assert extract() == extract() == Exit.SOME_LINES_BAD
 
 
 def test_an_output_of_other_settings_or_texts_is_not_continued(work, capsys):
     Path("texts.jsonl").write_text('{"text": "Ada"}\n{"text": "Bob"}\n')
-    assert extract() == cli.DONE
+    assert extract() == Exit.DONE
     before = Path("out.jsonl").read_bytes()
-    assert extract("--threshold", "0.5") == cli.NOTHING_DONE
+    assert extract("--threshold", "0.5") == Exit.NOTHING_DONE
     assert "`out.jsonl:1` was not written by such a run" in capsys.readouterr().err
     Path("texts.jsonl").write_text('{"text": "Ada"}\n{"text": "Zoe"}\n')
-    assert extract() == cli.NOTHING_DONE
+    assert extract() == Exit.NOTHING_DONE
     assert (
         "`out.jsonl:2` does not belong to text 2, which is another now" in capsys.readouterr().err
     )
     Path("texts.jsonl").write_text('{"text": "Ada"}\n')
-    assert extract() == cli.NOTHING_DONE
+    assert extract() == Exit.NOTHING_DONE
     assert "`out.jsonl` has more lines than there are texts" in capsys.readouterr().err
     assert Path("out.jsonl").read_bytes() == before
-    assert extract("--overwrite") == cli.DONE and len(rows()) == 1
+    assert extract("--overwrite") == Exit.DONE and len(rows()) == 1
 
 
 @pytest.mark.parametrize("notes", ["my notes\nand no line feed at the end", "one line"])
 def test_a_foreign_output_is_left_alone(work, capsys, notes):
     Path("texts.jsonl").write_text('{"text": "Ada"}\n')
     Path("out.jsonl").write_text(notes)
-    assert extract() == cli.NOTHING_DONE
+    assert extract() == Exit.NOTHING_DONE
     assert "was not written by such a run" in capsys.readouterr().err
     assert Path("out.jsonl").read_text() == notes
 
@@ -196,16 +192,17 @@ def test_a_foreign_output_is_left_alone(work, capsys, notes):
 def test_what_cannot_begin_says_why(work, capsys, change, message):
     Path("texts.jsonl").write_text('{"text": "Ada"}\n')
     change()
-    assert extract() == cli.NOTHING_DONE
+    assert extract() == Exit.NOTHING_DONE
     assert message in capsys.readouterr().err
     assert not Path("out.jsonl").exists()
 
 
 def test_arguments_that_do_not_exist_end_with_2(capsys):
-    for arguments in ([], ["extract"], ["extract", "--colour", "red"], ["paint"]):
+    assert cli.main([]) == Exit.NOTHING_DONE and "usage: " in capsys.readouterr().out
+    for arguments in (["extract"], ["extract", "--colour", "red"], ["paint"]):
         with pytest.raises(SystemExit) as stop:
             cli.main(arguments)
-        assert stop.value.code == cli.NOTHING_DONE
+        assert stop.value.code == Exit.NOTHING_DONE
     with pytest.raises(SystemExit) as stop:
         cli.main(["extract", "--help"])
     assert stop.value.code == 0 and "Exit codes" in capsys.readouterr().out
@@ -227,7 +224,7 @@ def test_documents_with_their_own_schemas_and_scores(work, capsys):
     write_jsonl(documents, "gold.jsonl")
     assert (
         cli.main(["extract", "--adapter", "a", "--input", "gold.jsonl", "--output", "out.jsonl"])
-        == cli.DONE
+        == Exit.DONE
     )
     lines = Path("out.jsonl").read_text().splitlines()
     Path("out.jsonl").write_text(
@@ -235,7 +232,7 @@ def test_documents_with_their_own_schemas_and_scores(work, capsys):
     )
     capsys.readouterr()
     command = ["score", "--gold", "gold.jsonl", "--predicted", "out.jsonl", "--json", "scores.json"]
-    assert cli.main(command) == cli.SOME_LINES_BAD
+    assert cli.main(command) == Exit.SOME_LINES_BAD
     printed = capsys.readouterr()
     for number, words in (
         (3, "Nothing was extracted: x"),
@@ -249,13 +246,13 @@ def test_documents_with_their_own_schemas_and_scores(work, capsys):
     assert figures["answers"]["gold"]["unanswered"] == 1
     assert "75.0" in printed.out and "gold" in printed.out
     Path("out.jsonl").write_text("\n".join(lines) + "\n")
-    assert cli.main([*command, "--intervals", "--labels", "--match", "offsets"]) == cli.DONE
+    assert cli.main([*command, "--intervals", "--labels", "--match", "offsets"]) == Exit.DONE
     assert "Capital" in capsys.readouterr().out
-    assert cli.main([*command, "--identification"]) == cli.DONE
+    assert cli.main([*command, "--identification"]) == Exit.DONE
     assert json.loads(Path("scores.json").read_text())["identification"]
     assert (
         cli.main(["score", "--gold", "gold.jsonl", "gold.jsonl", "--predicted", "out.jsonl"])
-        == cli.NOTHING_DONE
+        == Exit.NOTHING_DONE
     )
 
 
@@ -267,11 +264,11 @@ def test_the_reliability_of_confidences(work, capsys):
     write_jsonl(gold, "gold.jsonl")
     assert (
         cli.main(["extract", "--adapter", "a", "--input", "gold.jsonl", "--output", "out.jsonl"])
-        == cli.DONE
+        == Exit.DONE
     )
     command = ["score", "--gold", "gold.jsonl", "--predicted", "out.jsonl", "--json", "scores.json"]
     capsys.readouterr()
-    assert cli.main([*command, "--reliability", "count", "--intervals"]) == cli.DONE
+    assert cli.main([*command, "--reliability", "count", "--intervals"]) == Exit.DONE
     printed = capsys.readouterr().out
     assert "| gold | " in printed and "| all | 8 | 0." in printed and "ECE 0." in printed
     figures = json.loads(Path("scores.json").read_text())
@@ -281,7 +278,7 @@ def test_the_reliability_of_confidences(work, capsys):
     assert "reliability" not in json.loads(Path("scores.json").read_text())["datasets"][0]
     Path("out.jsonl").write_text(Path("out.jsonl").read_text().replace('"confidence"', '"was"', 1))
     with pytest.warns(UserWarning, match="keys `was`"):
-        assert cli.main([*command, "--reliability-plot", "curve.svg"]) == cli.DONE
+        assert cli.main([*command, "--reliability-plot", "curve.svg"]) == Exit.DONE
     captured = capsys.readouterr()
     assert "| all | 7 |" in captured.out and "1 records have no confidence" in captured.err
     assert "<svg" in Path("curve.svg").read_text()
@@ -297,7 +294,7 @@ def test_a_line_without_any_schema_or_event_is_an_error_line(work):
     Path("texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert (
         cli.main(["extract", "--adapter", "a", "--input", "texts.jsonl", "--output", "out.jsonl"])
-        == cli.SOME_LINES_BAD
+        == Exit.SOME_LINES_BAD
     )
     first, second, third = rows()
     assert (
@@ -319,22 +316,26 @@ def test_convert(tmp_path, capsys, monkeypatch):
         "in.conll",
         "out.jsonl",
     ]
-    assert cli.main(command) == cli.NOTHING_DONE
+    assert cli.main(command) == Exit.NOTHING_DONE
     assert "in.conll:4: tags" in capsys.readouterr().err and not Path("out.jsonl").exists()
-    assert cli.main([*command, "--keep-going"]) == cli.SOME_LINES_BAD
+    assert cli.main([*command, "--keep-going"]) == Exit.SOME_LINES_BAD
     assert [row["text"] for row in rows()] == ["Ada met", "Bob"]
     assert rows()[0]["schema"] == {"person": "people"}
     assert "2 documents, 1 problems" in capsys.readouterr().err
-    assert cli.main(["convert", "--source-format", "jsonl", "out.jsonl", "again.jsonl"]) == cli.DONE
+    assert (
+        cli.main(["convert", "--source-format", "jsonl", "out.jsonl", "again.jsonl"]) == Exit.DONE
+    )
     assert rows("again.jsonl") == rows()
     assert (
         cli.main(
             ["convert", "--source-format", "jsonl", "--scheme", "IOB1", "out.jsonl", "x.jsonl"]
         )
-        == cli.NOTHING_DONE
+        == Exit.NOTHING_DONE
     )
     assert "--scheme says nothing about the format `jsonl`" in capsys.readouterr().err
-    assert cli.main(["convert", "--source-format", "brat", "folder", "x.jsonl"]) == cli.NOTHING_DONE
+    assert (
+        cli.main(["convert", "--source-format", "brat", "folder", "x.jsonl"]) == Exit.NOTHING_DONE
+    )
     assert "Pass --task" in capsys.readouterr().err
 
 
@@ -351,10 +352,10 @@ def test_from_the_shell_with_an_adapter_from_disk(tmp_path):
     (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
     (tmp_path / "texts.jsonl").write_text('{"text": "Ada"}\n{"text": "Bob"}\n')
     options = ["--max-new-tokens", "3", "--batch-size", "2", "--max-prompt-tokens", "500"]
-    files = [f"--{name}={tmp_path / file}" for name, file in
-             (("adapter", "adapter"), ("schema", "schema.json"), ("input", "texts.jsonl"), ("output", "out.jsonl"))]  # fmt: skip
+    files = [f"--adapter={tmp_path}/adapter", f"--schema={tmp_path}/schema.json"]
+    files += [f"--input={tmp_path}/texts.jsonl", f"--output={tmp_path}/out.jsonl"]
     done = subprocess.run(
-        [sys.executable, "-m", "peft_taskmoe.cli", "extract", *files, *options],
+        [sys.executable, "-m", "peft_taskmoe", "extract", *files, *options],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[2],
@@ -367,22 +368,24 @@ def test_from_the_shell_with_an_adapter_from_disk(tmp_path):
     assert project["project"]["scripts"] == {"peft-taskmoe": "peft_taskmoe.cli:main"}
 
 
-def test_every_option_of_the_model_reaches_the_extractor(monkeypatch):
-    monkeypatch.setattr(Extractor, "from_pretrained", lambda adapter, **options: (adapter, options))
-    required = ["extract", "--adapter", "a", "--input", "i", "--output", "o"]
-    bare = {
-        "base_model": None,
-        "model_kwargs": {},
-        "batch_size": 8,
-        "max_new_tokens": 256,
-        "max_prompt_tokens": None,
-    }
-    flags = {"constrained": False, "prefix_caching": False}
-    assert cli._load(cli._parser().parse_args(required)) == ("a", bare | flags)
-    options = "--base-model b --batch-size 2 --max-new-tokens 3 --max-prompt-tokens 4 --constrained --prefix-caching --dtype bfloat16 --device cuda"
-    assert cli._load(cli._parser().parse_args([*required, *options.split()])) == (
-        "a",
-        {"base_model": "b", "batch_size": 2, "max_new_tokens": 3}
-        | {"model_kwargs": {"dtype": "bfloat16", "device_map": "cuda"}}
-        | {"max_prompt_tokens": 4, "constrained": True, "prefix_caching": True},
+def test_every_option_of_the_model_reaches_the_extractor(work, monkeypatch):
+    Path("texts.jsonl").write_text('{"text": "Ada"}')
+    real, seen = Extractor.from_pretrained, []
+    monkeypatch.setattr(
+        Extractor,
+        "from_pretrained",
+        lambda *args, **kwargs: (
+            seen.append((args, kwargs))
+            or real("a", **{**kwargs, "constrained": False, "prefix_caching": False})
+        ),
     )
+    assert extract() == Exit.DONE
+    bare = {"base_model": None, "model_kwargs": {}, "batch_size": 8, "max_new_tokens": 256}
+    bare |= {"max_prompt_tokens": None, "constrained": False, "prefix_caching": False}
+    options = "--base-model b --batch-size 2 --max-new-tokens 3 --max-prompt-tokens 999"
+    options += " --constrained --prefix-caching --dtype bfloat16 --device cuda --overwrite"
+    assert extract(*options.split()) == Exit.DONE
+    asked = {"base_model": "b", "batch_size": 2, "max_new_tokens": 3, "max_prompt_tokens": 999}
+    asked |= {"model_kwargs": {"dtype": "bfloat16", "device_map": "cuda"}}
+    asked |= {"constrained": True, "prefix_caching": True}
+    assert seen == [(("a",), bare), (("a",), asked)]

@@ -1,0 +1,7 @@
+"""`python -m peft_taskmoe` is the command line."""
+
+import sys
+
+from peft_taskmoe.cli import main
+
+sys.exit(main())

@@ -1,0 +1,67 @@
+"""The parser of all commands, and how a command ends.
+
+Parsed with argparse: importing transformers for `HfArgumentParser` alone takes over a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from . import convert, extract, score
+from .messages import Exit, StoppedError, print_any_character, say, show
+
+_CODES = (
+    "Exit codes: 0 done; 1 done, but some lines could not be used; 2 nothing done; 3 stopped by an "
+    "error, what was written stays; 130 interrupted."
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: As on the command line; None takes those of the process.
+
+    Returns:
+        The exit code, an `Exit`.
+    """
+    print_any_character()
+    args = parser().parse_args(arguments)
+    try:
+        code: Exit = args.run(args)
+    except StoppedError as error:
+        say(f"Error: {error}\nWhat was written stays; the same command goes on from there.")
+        return Exit.STOPPED
+    except (ValueError, OSError, ImportError) as error:
+        say(f"Error: {error}")
+        return Exit.NOTHING_DONE
+    except KeyboardInterrupt:
+        say("Interrupted. The same command goes on from here.")
+        return Exit.INTERRUPTED
+    return code
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser; the arguments have the function of their command as `run`."""
+    whole = argparse.ArgumentParser(
+        prog="peft-taskmoe", description="Information extraction from files.", epilog=_CODES
+    )
+    whole.add_argument("--version", action="version", version=version("peft_taskmoe"))
+    whole.set_defaults(run=lambda args: _print_help(whole))
+    commands = whole.add_subparsers(metavar="command")
+    for name, module, words in (
+        ("extract", extract, "extract records from texts"),
+        ("score", score, "score records against gold documents"),
+        ("convert", convert, "turn data sets into JSONL documents"),
+    ):
+        command = commands.add_parser(name, help=words, description=words, epilog=_CODES)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return whole
+
+
+def _print_help(whole: argparse.ArgumentParser) -> Exit:
+    show(whole.format_help())
+    return Exit.NOTHING_DONE
