@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import ast
 import re
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from peft_taskmoe.uie.alignment import Aligner, Place, TextIndex, normalise
+from peft_taskmoe.uie.identifiers import IDENTIFIER
 from peft_taskmoe.uie.records import (
     Argument,
     Entity,
@@ -104,12 +104,12 @@ _STRING = (
     r"|'(?:[^'\\]++|\\.)*+'"
 )
 _INSIDE = re.compile(
-    rf"(?P<space>(?:\s++|\#[^\n]*+)++)|(?P<string>{_STRING})|(?P<name>[^\W\d]\w*+)|(?P<number>-?\d[\w.]*+)"
+    rf"(?P<space>(?:\s++|\#[^\n]*+)++)|(?P<string>{_STRING})|(?P<name>{IDENTIFIER})|(?P<number>-?\d[\w.]*+)"
     r"|(?P<open>[\[(])|(?P<close>[\])])|(?P<sign>[=,])|(?P<quote>[\"'])|(?P<other>.)",
     re.DOTALL,
 )
 _OUTSIDE = re.compile(
-    r"(?P<space>\s++)|(?P<fence>```\w*+)|(?P<echo>result\s*+=(?!=))|(?P<name>[^\W\d]\w*+)|(?P<word>\d\w*+)"
+    rf"(?P<space>\s++)|(?P<fence>```\w*+)|(?P<echo>result\s*+=(?!=))|(?P<name>{IDENTIFIER})|(?P<word>\d\w*+)"
     r"|(?P<open>\[)|(?P<close>\])|(?P<comma>,)|(?P<other>.)",
     re.DOTALL,
 )
@@ -346,7 +346,7 @@ class _Reader:
         self.problem(kind, message, self.source)
 
     def label(self, name: str) -> Label | None:
-        key = self.names.label_key(unicodedata.normalize("NFKC", name))
+        key = self.names.label_key(name)
         return self.schema.get(*key) if key else None
 
     def knows(self, name: str) -> bool:

@@ -120,7 +120,7 @@ BAD_ROWS = {
     "too deep": ("[" * 100_000, "json", "nested too deeply"),
     "no number": (json.dumps(changed(NER, score=float("nan"))), "json", "`NaN` is no value of JSON"),
     "no text": (changed(NER, text=None), "row", "The key `text` is missing \\(keys: id, task, schema, annotations\\)"),
-    "number as id": (changed(NER, id=7), "row", "The value of `id` is `7`; it has to be a string"),
+    "number as id": (changed(NER, id=1.5), "row", "The value of `id` is `1.5`; it has to be a string"),
     "empty id": (changed(NER, id=""), "row", "The value of `id` is"),
     "unknown task": (changed(NER, task="NRE"), "task", "`NRE` is no task"),
     "empty schema": (changed(NER, schema={}), "schema", "The schema has no labels"),
@@ -406,7 +406,7 @@ def test_conll_without_documents_or_labels(tmp_path):
     with pytest.raises(ReadError, match="The file has no document"):
         read_conll(tmp_path / "a.conll")
     with pytest.raises(
-        ReadError, match=r"The file has no tagged token. Pass schema=\{label: description\}"
+        ReadError, match=r"The file has no label for NER. Pass schema=\{label: description\}"
     ):
         read_conll(conll(tmp_path / "b.conll", ["Ann O"]))
     with pytest.raises(ReadError, match="has the label `PER`, which the schema does not have"):
@@ -494,7 +494,7 @@ def test_brat_events(tmp_path):
             "brat",
             "Cannot read `'T6 Person 0 3 Ann'`. Expected a T, R or E line",
         ),
-        ("R2\tWorkFor Arg1:T1 Arg2:T9", "brat", "There is no usable mention `T9`"),
+        ("R2\tWorkFor Arg1:T1 Arg2:T9", "reference", "There is no usable mention `T9`"),
         ("X1\twhat", "brat", "Cannot read"),
     ],
 )
@@ -524,7 +524,7 @@ def test_brat_folders(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ReadError, match="The file has no document"):
         read_brat(tmp_path / "empty", "NER")
-    with pytest.raises(ReadError, match=r"The files have no label for RE. Pass schema="):
+    with pytest.raises(ReadError, match=r"The file has no label for RE. Pass schema="):
         read_brat(tmp_path / "a/two.v1.txt", "RE")
     with pytest.raises(ValueError, match=r'Found task="EAE". BRAT files hold NER, RE and EE'):
         read_brat(tmp_path, "EAE")

@@ -272,11 +272,11 @@ def test_examples_differ_by_seed_and_by_document_and_by_nothing_else():
 def test_they_do_not_depend_on_the_hash_seed():
     # The packages' own __init__ are stepped over: they import torch, which takes its time.
     code = (
-        "import sys, types; sys.path[:0] = ['tests', '.']\n"
+        "import sys, types; sys.path[:0] = ['tests/uie', '.']\n"
         "for name in ('peft_taskmoe', 'peft_taskmoe.uie'):\n"
         "    module = sys.modules[name] = types.ModuleType(name)\n"
         "    module.__path__ = [name.replace('.', '/')]\n"
-        "import test_uie_prompt as t\n"
+        "import test_prompt as t\n"
         "for i in range(20): print(t.build_example(t.document(i), t.COMPACT, t.ALL, 3, t.POOL, t.NEGATIVES))"
     )
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))

@@ -334,7 +334,7 @@ def undefined_name():
         ),
         (
             relation_with_role,
-            r"`Meets.place` has no place.*Write `class Meets\(EventType\):` for more roles",
+            r"`Meets.place` has no place.*Write `class Meets\(EventType\):` with `place: str`",
         ),
         (
             number_as_role,
