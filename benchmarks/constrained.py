@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from peft_taskmoe.uie import Document, Extraction, Extractor, read_datasets, score
-from peft_taskmoe.uie.constrained import answer_grammar
-from peft_taskmoe.uie.extractor import question_of
+from peft_taskmoe.uie.extraction.constrained import answer_grammar
+from peft_taskmoe.uie.extraction.questions import question_of
 
 WAYS = ("free", "constrained")
 
@@ -43,14 +43,14 @@ def valid(extractor: Extractor, document: Document, extraction: Extraction) -> b
 
     The document has to be one whole window: other answers are about parts of it.
     """
-    constraint, question = extractor._constraint, question_of(document)
+    constraint, question = extractor.generator.constraint, question_of(document)
     assert constraint is not None
     (answer,) = extraction.answers
     matcher = constraint.matcher(
         answer_grammar(document.schema, document.text, question.given or ()),
         len(extractor.tokenizer),
     )
-    tokens = extractor._ids(answer.parsed.raw.removesuffix("\n"))
+    tokens = extractor.generator.ids(answer.parsed.raw.removesuffix("\n"))
     return (
         answer.complete
         and matcher.try_consume_tokens(tokens) == len(tokens)

@@ -10,6 +10,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from peft_taskmoe.uie import Extractor
+from peft_taskmoe.uie.extraction.routing import reader_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmark"))
 from one_run import Measure
@@ -18,7 +19,7 @@ from report import Losses, compare_losses, interval, per_token
 
 def measure_of(extractor: Extractor, batch_size: int) -> Measure:
     """What measures an adapter, with the prompts and the task encoder that it was trained with."""
-    reader = extractor._reader()
+    reader = reader_of(extractor.model)
     settings: Any = SimpleNamespace(format=extractor.format, likelihood_batch_size=batch_size)
     return Measure(
         extractor.model, extractor.tokenizer, None if reader is None else reader.encoder, settings

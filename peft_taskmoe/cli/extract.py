@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +13,8 @@ from .messages import Exit, say
 
 if TYPE_CHECKING:
     from ..uie import Extractor, Schema
-    from ..uie.extractor import Question
-    from ..uie.jobs import Item
+    from ..uie.extraction.jobs import Item
+    from ..uie.extraction.questions import Question
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,29 +46,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Exit:
     """Extract what is not done yet, and report all error lines of the output."""
     from ..uie import Schema
-    from ..uie.jobs import checksum, lines_done, write_lines
+    from ..uie.extraction.jobs import write_lines
 
     if not args.input.is_file():
         raise ValueError(f"There is no file `{args.input}` to read.")
     check_output(args.output, args.input, args.schema)
     schema = Schema.from_json(args.schema) if args.schema else None
-    settings = [args.adapter, schema and schema.fingerprint(), args.threshold, args.max_new_tokens]
-    settings_run = checksum([*settings, args.dtype, args.max_prompt_tokens, args.constrained])
-    if args.overwrite:
-        args.output.unlink(missing_ok=True)
-    done = lines_done(args.output, map(checksum, lines(args.input)), settings_run)
+    extractor = _load(args)
+    asked = extractor.check(schema, args.threshold) if schema else ()
     total = sum(1 for _ in lines(args.input))
-    if done:
-        say(f"{done} of {total} lines are done already.")
-    if done < total:
-        write_lines(
-            _load(args),
-            _items(islice(enumerate(lines(args.input), 1), done, None), schema),
-            args.output,
-            settings_run,
-            thresholds=args.threshold,
-            total=total - done,
-        )
+    written = write_lines(
+        extractor,
+        _items(enumerate(lines(args.input), 1), schema),
+        args.output,
+        extractor.fingerprint(asked, args.threshold),
+        thresholds=args.threshold,
+        total=total,
+        overwrite=args.overwrite,
+    )
+    if written < total:
+        say(f"{total - written} of {total} lines were done already.")
     return _finish(args)
 
 
@@ -103,7 +99,7 @@ def _load(args: argparse.Namespace) -> Extractor:
 
 def _items(rows: Iterable[tuple[int, bytes]], schema: Schema | None) -> Iterator[Item]:
     """What is asked by each line."""
-    from ..uie.jobs import Item, checksum
+    from ..uie.extraction.jobs import Item, checksum
 
     for number, line in rows:
         try:
@@ -121,7 +117,7 @@ def _question(line: bytes, schema: Any, number: int) -> tuple[str, Question]:
         ValueError: There is none in it.
     """
     from ..uie import Document
-    from ..uie.extractor import Question, question_of
+    from ..uie.extraction.questions import Question, question_of
 
     try:
         row = json.loads(line)

@@ -130,7 +130,7 @@ class _Answer:
 
 def _read_predicted(path: Path) -> tuple[dict[str, _Answer], list[tuple[int, str]]]:
     """The answers of a file by their ids, and what is wrong with its lines."""
-    from ..uie.jobs import json_object
+    from ..uie.extraction.jobs import json_object
 
     answers: dict[str, _Answer] = {}
     errors = []

@@ -3,6 +3,7 @@
 Everything but the `Extractor` works without torch, and so is imported without it.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from peft_taskmoe.uie.data import (
@@ -21,6 +22,7 @@ from peft_taskmoe.uie.data import (
     to_prompt_completion,
     write_jsonl,
 )
+from peft_taskmoe.uie.extraction.results import Answer, Extraction, Extractions
 from peft_taskmoe.uie.parse import ParsedAnswer, parse_answer
 from peft_taskmoe.uie.prompt import (
     Example,
@@ -64,14 +66,8 @@ from peft_taskmoe.uie.score import (
 )
 
 if TYPE_CHECKING:
-    from peft_taskmoe.uie.extractor import (
-        Answer,
-        Extraction,
-        Extractions,
-        Extractor,
-        load_format,
-        save_format,
-    )
+    from peft_taskmoe.uie.extraction.extractor import Extractor
+    from peft_taskmoe.uie.extraction.format_file import load_format, save_format
 
 __all__ = [
     "PROBLEM_KINDS",
@@ -132,13 +128,16 @@ __all__ = [
     "write_jsonl",
 ]
 
-_NEEDS_TORCH = {"Answer", "Extraction", "Extractions", "Extractor", "load_format", "save_format"}
+_NEEDS_TORCH = {
+    "Extractor": "extractor",
+    "load_format": "format_file",
+    "save_format": "format_file",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import the extractor when it is first asked for."""
+    """Import what needs torch when it is first asked for."""
     if name not in _NEEDS_TORCH:
         raise AttributeError(f"module `{__name__}` has no attribute `{name}`")
-    from peft_taskmoe.uie import extractor
-
-    return getattr(extractor, name)
+    module = import_module(f"peft_taskmoe.uie.extraction.{_NEEDS_TORCH[name]}")
+    return getattr(module, name)

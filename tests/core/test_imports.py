@@ -42,7 +42,10 @@ WITHIN = {
     "automatic": {"encoder"},
 }
 PURE_TORCH = {"router", "experts", "fused", "conditioning"}
-WITHOUT_TORCH = {"records", "schema", "prompt", "parse", "score", "jobs", "reliability"}
+WITHOUT_TORCH = {
+    *("records", "schema", "prompt", "parse", "score", "reliability"),
+    *("extraction/jobs", "extraction/questions", "extraction/results"),
+}
 
 
 def imported(path: Path) -> set[str]:

@@ -25,7 +25,7 @@ from peft_taskmoe.uie import (
     parse_answer,
     write_jsonl,
 )
-from peft_taskmoe.uie import constrained as constrained_module
+from peft_taskmoe.uie.extraction import constrained as constrained_module
 from scripted import EOS, Scripted, byte_tokenizer, text_in, tiny_llama
 
 pytest.importorskip("llguidance", reason="llguidance is not installed (the extra `constrained`)")
@@ -33,7 +33,7 @@ pytest.importorskip("llguidance", reason="llguidance is not installed (the extra
 import llguidance
 import llguidance.hf
 
-from peft_taskmoe.uie.constrained import Constraint, answer_grammar
+from peft_taskmoe.uie.extraction.constrained import Constraint, answer_grammar
 
 SCHEMA = Schema.from_dict(
     "UIE",

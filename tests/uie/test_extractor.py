@@ -43,8 +43,10 @@ from peft_taskmoe.uie import (
     save_format,
     score,
 )
-from peft_taskmoe.uie import extractor as extractor_module
-from peft_taskmoe.uie.extractor import FORMAT_FILE, Question, load_format
+from peft_taskmoe.uie.extraction import prefix, stopping
+from peft_taskmoe.uie.extraction.format_file import FORMAT_FILE, load_format
+from peft_taskmoe.uie.extraction.generation import Generator
+from peft_taskmoe.uie.extraction.questions import Question
 from scripted import EOS, PAD, VOCAB, Scripted, byte_tokenizer, probability, text_in, tiny_llama
 
 WORDS = Schema.from_dict("NER", {"Capital": "words with a capital letter"})
@@ -243,7 +245,8 @@ def until_the_end(extractor: Extractor, found: dict) -> dict:
     cut = {}
     for prompt, (tokens, log_probs) in found.items():
         stop = next(
-            (i + 1 for i, token in enumerate(tokens) if token in extractor._ends), len(tokens)
+            (i + 1 for i, token in enumerate(tokens) if token in extractor.generator.ends.tokens),
+            len(tokens),
         )
         cut[prompt] = (tokens[:stop], log_probs[:stop])
     return cut
@@ -256,7 +259,7 @@ def assert_leaving_changes_nothing(
     texts = [f"{text} {i}" for i, text in enumerate(TEXTS * 3)] if texts is None else texts
     found, cost = [], []
     for share in (2.0, 0.25, 0.01):
-        monkeypatch.setattr(extractor_module, "_LEAVING", share)
+        monkeypatch.setattr(stopping, "LEAVING", share)
         extractor = Extractor(
             ends_often(model),
             byte_tokenizer(),
@@ -304,27 +307,38 @@ def test_rows_leave_a_constrained_generation(monkeypatch):
     assert_leaving_changes_nothing(monkeypatch, model, encoder, constrained=True)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"use_cache": False},
-        {"cache_implementation": "static"},
-        {"min_new_tokens": 5},
-        {"begin_suppress_tokens": [70, 80]},
-        {"encoder_repetition_penalty": 1.5},
-        {"exponential_decay_length_penalty": (4, 1.5)},
-    ],
-)
-def test_rows_stay_where_the_generation_config_looks_at_the_call(monkeypatch, changes):
+@pytest.mark.parametrize("changes", [{"use_cache": False}, {"cache_implementation": "static"}])
+def test_rows_stay_where_the_cache_cannot_be_continued(monkeypatch, changes):
     model = ends_often(tiny_llama().double())
     model.generation_config.update(**changes)
     assert_leaving_changes_nothing(monkeypatch, model, less=False)
 
 
-def test_rows_leave_under_a_repetition_penalty(monkeypatch):
-    model = tiny_llama().double()
-    model.generation_config.update(repetition_penalty=1.3)
-    assert_leaving_changes_nothing(monkeypatch, model)
+SETTINGS = {
+    "sampling": {"do_sample": True, "temperature": 0.1, "top_k": 3, "top_p": 0.5, "min_p": 0.2},
+    "penalties": {"repetition_penalty": 1.9, "encoder_repetition_penalty": 1.5},
+    "n-grams": {"no_repeat_ngram_size": 2, "encoder_no_repeat_ngram_size": 2},
+    "lengths": {"min_new_tokens": 12, "min_length": 1000, "max_length": 5, "max_time": 1e-9},
+    "several": {"num_return_sequences": 3, "num_beams": 3, "length_penalty": 0.2},
+    "tokens": {"suppress_tokens": [*range(60, 200)], "begin_suppress_tokens": [*range(3, 90)]},
+    "bias": {"bad_words_ids": [[i] for i in range(40, 120)], "sequence_bias": [[[50], 9.0]]},
+    "forced": {"forced_bos_token_id": 70, "forced_eos_token_id": 71},
+    "decay": {"exponential_decay_length_penalty": (2, 3.0), "renormalize_logits": True},
+    "ways": {"guidance_scale": 2.0, "prompt_lookup_num_tokens": 3, "stop_strings": ["a", "e"]},
+    "outputs": {"output_scores": True, "return_dict_in_generate": False},
+    "watermark": {"watermarking_config": {"bias": 9.0}},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_generation_settings_of_the_base_have_no_part_in_answers(monkeypatch, name):
+    """Neither in the tokens nor in their probabilities."""
+    model = ends_often(tiny_llama().double())
+    extractor = Extractor(model, byte_tokenizer(), batch_size=3, max_new_tokens=10)
+    plain = written(monkeypatch, extractor, TEXTS, WORDS)
+    model.generation_config.update(**SETTINGS[name])
+    changed = written(monkeypatch, extractor, TEXTS, WORDS)
+    assert changed == plain and len(plain) == len(TEXTS)
 
 
 def test_rows_stay_in_a_task_context_under_recorded_gates_and_with_states_of_another_kind(
@@ -353,7 +367,7 @@ def test_rows_leave_a_cache_that_cannot_be_cut(monkeypatch):
     texts = [f"{text} {i}" for i, text in enumerate(TEXTS * 3)]
     extractor = Extractor(model, byte_tokenizer(), batch_size=8, max_new_tokens=20)
     expected = until_the_end(extractor, written(monkeypatch, extractor, texts, WORDS))
-    monkeypatch.setattr(extractor_module, "_OF_ATTENTION", ())
+    monkeypatch.setattr(prefix, "OF_ATTENTION", ())
     assert until_the_end(extractor, written(monkeypatch, extractor, texts, WORDS)) == {
         prompt: (tokens, pytest.approx(log_probs, abs=1e-9))
         for prompt, (tokens, log_probs) in expected.items()
@@ -393,14 +407,16 @@ def read_by(model, ask) -> int:
 def written(monkeypatch, extractor: Extractor, texts, schema, **options) -> dict:
     """The tokens of each prompt's answer and their log-probabilities, by prompt."""
     found = {}
-    read = Extractor._read
+    generate = Generator.generate
 
-    def spy(self, job, tokens, log_probs):
-        found[job.window.prompt] = (tokens, log_probs)
-        return read(self, job, tokens, log_probs)
+    def spy(self, prompts, max_new_tokens):
+        answers = generate(self, prompts, max_new_tokens)
+        for prompt, written in zip(prompts, answers, strict=True):
+            found[self.tokenizer.decode(prompt.ids)] = written
+        return answers
 
     with monkeypatch.context() as patch:
-        patch.setattr(Extractor, "_read", spy)
+        patch.setattr(Generator, "generate", spy)
         extractor(texts, schema, **options)
     return found
 
@@ -664,9 +680,9 @@ def test_a_schema_that_does_not_fit_is_an_error():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "`batch_size` is 0"),
-        ({"max_new_tokens": -1}, "`max_new_tokens` is -1"),
-        ({"max_prompt_tokens": 0}, "`max_prompt_tokens` is 0"),
+        ({"batch_size": 0}, "`batch_size` must be a positive integer, got 0"),
+        ({"max_new_tokens": -1}, "`max_new_tokens` must be a positive integer, got -1"),
+        ({"max_prompt_tokens": 0}, "`max_prompt_tokens` must be a positive integer, got 0"),
         ({"max_new_tokens": 5000}, "context of 4096 tokens"),
         ({"max_prompt_tokens": 4000, "max_new_tokens": 97}, "context of 4096 tokens"),
     ],
@@ -1143,7 +1159,7 @@ def test_the_extractor_asks_for_nothing_from_the_hub_when_all_is_local(saved, mo
     monkeypatch.setattr(huggingface_hub.file_download, "get_hf_file_metadata", refuse)
     save_format(PromptFormat(), saved)
     assert Extractor.from_pretrained(saved).format == PromptFormat()
-    assert extractor_module.FORMAT_FILE == "uie_config.json"
+    assert FORMAT_FILE == "uie_config.json"
 
 
 FROM_HUB = """

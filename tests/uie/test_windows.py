@@ -5,17 +5,17 @@ from itertools import pairwise
 
 import pytest
 
-from peft_taskmoe.uie.parse import parse_answer
-from peft_taskmoe.uie.prompt import PromptFormat, completion_text, prompt_text
-from peft_taskmoe.uie.records import Argument, Document, Entity, Event, Relation, Span, record_key
-from peft_taskmoe.uie.schema import Schema
-from peft_taskmoe.uie.windows import (
+from peft_taskmoe.uie.extraction.windows import (
     Window,
     merge_windows,
     prompt_windows,
     split_document,
     split_windows,
 )
+from peft_taskmoe.uie.parse import parse_answer
+from peft_taskmoe.uie.prompt import PromptFormat, completion_text, prompt_text
+from peft_taskmoe.uie.records import Argument, Document, Entity, Event, Relation, Span, record_key
+from peft_taskmoe.uie.schema import Schema
 
 SCHEMA = Schema.of({"Word": "words", "Pair": {"head": [], "tail": []}, "Act": {"roles": ["Who"]}})
 COMPACT = PromptFormat("compact")

@@ -10,8 +10,8 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from peft_taskmoe.uie.prompt import PromptFormat, prompt_text
-from peft_taskmoe.uie.records import (
+from ..prompt import PromptFormat, prompt_text
+from ..records import (
     Argument,
     Document,
     Entity,
@@ -22,7 +22,7 @@ from peft_taskmoe.uie.records import (
     shift_record,
     spans_of,
 )
-from peft_taskmoe.uie.schema import Names, Schema
+from ..schema import Names, Schema
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from transformers import LogitsProcessor
 
-from .prompt import string_literal
-from .records import Event
-from .schema import Label, Schema
+from ..prompt import string_literal
+from ..records import Event
+from ..schema import Label, Schema
 
 
 def answer_grammar(schema: Schema, text: str, given: Sequence[Event] = ()) -> str:

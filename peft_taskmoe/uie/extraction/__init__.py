@@ -1,0 +1,1 @@
+"""From texts and a schema to records: prompts, windows, generation, reading, files."""
