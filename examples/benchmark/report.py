@@ -22,7 +22,7 @@ from scipy.stats import spearmanr, ttest_1samp
 from settings import first_difference
 
 from peft_taskmoe.uie import Comparison, ScoreReport, compare, compare_values
-from peft_taskmoe.uie.score import Counts, Difference
+from peft_taskmoe.uie.scoring import Counts, Difference
 
 LIKELIHOODS = "likelihoods"
 """The folder of runs whose answers were not measured: see `measure`."""

@@ -45,7 +45,6 @@ from peft_taskmoe.uie.records import (
     record_from_dict,
 )
 from peft_taskmoe.uie.regularisers import Regularisers, collect_mentions
-from peft_taskmoe.uie.reliability import Reliability, reliability
 from peft_taskmoe.uie.schema import (
     EntityType,
     EventType,
@@ -56,12 +55,16 @@ from peft_taskmoe.uie.schema import (
     SchemaError,
     Slot,
 )
-from peft_taskmoe.uie.score import (
+from peft_taskmoe.uie.scoring import (
+    Calibration,
     Comparison,
+    Reliability,
     ScoreReport,
     SeenLabels,
     compare,
     compare_values,
+    fit_calibration,
+    reliability,
     score,
 )
 
@@ -73,6 +76,7 @@ __all__ = [
     "PROBLEM_KINDS",
     "Answer",
     "Argument",
+    "Calibration",
     "Comparison",
     "Document",
     "Entity",
@@ -107,6 +111,7 @@ __all__ = [
     "compare_values",
     "completion_text",
     "convert",
+    "fit_calibration",
     "load_format",
     "mix",
     "parse_answer",

@@ -43,7 +43,7 @@ WITHIN = {
 }
 PURE_TORCH = {"router", "experts", "fused", "conditioning"}
 WITHOUT_TORCH = {
-    *("records", "schema", "prompt", "parse", "score", "reliability"),
+    *("records", "schema", "prompt", "parse", "scoring", "tables"),
     *("extraction/jobs", "extraction/questions", "extraction/results"),
 }
 

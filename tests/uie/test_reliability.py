@@ -22,7 +22,7 @@ from peft_taskmoe.uie import (
     reliability,
     score,
 )
-from peft_taskmoe.uie.score import SeenLabels
+from peft_taskmoe.uie.scoring import SeenLabels
 
 TEXT = "Ann met Bob and Ann hit Eve"
 SCHEMAS = {
@@ -227,7 +227,7 @@ def test_nothing_to_judge_and_wrong_calls():
     assert empty.count == 0 and math.isnan(empty.ece) and json.loads(empty.to_json())["ece"] is None
     assert curve("NER", [], [], n_resamples=10).interval is None
     assert "| all | 0 |" in empty.to_markdown()
-    with pytest.raises(ValueError, match="`bins` is 0"):
+    with pytest.raises(ValueError, match="`bins` must be a positive integer, got 0"):
         curve("NER", [], [], bins=0)
     with pytest.raises(ValueError, match=r'binning="quantile".*"width" or "count"'):
         curve("NER", [], [], binning="quantile")
