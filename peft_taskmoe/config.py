@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from peft import PeftConfig
 
-from .encoder import TaskEncoderConfig
+from .encoder_config import TaskEncoderConfig
 from .peft_type import TASKMOE_LORA
 
 ROUTER_INPUTS = ("token+task", "token", "task")

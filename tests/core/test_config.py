@@ -188,7 +188,7 @@ def test_no_target_modules_means_all_linear(tiny_model) -> None:
         ({"layers_pattern": "layers"}, r"`layers_pattern` was given without `layers_to_transform`.*`layers_to_transform=\[...\]`"),
         ({"layers_to_transform": [0], "target_modules": ".*q_proj"}, r"`layers_to_transform` does not go together with `target_modules='.\*q_proj'`.*Let the regex name the layers"),
         ({"task_encoder": {"name": "x"}}, r"The task encoder has no setting \['name'\]. Its settings are \['name_or_path'"),
-        ({"task_encoder": {"pooling": "sum"}}, "`pooling` is 'sum', which the task encoder does not know"),
+        ({"task_encoder": {"pooling": "sum"}}, "`pooling` of the task encoder must be one of"),
         ({"task_encoder": "Salesforce/codet5-base"},
          r"`task_encoder` is 'Salesforce/codet5-base', .* Pass e.g. `TaskEncoderConfig\(name_or_path=\"Salesforce/codet5-base\"\)` or its dict"),
         ({"task_encoder": 3}, "`task_encoder` is 3, .*`TaskEncoderConfig"),

@@ -1,10 +1,15 @@
-"""The task encoder, on tiny random models made from configs and, where its package is installed, on the real MiniLM."""
+"""The task encoder, on tiny random models and, where its package is installed, on MiniLM."""
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
+import os
 import pickle
+import re
+import shutil
+import signal
 import statistics
 import threading
 import time
@@ -16,10 +21,12 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset, DatasetDict
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, PreTrainedTokenizerFast, RobertaConfig, T5Config
 
 from peft_taskmoe.encoder import TaskEncoder, TaskEncoderConfig
+from peft_taskmoe.encoder_loading import task_dim_of, width_of
 
 WORDS = 60
 TINY = {
@@ -42,11 +49,8 @@ def words(*numbers: int) -> str:
     return " ".join(f"w{n % WORDS}" for n in numbers)
 
 
-SHORT, OTHER, LONG = (
-    words(1, 2, 3),
-    words(*range(20, 34)),
-    words(*range(0, 177, 3)),
-)  # LONG: 59 tokens
+SHORT, OTHER = words(1, 2, 3), words(*range(20, 34))
+LONG = words(*range(0, 177, 3))  # 59 tokens
 
 
 def make_tokenizer(
@@ -74,15 +78,11 @@ def make_model(kind: str, **changes) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
     config = KINDS[kind]()
     config.update(changes)
-    loader = (
-        transformers.T5ForConditionalGeneration
-        if kind == "t5"
-        else transformers.AutoModel.from_config
-    )
+    auto = transformers.AutoModel.from_config
+    loader = transformers.T5ForConditionalGeneration if kind == "t5" else auto
     model = loader(config)
-    for (
-        parameter
-    ) in model.parameters():  # fresh models are nearly linear; make attention and order matter
+    for parameter in model.parameters():
+        # Fresh models are nearly linear; make attention and order matter.
         torch.nn.init.normal_(parameter, std=0.3)
     return model
 
@@ -109,13 +109,24 @@ def minilm() -> TaskEncoder:
     return TaskEncoder(Path(spec.submodule_search_locations[0]) / "model", cache_size=0)
 
 
+def copied(source: Path, target: Path, *left_out: str) -> Path:
+    ignore = shutil.ignore_patterns(*left_out)
+    return Path(shutil.copytree(source, target, ignore=ignore, dirs_exist_ok=True))
+
+
+def change_weights(folder: Path, change) -> None:
+    """Save the weights that `change` makes of those in a folder."""
+    weights = change(load_file(folder / "model.safetensors"))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def states(encoder: TaskEncoder, ids: list[int]) -> torch.Tensor:
     """Last hidden states of one unpadded sequence."""
     with torch.no_grad():
         return encoder.model(input_ids=torch.tensor([ids])).last_hidden_state[0]
 
 
-# --- pooling -----------------------------------------------------------------------------------------------------
+# --- pooling
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -158,22 +169,15 @@ def test_a_long_text_is_read_in_chunks_and_every_token_counts_once(kind, pooling
     torch.testing.assert_close(encoder([SHORT, LONG, OTHER])[1], expected, rtol=0, atol=1e-6)
 
 
-def test_the_chunks_reach_the_end_of_the_text():
-    encoder = make_encoder()
-    end = LONG.rsplit(" ", 1)[0] + " w59"
-    assert not LONG.endswith("w59")
-    assert (encoder(LONG) - encoder(end)).abs().max() > 1e-5
-
-
 @pytest.mark.parametrize("length", [22, 23, 41])
 def test_a_text_at_the_edge_of_the_window(length):
-    """22 tokens and the two special ones just fit; 23 make a second chunk; two chunks with 3 in common hold 41."""
+    """22 tokens and 2 special ones fit; 23 make a second chunk; two that share 3 hold 41."""
     encoder = make_encoder()
-    chunks = list(encoder._chunks(list(range(4, 4 + length)), 0))
-    assert encoder.window == 24
-    assert len(chunks) == (1 if length == 22 else 2)
-    assert all(len(chunk.ids) <= 24 for chunk in chunks)
-    assert sum(sum(chunk.weights) for chunk in chunks) == pytest.approx(1)
+    shapes = count_forwards(encoder)
+    text = words(*range(length))
+    vector = encoder(text)
+    assert encoder.window == 24 and shapes[0][0] == (1 if length == 22 else 2)
+    assert (vector - encoder(text[: text.rindex(" ")] + " w59")).abs().max() > 1e-5
 
 
 def test_truncation_is_announced_once_and_reads_the_beginning():
@@ -192,7 +196,7 @@ def test_truncation_is_announced_once_and_reads_the_beginning():
         make_encoder(overflow="chunk")(LONG)
 
 
-# --- the same text, the same vector --------------------------------------------------------------------------------
+# --- the same text, the same vector
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -278,24 +282,21 @@ def test_one_text_many_texts_and_no_text():
     encoder = make_encoder()
     assert encoder(SHORT).shape == (1, 16)
     assert torch.equal(encoder((SHORT, OTHER, SHORT)), encoder([SHORT, OTHER, SHORT]))
-    assert encoder([]).shape == (0, 16)
+    none = encoder([])
+    assert none.shape == (0, 16) and none.dtype == torch.float32
     assert encoder(SHORT, device="meta").device.type == "meta"
-    with pytest.raises(TypeError, match=r"Text 1 is 7 \(int\).*Pass the prompts as texts"):
+    with pytest.raises(TypeError, match=r"text 1 is 7 \(int\). Pass the prompts as texts"):
         encoder([SHORT, 7])
 
 
-# --- the window ------------------------------------------------------------------------------------------------------
+# --- the window
 
 
 def test_windows():
-    assert make_encoder("bert").window == 24
-    assert (
-        make_encoder("roberta").window == 24
-    )  # 26 positions, the first two of which are never used
-    assert make_encoder("t5").window == 24
-    assert (
-        TaskEncoder(make_model("bert"), tokenizer=make_tokenizer(model_max_length=10)).window == 10
-    )
+    # RoBERTa never uses the first two of its 26 positions.
+    assert {kind: make_encoder(kind).window for kind in KINDS} == dict.fromkeys(KINDS, 24)
+    short = make_tokenizer(model_max_length=10)
+    assert TaskEncoder(make_model("bert"), tokenizer=short).window == 10
     unknown = make_model("t5")
     del unknown.config.n_positions
     unknown.encoder.config = unknown.config
@@ -311,22 +312,16 @@ def test_the_whole_window_can_be_read(kind):
 
 
 def test_a_max_length_that_cannot_work_is_refused():
-    with pytest.raises(
-        ValueError,
-        match=r"`max_length` is 25, but the task encoder has 24 positions. Use at most that",
-    ):
+    with pytest.raises(ValueError, match=r"at most the 24 positions .*, got 25"):
         make_encoder("roberta", max_length=25)
     assert make_encoder("t5", max_length=100).window == 100  # relative positions have no end
-    with pytest.raises(
-        ValueError,
-        match=r"hold 4 of the text.*cannot share 4.*Lower `stride` or raise `max_length`",
-    ):
+    with pytest.raises(ValueError, match=r"hold 4 of the text and cannot share 4.*Lower `stride`"):
         make_encoder(max_length=6, stride=4)
     with pytest.raises(ValueError, match="hold 0 of the text"):
         make_encoder(max_length=2)
 
 
-# --- cache -------------------------------------------------------------------------------------------------------------
+# --- cache
 
 
 def count_forwards(encoder: TaskEncoder) -> list[tuple[int, ...]]:
@@ -369,9 +364,10 @@ def test_changing_a_result_leaves_the_cache_alone():
 
 
 def test_a_cached_row_keeps_no_batch_alive():
-    encoder = make_encoder()
+    """The cache weighs the memory that a vector holds: rows of one batch would not all fit."""
+    encoder = make_encoder(cache_size=30)
     encoder([words(n) for n in range(30)])
-    assert all(vector.untyped_storage().nbytes() == 16 * 4 for vector in encoder._cache.values())
+    assert encoder.cache_info().currsize == 30
 
 
 def test_texts_of_one_length_share_a_batch():
@@ -381,42 +377,100 @@ def test_texts_of_one_length_share_a_batch():
     assert shapes == [(2, 16), (2, 22)]
 
 
-def test_threads_share_one_encoder():
-    encoder = make_encoder(cache_size=5)
-    texts = [words(*range(n, n + 3 + n)) for n in range(12)]
-    expected = make_encoder()(texts)
-    wrong: list[object] = []
+def in_threads(work, count: int = 6) -> list[BaseException]:
+    """Call `work(n)` in `count` threads, and return what they raised."""
+    raised: list[BaseException] = []
 
-    def work(offset: int) -> None:
+    def run(n: int) -> None:
         try:
-            for i in range(24):
-                n = (i * 5 + offset) % len(texts)
-                if (encoder(texts[n])[0] - expected[n]).abs().max() > 1e-6:
-                    wrong.append(n)
-        except Exception as error:
-            wrong.append(error)
+            work(n)
+        except BaseException as error:
+            raised.append(error)
 
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(6)]
+    threads = [threading.Thread(target=run, args=(n,)) for n in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong
+    return raised
+
+
+def hold(inside: threading.Event, go_on: threading.Event):
+    """A hook that says when a forward has begun, and keeps it there."""
+
+    def hook(*_: object) -> None:
+        inside.set()
+        go_on.wait(20)
+
+    return hook
+
+
+def test_threads_share_one_encoder():
+    encoder = make_encoder(cache_size=5)
+    texts = [words(*range(n, n + 3 + n)) for n in range(12)]
+    expected = make_encoder()(texts)
+
+    def work(offset: int) -> None:
+        for i in range(24):
+            n = (i * 5 + offset) % len(texts)
+            assert (encoder(texts[n])[0] - expected[n]).abs().max() <= 1e-6
+
+    assert in_threads(work) == []
     info = encoder.cache_info()
     assert info.hits + info.misses == 6 * 24 and info.currsize == 5
 
 
-def test_an_encoder_can_be_sent_to_another_process():
+def test_threads_that_ask_for_one_text_encode_it_once_and_a_move_waits_for_them():
+    encoder = make_encoder()
+    inside, go_on = threading.Event(), threading.Event()
+    encoder.model.register_forward_pre_hook(hold(inside, go_on))
+    moved: list[str] = []
+    encoder.model.to = lambda device: moved.append(device)
+
+    def work(n: int) -> None:
+        if n == 0:
+            inside.wait(10)
+            encoder.to("cpu")  # is there: neither waits nor moves
+            threading.Timer(0.2, lambda: (moved.append("forward is done"), go_on.set())).start()
+            encoder.to("meta")
+        else:
+            encoder(SHORT)
+
+    assert in_threads(work, 4) == []
+    assert moved == ["forward is done", "meta"] and encoder.cache_info() == (2, 1, 10_000, 1)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_fork_while_a_thread_encodes_can_encode():
+    encoder = make_encoder()
+    inside, go_on = threading.Event(), threading.Event()
+    hook = encoder.model.register_forward_pre_hook(hold(inside, go_on))
+    thread = threading.Thread(target=encoder, args=(SHORT,))
+    thread.start()
+    inside.wait(10)
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(10)  # ends a child that waits for ever
+        hook.remove()
+        os._exit(encoder([OTHER, SHORT]).shape != (2, 16))
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    go_on.set()
+    thread.join()
+    assert status == 0
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_starts_with_an_empty_cache(copied):
     encoder = make_encoder()
     expected = encoder([SHORT, LONG])
-    copy = pickle.loads(pickle.dumps(encoder))
-    assert copy.cache_info() == (0, 0, 10_000, 0)
-    assert (
-        torch.equal(copy([SHORT, LONG]), expected) and copy.fingerprint() == encoder.fingerprint()
-    )
+    other = copied(encoder)
+    assert other.cache_info() == (0, 0, 10_000, 0)
+    assert torch.equal(other([SHORT, LONG]), expected)
+    assert other.fingerprint() == encoder.fingerprint()
 
 
-# --- frozen, and no part of a model ----------------------------------------------------------------------------------------
+# --- frozen, and no part of a model
 
 
 def test_it_adds_no_parameters_to_a_model_it_is_assigned_to():
@@ -427,15 +481,14 @@ def test_it_adds_no_parameters_to_a_model_it_is_assigned_to():
 
 def test_the_model_is_frozen_and_float32():
     encoder = make_encoder(dtype=torch.bfloat16)
-    assert not encoder.model.training and not any(
-        p.requires_grad for p in encoder.model.parameters()
-    )
+    trained = [p for p in encoder.model.parameters() if p.requires_grad]
+    assert not encoder.model.training and not trained
     assert encoder.model.dtype == torch.bfloat16 and encoder(SHORT).dtype == torch.float32
     assert encoder.device.type == "cpu" and encoder.to("cpu") is encoder
     torch.testing.assert_close(encoder(SHORT), make_encoder()(SHORT), rtol=0.1, atol=0.1)
 
 
-# --- loading ---------------------------------------------------------------------------------------------------------------
+# --- loading
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -473,49 +526,79 @@ def test_from_config_and_back(folders):
 
 
 def test_a_loaded_model_needs_its_tokenizer():
-    with pytest.raises(
-        ValueError,
-        match=r"without its `tokenizer`. Call `TaskEncoder\(model, tokenizer=tokenizer\)`",
-    ):
+    with pytest.raises(ValueError, match=r"Call `TaskEncoder\(model, tokenizer=tokenizer\)`"):
         TaskEncoder(make_model("bert"))
-
-
-def test_a_folder_without_a_model_says_what_was_found(tmp_path):
-    (tmp_path / "notes.txt").write_text("nothing here")
-    with pytest.raises(
-        OSError,
-        match=r"found a folder with \['notes.txt'\]. Pass the path of a folder with config.json",
-    ):
-        TaskEncoder(tmp_path)
 
 
 @pytest.mark.parametrize(
     "left_out",
-    [["model.safetensors"], ["tokenizer.json"], ["tokenizer.json", "tokenizer_config.json"]],
+    [["*"], ["model.safetensors"], ["tokenizer.json"], ["tokenizer.json", "tokenizer_config.json"]],
 )
 def test_an_incomplete_folder_says_so(folders, tmp_path, left_out):
-    """Without any tokenizer file transformers 5 makes a tokenizer that knows no word, and every text would look alike."""
-    for source in folders["bert"].iterdir():
-        if source.name not in left_out:
-            (tmp_path / source.name).write_bytes(source.read_bytes())
-    with pytest.raises(OSError, match=r"found a folder with \['config.json'.*The cause: ") as error:
+    """Without any tokenizer file transformers makes a tokenizer that knows no word."""
+    copied(folders["bert"], tmp_path, *left_out)
+    found = (
+        rf"found a folder with {re.escape(str(sorted(os.listdir(tmp_path))))}. Pass a folder with"
+    )
+    with pytest.raises(OSError, match=found) as error:
         TaskEncoder(tmp_path)
-    assert ("The tokenizer has no vocabulary" in str(error.value)) == (len(left_out) == 2)
+    assert ("tokenizer has no vocabulary" in str(error.value)) == (len(left_out) == 2)
 
 
-def test_a_folder_that_is_not_there():
-    with pytest.raises(
-        OSError,
-        match="`no/such/folder/at/all` cannot be loaded: found no such folder, nor can the Hub give it",
-    ):
-        TaskEncoder("no/such/folder/at/all")
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("model.safetensors", "x" * 99), ("config.json", "[1]"), ("config.json", '{"model_type": 3}')],
+)
+def test_a_broken_file_is_an_error_that_names_the_encoder(folders, tmp_path, file, content):
+    copied(folders["bert"], tmp_path)
+    (tmp_path / file).write_text(content, encoding="utf-8")
+    with pytest.raises(OSError, match=rf"encoder `{tmp_path}` cannot be loaded"):
+        TaskEncoder(tmp_path)
+
+
+def test_a_pickled_checkpoint_is_read_as_weights_only(folders, tmp_path):
+    copied(folders["bert"], tmp_path, "model.safetensors")
+    weights = load_file(folders["bert"] / "model.safetensors")
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    assert TaskEncoder(tmp_path).fingerprint() == TaskEncoder(folders["bert"]).fingerprint()
+    marker = tmp_path / "it_ran"
+
+    class Hostile:
+        def __reduce__(self):
+            return Path.touch, (marker,)
+
+    torch.save({**weights, "more": Hostile()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(OSError, match="cannot be loaded"):
+        TaskEncoder(tmp_path)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["no/such/folder/at/all", "", "a\0b"])
+def test_an_encoder_that_is_not_there(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # an empty name is not the current folder
+    Path("config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(OSError, match=f"`{name}` cannot be loaded: found no such folder, nor can"):
+        TaskEncoder(name)
+    with pytest.raises(OSError, match=f"encoder `{name}` cannot be read .*Pass `task_dim=`"):
+        task_dim_of(TaskEncoderConfig(name_or_path=name))
+
+
+def test_the_width_is_read_from_the_config_alone(folders, tmp_path):
+    for kind, folder in folders.items():
+        only_config = copied(folder, tmp_path / kind, "model.safetensors", "tokenizer*")
+        assert task_dim_of(TaskEncoderConfig.of(only_config)) == 16
+    small, large = BertConfig(hidden_size=12), BertConfig(hidden_size=24)
+    pair = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(small, large)
+    assert width_of(pair) == 12
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "clip"}', encoding="utf-8")
+    with pytest.raises(OSError, match=rf"`{tmp_path}/bert` cannot be read .*AttributeError"):
+        task_dim_of(TaskEncoderConfig.of(tmp_path / "bert"))
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
 def test_code_of_a_repository_is_refused_and_not_run(folders, tmp_path, file):
-    """A BERT that transformers knows, whose repository wants its own code: neither is it run nor silently left out."""
-    for source in folders["bert"].iterdir():
-        (tmp_path / source.name).write_bytes(source.read_bytes())
+    """A BERT that transformers knows, whose repository wants its own code to be run."""
+    copied(folders["bert"], tmp_path)
     marker = tmp_path / "it_ran"
     (tmp_path / "own.py").write_text(f"open({str(marker)!r}, 'w').close()\nclass Own: pass\n")
     settings = json.loads((tmp_path / file).read_text())
@@ -527,45 +610,48 @@ def test_code_of_a_repository_is_refused_and_not_run(folders, tmp_path, file):
     (tmp_path / file).write_text(json.dumps(settings))
     with pytest.raises(
         ValueError,
-        match=rf"wants code from its repository to be run \(`auto_map` in its {file}\), which never happens",
+        match=rf"wants code from its repository to run \(`auto_map` in its {file}\), which is nev",
     ):
         TaskEncoder(tmp_path)
     assert not marker.exists()
     with pytest.raises(
-        ValueError,
-        match=r"has no setting \['trust_remote_code'\]. Its settings are \['name_or_path', 'revision'",
+        ValueError, match=r"has no setting \['trust_remote_code'\]. Its settings are"
     ):
         TaskEncoder(tmp_path, trust_remote_code=True)
 
 
-def test_a_checkpoint_without_the_encoders_weights_is_refused(folders, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    for source in folders["bert"].iterdir():
-        (tmp_path / source.name).write_bytes(source.read_bytes())
-    weights = load_file(tmp_path / "model.safetensors")
-    kept = {name: weight for name, weight in weights.items() if "layer.1" not in name}
-    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+def test_broken_weights_are_refused(folders, tmp_path):
+    lacking, broken = (
+        copied(folders["bert"], tmp_path / "a"),
+        copied(folders["bert"], tmp_path / "b"),
+    )
+    change_weights(lacking, lambda all: {k: w for k, w in all.items() if "layer.1" not in k})
     with pytest.raises(
-        ValueError, match=r"lacks 16 weights \(`encoder.layer.1.+which would stay random"
+        ValueError, match=r"lacks 16 weights \(`encoder.layer.1.+a whole checkpoint"
     ):
-        TaskEncoder(tmp_path)
+        TaskEncoder(lacking)
+    name = "encoder.layer.0.output.dense.bias"
+    change_weights(broken, lambda all: {**all, name: all[name] * torch.nan})
+    with pytest.raises(ValueError, match=rf"has NaN or infinite numbers in 1 weights \(`{name}`"):
+        TaskEncoder(broken)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+def test_vectors_that_are_not_finite_are_refused_and_not_cached(pooling):
+    model = make_model("bert")
+    model.embeddings.word_embeddings.weight.data[5] = torch.nan  # "w1", in SHORT alone
+    encoder = TaskEncoder(model, tokenizer=make_tokenizer(), pooling=pooling)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"gives NaN or infinite numbers.*than torch.float32"):
+            encoder([OTHER, SHORT])
+    assert encoder(OTHER).isfinite().all()
 
 
 def test_a_checkpoint_without_a_pooler_is_fine_and_always_the_same(folders, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    for source in folders["bert"].iterdir():
-        (tmp_path / source.name).write_bytes(source.read_bytes())
-    weights = load_file(tmp_path / "model.safetensors")
-    kept = {name: weight for name, weight in weights.items() if "pooler" not in name}
-    assert len(kept) < len(weights)
-    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    assert (
-        TaskEncoder(tmp_path).fingerprint()
-        == TaskEncoder(tmp_path).fingerprint()
-        == TaskEncoder(folders["bert"]).fingerprint()
-    )
+    copied(folders["bert"], tmp_path)
+    change_weights(tmp_path, lambda all: {k: w for k, w in all.items() if "pooler" not in k})
+    encoders = [TaskEncoder(folder) for folder in (tmp_path, tmp_path, folders["bert"])]
+    assert len({encoder.fingerprint() for encoder in encoders}) == 1
 
 
 def test_a_hub_id_is_found_in_the_cache_without_a_network_and_its_commit_is_recorded(
@@ -573,60 +659,69 @@ def test_a_hub_id_is_found_in_the_cache_without_a_network_and_its_commit_is_reco
 ):
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = tmp_path / "models--user--encoder"
-    (repository / "snapshots" / commit).mkdir(parents=True)
+    copied(folders["bert"], repository / "snapshots" / commit)
     (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(commit)
-    for source in folders["bert"].iterdir():
-        (repository / "snapshots" / commit / source.name).write_bytes(source.read_bytes())
+    (repository / "refs" / "main").write_text(commit, encoding="utf-8")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     encoder = TaskEncoder("user/encoder")
     assert encoder.config == TaskEncoderConfig(name_or_path="user/encoder", revision=commit)
     torch.testing.assert_close(encoder(SHORT), make_encoder("bert")(SHORT), rtol=0, atol=1e-6)
+    assert task_dim_of(TaskEncoderConfig.of("user/encoder")) == 16
     assert TaskEncoder.from_config(encoder.config).fingerprint() == encoder.fingerprint()
     with pytest.raises(
-        OSError,
-        match=r"`user/encoder` \(revision `v2`\) cannot be loaded: found no such folder, nor can the Hub",
+        OSError, match=r"`user/encoder` \(revision `v2`\) cannot be loaded: found no"
     ):
         TaskEncoder("user/encoder", revision="v2")
 
 
-# --- settings --------------------------------------------------------------------------------------------------------------
+# --- settings
 
 
-@pytest.mark.parametrize("field", ["pooling", "overflow", "text"])
-def test_an_unknown_value_is_refused(field):
-    with pytest.raises(
-        ValueError,
-        match=rf"`{field}` is 'median', which the task encoder does not know. Use one of \[",
-    ):
-        TaskEncoderConfig(**{field: "median"})
+@pytest.mark.parametrize(
+    ("field", "values", "allowed"),
+    [
+        ("name_or_path", [None, 5, ["a"], b"a"], "a string"),
+        ("revision", [3, "", True], "a string that is not empty, or None"),
+        ("pooling", ["median", 3, None, ["mean"], {}], "one of ['mean', 'max', 'cls', 'last']"),
+        ("overflow", ["cut", None, 1], "one of ['chunk', 'truncate']"),
+        ("text", ["schemas", None, 0.5], "one of ['prompt', 'schema']"),
+        ("max_length", [0, -1, "512", True, 1.5, float("nan"), [1]], "a positive integer or None"),
+        ("stride", [-1, "3", False, 1.5, float("nan")], "a non-negative integer or None"),
+    ],
+)
+def test_a_wrong_value_or_type_names_the_field_and_what_is_allowed(field, values, allowed):
+    for value in values:
+        message = f"`{field}` of the task encoder must be {allowed}, got {value!r}."
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            TaskEncoderConfig.from_dict({field: value})
 
 
-def test_unknown_settings_and_impossible_numbers_are_refused():
-    with pytest.raises(ValueError, match=r"no setting \['max_len'\]"):
-        TaskEncoderConfig.from_dict({"max_len": 3})
-    with pytest.raises(ValueError, match="`max_length` is 0"):
-        TaskEncoderConfig(max_length=0)
-    with pytest.raises(ValueError, match="`stride` is -1"):
-        TaskEncoderConfig(stride=-1)
-    with pytest.raises(
-        ValueError,
-        match="`batch_size` must be at least 1 and `cache_size` at least 0, found 0 and 5",
-    ):
+def test_unknown_settings_and_impossible_sizes_are_refused():
+    for values in ({"max_len": 3}, {"max_len": 3, 7: 1}):
+        with pytest.raises(ValueError, match=r"no setting \[.*'max_len'\]"):
+            TaskEncoderConfig.from_dict(values)
+    with pytest.raises(ValueError, match=r"`batch_size` must be at least 1 .*, got 0 and 5"):
         make_encoder(batch_size=0, cache_size=5)
+
+
+def test_a_config_of_whatever_names_an_encoder():
+    config = TaskEncoderConfig(name_or_path="user/encoder")
+    for value in ("user/encoder", Path("user/encoder"), config.to_dict(), config):
+        assert TaskEncoderConfig.of(value) == config
+    assert TaskEncoderConfig.of({"pooling": "max"}) == TaskEncoderConfig(pooling="max")
+    for value in (None, "", 5, ["user/encoder"], b"user/encoder", make_encoder()):
+        with pytest.raises(
+            ValueError, match=r"must be a(?: Hub id, a folder, a `Task.*, got| string)"
+        ):
+            TaskEncoderConfig.of(value)
 
 
 def test_the_default_is_the_papers():
     config = TaskEncoderConfig()
-    assert (config.name_or_path, config.pooling, config.text) == (
-        "Salesforce/codet5-base",
-        "mean",
-        "prompt",
-    )
-    with pytest.raises(
-        AttributeError
-    ):  # frozen: cached vectors cannot outlive the settings they were made with
+    papers = ("Salesforce/codet5-base", "mean", "prompt")
+    assert (config.name_or_path, config.pooling, config.text) == papers
+    with pytest.raises(AttributeError):  # frozen: cached vectors depend on it
         config.pooling = "max"
 
 
@@ -650,7 +745,7 @@ def test_the_fingerprint_is_that_of_the_vectors():
     assert len({own, *(other.fingerprint() for other in others)}) == 10
 
 
-# --- data sets -------------------------------------------------------------------------------------------------------------
+# --- data sets
 
 
 def test_a_data_set_gets_its_column(tmp_path):
@@ -666,13 +761,10 @@ def test_a_data_set_gets_its_column(tmp_path):
     got = torch.tensor(encoded["train"]["task_embeds"])
     torch.testing.assert_close(got, encoder(texts), rtol=0, atol=0)
     assert torch.equal(torch.tensor(encoded["test"]["task_embeds"]), encoder(OTHER))
-    with pytest.raises(
-        ValueError,
-        match=r"no column `task_text` to encode \(columns: \['prompt'\]\). Pass `column=`",
-    ):
+    with pytest.raises(ValueError, match=r"no column `task_text` \(columns: \['prompt'\]\). Pass"):
         encoder.encode_dataset(data["test"])
     with pytest.raises(
-        TypeError, match=r"got a list; it encodes a `datasets\.Dataset` or a `DatasetDict`"
+        TypeError, match=r"must be a `datasets.Dataset` or `DatasetDict`, got a list"
     ):
         encoder.encode_dataset([{"task_text": SHORT}])
 

@@ -26,6 +26,9 @@ LEVELS = [
         "fused",
         "conditioning",
         "encoder",
+        "encoder_chunks",
+        "encoder_config",
+        "encoder_loading",
         "collator",
         "automatic",
     },
@@ -35,7 +38,10 @@ LEVELS = [
     {"__init__"},
 ]
 WITHIN = {
-    "config": {"encoder", "peft_type"},
+    "config": {"encoder_config", "peft_type"},
+    "encoder": {"cache", "encoder_chunks", "encoder_config", "encoder_loading"},
+    "encoder_chunks": {"encoder_config"},
+    "encoder_loading": {"encoder_config"},
     "fused": {"router", "experts"},
     "conditioning": {"router"},
     "collator": {"encoder"},
