@@ -4,76 +4,132 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .files import check_output, lines
-from .messages import Exit, say
+from .inputs import items_of
+from .messages import Exit, StoppedError, say
+from .parquet import is_parquet, read_finished, write_parquet
+from .shares import Processes, plan_shares
 
 if TYPE_CHECKING:
-    from ..uie import Extractor, Schema
-    from ..uie.extraction.jobs import Item
-    from ..uie.extraction.questions import Question
+    from ..uie import Extractor
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add those of the command."""
     add = parser.add_argument
     add("--adapter", required=True, help="folder or Hub id of the adapter")
-    base = "folder or Hub id of the base model (default: the one that the adapter names)"
-    add("--base-model", help=base)
+    named = "(default: the one that the adapter names)"
+    add("--base-model", help=f"folder or Hub id of the base model {named}")
+    add("--task-encoder", help=f"folder or Hub id of the task encoder {named}")
     add("--schema", type=Path, help="JSON file; without it, every line needs its own")
-    texts = 'JSONL: {"text": ...} or a string on each line'
+    texts = 'JSONL, {"text": ...} or a string on each line; or .txt, a text a line'
     add("--input", type=Path, required=True, help=texts)
-    output = "JSONL: a line for each line; continued if it is there"
+    output = ".jsonl, a line for each line, continued if it is there; or .parquet"
     add("--output", type=Path, required=True, help=output)
-    add("--overwrite", action="store_true", help="start anew if the output is there")
-    add("--threshold", type=float, help="leave out records of lower confidence")
-    add("--batch-size", type=int, default=8, help="prompts per generation (default: %(default)s)")
+    anew = "start anew; the old output is kept until there is a new line"
+    add("--overwrite", action="store_true", help=anew)
+    add("--threshold", type=_probability, help="leave out records of lower confidence")
+    batch = "prompts per generation (default: %(default)s)"
+    add("--batch-size", type=_count, default=8, help=batch)
     longest = "the longest answer (default: %(default)s)"
-    add("--max-new-tokens", type=int, default=256, help=longest)
+    add("--max-new-tokens", type=_count, default=256, help=longest)
     windows = "longer texts are read in windows (default: the model's context)"
-    add("--max-prompt-tokens", type=int, help=windows)
-    add("--device", help="where the model runs, such as cuda (default: where it is loaded)")
-    add("--dtype", help="precision of the base model, such as bfloat16 (default: as it is stored)")
+    add("--max-prompt-tokens", type=_count, help=windows)
+    add("--device", help="such as cpu or cuda:1 (default: the accelerator that is there)")
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    add("--dtype", choices=dtypes, help="precision of the base model (default: as it is stored)")
     grammar = "constrain decoding to the schema's grammar"
     add("--constrained", action="store_true", help=grammar)
     once = "read what prompts share once; not where the encoder reads whole prompts"
     add("--prefix-caching", action="store_true", help=once)
 
 
+def _count(text: str) -> int:
+    if text.isascii() and text.isdigit() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+
+
+def _probability(text: str) -> float:
+    try:
+        if 0 <= (value := float(text)) <= 1:  # NaN is not
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to 1")
+
+
 def run(args: argparse.Namespace) -> Exit:
     """Extract what is not done yet, and report all error lines of the output."""
     from ..uie import Schema
-    from ..uie.extraction.jobs import write_lines
+    from ..uie.extraction.jobs import checksum, write_lines
 
     if not args.input.is_file():
         raise ValueError(f"There is no file `{args.input}` to read.")
     check_output(args.output, args.input, args.schema)
+    written = args.output
+    if is_parquet(args.output):  # a file beside it, which becomes the output
+        written = args.output.with_name(f"{args.output.name}.jsonl")
+        check_output(written, args.input, args.schema)
     schema = Schema.from_json(args.schema) if args.schema else None
-    extractor = _load(args)
-    asked = extractor.check(schema, args.threshold) if schema else ()
-    total = sum(1 for _ in lines(args.input))
-    written = write_lines(
-        extractor,
-        _items(enumerate(lines(args.input), 1), schema),
-        args.output,
-        extractor.fingerprint(asked, args.threshold),
-        thresholds=args.threshold,
-        total=total,
-        overwrite=args.overwrite,
+    sources = [checksum(line) for line in lines(args.input)]
+    processes = Processes.of_environment()
+    extractor = _load(args, processes)
+    job = extractor.fingerprint(
+        [] if schema is None else extractor.check(schema, args.threshold), args.threshold
     )
-    if written < total:
-        say(f"{total - written} of {total} lines were done already.")
-    return _finish(args)
+    if is_parquet(args.output) and args.output.exists() and not args.overwrite:
+        return _report(args, read_finished(args.output, sources, job))
+
+    def write(path: Path, first: int, last: int, *, progress: bool | None = None) -> int:
+        items = items_of(args.input, schema, first, last)
+        return write_lines(
+            extractor,
+            items,
+            path,
+            job,
+            thresholds=args.threshold,
+            progress=progress,
+            total=last - first,
+            overwrite=args.overwrite and path == written,
+        )
+
+    before = _state(written)
+    try:
+        shares = plan_shares(written, job, sources, args.overwrite, processes)
+        if shares is None and processes.rank == 0:
+            done = len(sources) - write(written, 0, len(sources))
+            if done:
+                say(f"{done} of {len(sources)} lines were done already.")
+        elif shares is None or not shares.write(write, processes):
+            return Exit.DONE  # another process puts the parts together
+        code = _report(args, map(json.loads, lines(written)))
+        if is_parquet(args.output):
+            write_parquet(written, args.output)
+    except Exception as error:
+        if _state(written) == before:
+            raise
+        raise StoppedError(f"{type(error).__name__}: {error}") from error
+    return code
 
 
-def _finish(args: argparse.Namespace) -> Exit:
+def _state(path: Path) -> tuple[int, int] | None:
+    """What differs once a line was written: the file, or the number of its whole lines."""
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        return path.stat().st_ino, sum(line.endswith(b"\n") for line in file)
+
+
+def _report(args: argparse.Namespace, rows: Iterable[dict[str, Any]]) -> Exit:
     """Report the error lines of the output, those of earlier runs included."""
     bad = 0
-    for number, line in enumerate(lines(args.output), 1):
-        row = json.loads(line)
+    for number, row in enumerate(rows, 1):
         if "error" in row:
             bad += 1
             say(f"{args.input}:{number}: {row['error']}")
@@ -81,14 +137,15 @@ def _finish(args: argparse.Namespace) -> Exit:
     return Exit.SOME_LINES_BAD if bad else Exit.DONE
 
 
-def _load(args: argparse.Namespace) -> Extractor:
+def _load(args: argparse.Namespace, processes: Processes) -> Extractor:
     from ..uie import Extractor
 
-    model_kwargs = {"dtype": args.dtype, "device_map": args.device}
     return Extractor.from_pretrained(
         args.adapter,
         base_model=args.base_model,
-        model_kwargs={key: value for key, value in model_kwargs.items() if value},
+        encoder=_encoder(args),
+        device=_device(args.device, processes.local_rank),
+        dtype=args.dtype,
         batch_size=args.batch_size,
         max_new_tokens=args.max_new_tokens,
         max_prompt_tokens=args.max_prompt_tokens,
@@ -97,44 +154,29 @@ def _load(args: argparse.Namespace) -> Extractor:
     )
 
 
-def _items(rows: Iterable[tuple[int, bytes]], schema: Schema | None) -> Iterator[Item]:
-    """What is asked by each line."""
-    from ..uie.extraction.jobs import Item, checksum
+def _encoder(args: argparse.Namespace) -> Any:
+    """The task encoder that is asked for, with the settings that the adapter's config names."""
+    if args.task_encoder is None:
+        return None
+    from peft import PeftConfig
 
-    for number, line in rows:
-        try:
-            name, question = _question(line, schema, number)
-        except ValueError as error:
-            yield Item(str(number), checksum(line), error=str(error))
-        else:
-            yield Item(name, checksum(line), [question])
+    from .. import TaskEncoder, TaskEncoderConfig
+
+    config = PeftConfig.from_pretrained(args.adapter)
+    if not hasattr(config, "task_encoder"):
+        raise ValueError(f"--task-encoder says nothing about a {config.peft_type.value} adapter.")
+    settings = config.task_encoder or TaskEncoderConfig()
+    return TaskEncoder.from_config(replace(settings, name_or_path=args.task_encoder, revision=None))
 
 
-def _question(line: bytes, schema: Any, number: int) -> tuple[str, Question]:
-    """The id and the question of an input line.
+def _device(asked: str | None, local_rank: int) -> str:
+    """The device of this process: what is asked for, or its accelerator, or the CPU."""
+    import torch
 
-    Raises:
-        ValueError: There is none in it.
-    """
-    from ..uie import Document
-    from ..uie.extraction.questions import Question, question_of
-
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f'The line is no JSON ({error}). Write {{"text": ...}}.') from error
-    row = {"text": row} if isinstance(row, str) else row
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise ValueError('The line has no text. Write {"text": ...}, with an "id" if you like.')
-    name = str(row.get("id", number))
-    if schema is not None:
-        return name, Question(row["text"], schema)
-    if "schema" not in row:
-        raise ValueError('The line has no "schema", and no --schema was given. Pass --schema FILE.')
-    document = Document.from_dict({"task": "UIE", **row, "id": name})
-    if document.task == "EAE" and not document.given:
-        raise ValueError(
-            "An EAE line needs the events whose arguments are asked for, with type and trigger, in "
-            "`annotations`."
-        )
-    return name, question_of(document)
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    known = ["cpu"] if here is None else ["cpu", here.type]
+    if asked is not None and asked.partition(":")[0] not in known:
+        raise ValueError(f"--device is {asked!r}, but this machine has {' and '.join(known)}.")
+    if asked is not None or here is None:
+        return asked or "cpu"
+    return f"{here.type}:{local_rank % torch.accelerator.device_count()}"

@@ -6,6 +6,7 @@ Parsed with argparse: importing transformers for `HfArgumentParser` alone takes 
 from __future__ import annotations
 
 import argparse
+import traceback
 from collections.abc import Sequence
 from importlib.metadata import version
 
@@ -36,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return Exit.STOPPED
     except (ValueError, OSError, ImportError) as error:
         say(f"Error: {error}")
+        return Exit.NOTHING_DONE
+    except Exception:
+        say(traceback.format_exc())
         return Exit.NOTHING_DONE
     except KeyboardInterrupt:
         say("Interrupted. The same command goes on from here.")

@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .files import check_output, lines
 from .messages import Exit, say, show
+from .parquet import is_parquet, read_parquet
 
 if TYPE_CHECKING:
-    from ..uie import Document, Reliability, ScoreReport
+    from ..uie import Document, Problem, Record, Reliability, ScoreReport
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -117,25 +119,39 @@ def _read(
     return gold, answers, bad
 
 
+@dataclass(frozen=True, slots=True)
 class _Answer:
     """Records and problems of a line."""
 
-    def __init__(self, row: Mapping[str, Any]) -> None:
+    records: tuple[Record, ...]
+    problems: tuple[Problem, ...]
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> _Answer:
+        """Read a row, and refuse records that cannot be scored."""
         from ..uie import Problem, record_from_dict
+        from ..uie.scoring.matching import record_fault
 
         found = row["records"] if "records" in row else row["annotations"]
-        self.records = tuple(record_from_dict("UIE", record) for record in found)
-        self.problems = tuple(Problem(**problem) for problem in row.get("problems", ()))
+        records = tuple(record_from_dict("UIE", record) for record in found)
+        for record in records:
+            if (fault := record_fault(record)) is not None:
+                raise ValueError(fault)
+        return cls(records, tuple(Problem(**problem) for problem in row.get("problems", ())))
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any] | None]:
+    """The objects of a JSONL or Parquet file; None for a line that is none."""
+    from ..uie.extraction.jobs import json_object
+
+    yield from read_parquet(path) if is_parquet(path) else map(json_object, lines(path))
 
 
 def _read_predicted(path: Path) -> tuple[dict[str, _Answer], list[tuple[int, str]]]:
     """The answers of a file by their ids, and what is wrong with its lines."""
-    from ..uie.extraction.jobs import json_object
-
     answers: dict[str, _Answer] = {}
     errors = []
-    for number, line in enumerate(lines(path), 1):
-        row = json_object(line)
+    for number, row in enumerate(_rows(path), 1):
         if row is None or "id" not in row:
             errors.append((number, "The line is no JSON object with an `id`."))
         elif "error" in row:
@@ -144,7 +160,7 @@ def _read_predicted(path: Path) -> tuple[dict[str, _Answer], list[tuple[int, str
             errors.append((number, f"The id `{row['id']}` has an answer already; left out."))
         else:
             try:
-                answers[str(row["id"])] = _Answer(row)
+                answers[str(row["id"])] = _Answer.of_row(row)
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 message = f"The line holds no records: {type(error).__name__}: {error}"
                 errors.append((number, message))

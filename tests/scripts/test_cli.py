@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -15,6 +18,8 @@ from peft import LoraConfig, get_peft_model
 
 from peft_taskmoe import cli
 from peft_taskmoe.cli import Exit
+from peft_taskmoe.cli.parquet import read_parquet
+from peft_taskmoe.cli.shares import Processes
 from peft_taskmoe.uie import (
     Document,
     Entity,
@@ -28,157 +33,243 @@ from peft_taskmoe.uie import (
 )
 from scripted import Scripted, byte_tokenizer, text_in, tiny_llama
 
+ROOT = Path(__file__).parents[2]
 SCHEMA = {"Capital": "words with a capital letter"}
 WORDS = Schema.from_dict("NER", SCHEMA)
+EXTRACT = ("extract", "--adapter", "a", "--input", "texts.jsonl", "--output", "out.jsonl")
 
 
 def capitals(prompt: str) -> str:
     text = text_in(prompt)
-    found = [
-        Entity("Capital", Span(m.group(), *m.span())) for m in re.finditer(r"\b[A-Z]\w*", text)
-    ]
-    return completion_text(found, text, WORDS)
+    found = re.finditer(r"\b[A-Z]\w*", text)
+    return completion_text(
+        [Entity("Capital", Span(m.group(), *m.span())) for m in found], text, WORDS
+    )
 
 
 @pytest.fixture
-def work(tmp_path, monkeypatch) -> Path:
-    """A folder with a schema; adapters are a model that finds capital letters."""
-    (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
+def loads(tmp_path, monkeypatch) -> list[dict]:
+    """In a folder with a schema; adapters are a model that finds capital letters.
+
+    What it is loaded with is kept; the name of the adapter decides its weights.
+    """
     loads = []
 
-    def load(adapter, *, base_model, model_kwargs, **options):
-        loads.append((adapter, base_model, model_kwargs))
-        torch.manual_seed(0)  # the same weights each time
+    def load(adapter, *, base_model, encoder, device, dtype, **options):
+        loads.append({"adapter": adapter, "base_model": base_model, "encoder": encoder} | options)
+        loads[-1] |= {"device": device, "dtype": dtype}
+        torch.manual_seed(len(adapter + (base_model or "")))
+        options |= {"constrained": False, "prefix_caching": False}
         return Extractor(Scripted(capitals), byte_tokenizer(), **options)
 
     monkeypatch.setattr(Extractor, "from_pretrained", load)
     monkeypatch.chdir(tmp_path)
-    work.loads = loads
-    return tmp_path
+    Path("schema.json").write_text(json.dumps(SCHEMA))
+    return loads
 
 
 def extract(*more: str) -> int:
-    arguments = [
-        "extract",
-        "--adapter",
-        "a",
-        "--schema",
-        "schema.json",
-        "--input",
-        "texts.jsonl",
-        "--output",
-        "out.jsonl",
-    ]
-    return cli.main([*arguments, *more])
+    return cli.main([*EXTRACT, "--schema", "schema.json", *more])
 
 
-def rows(name: str = "out.jsonl") -> list[dict]:
+def texts(*lines: str | dict, file: str = "texts.jsonl") -> None:
+    lines = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    Path(file).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def rows(name: str | Path = "out.jsonl") -> list[dict]:
     return [json.loads(line) for line in Path(name).read_text("utf-8").splitlines()]
 
 
-def test_a_line_out_for_each_line_in_and_bad_ones_are_reported_by_number(work, capsys):
-    lines = [
-        '{"text": "Ada met Bob.", "id": "first"}',
+def timeless(found: list[dict]) -> list[dict]:
+    return [{**row, "seconds": 0} for row in found]
+
+
+def stops(monkeypatch, after: int, error: BaseException) -> None:
+    """Extraction fails after some texts, until `monkeypatch.undo()`."""
+    real = Extractor.answer
+
+    def answer(*args, **options):
+        for number, extraction in enumerate(real(*args, **options)):
+            if number == after:
+                raise error
+            yield extraction
+
+    monkeypatch.setattr(Extractor, "answer", answer)
+
+
+def test_a_line_out_for_each_line_in_and_bad_ones_are_reported_by_number(loads, capsys):
+    texts(
+        {"text": "Ada met Bob.", "id": "first", "lang": "en", "source": "news", "text2": None},
         "{broken",
         '"just Zoe"',
         "",
-        '{"title": "no text"}',
-        '{"text": "nothing"}',
+        {"title": "no text"},
+        {"text": "nothing", "id": None},
         '{"text": "half \\ud83d a Pair"}',
-    ]
-    Path("texts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        '{"text": "a", "n": NaN}',
+        "",
+        " ",
+    )
     assert extract() == Exit.SOME_LINES_BAD
     found = rows()
-    assert [row["id"] for row in found] == ["first", "2", "3", "4", "5", "6", "7"]
-    assert [len(row["records"]) if "records" in row else "error" for row in found] == [
-        2,
-        "error",
-        1,
-        "error",
-        "error",
-        0,
-        1,
-    ]
-    assert found[0]["records"][0]["text"] == "Ada" and found[0]["answers"] == [
-        ' [Capital(span="Ada"), Capital(span="Bob")]'
-    ]
-    assert found[0]["problems"] == [] and found[0]["seconds"] > 0
+    assert [row["id"] for row in found] == ["first", "2", "3", "4", "5", "6", "7", "8"]
+    counts = [len(row["records"]) if "records" in row else "error" for row in found]
+    assert counts == [2, "error", 1, "error", "error", 0, 1, "error"]
+    first = found[0]
+    assert first["answers"] == [' [Capital(span="Ada"), Capital(span="Bob")]']
+    assert first["records"][0]["text"] == "Ada"
+    assert first["problems"] == [] and first["seconds"] > 0
+    assert first["lang"] == "en" and first["text2"] is None and first["input"] == {"source": "news"}
     assert found[6]["text"] == "half \ud83d a Pair" and found[6]["records"][0]["start"] == 9
     messages = capsys.readouterr().err
-    for number, words in (
-        (2, "The line is no JSON"),
-        (4, "The line is no JSON"),
-        (5, "The line has no text"),
-    ):
+    for number, words in ((2, "The line is no JSON"), (4, "The line is no JSON"),
+                          (5, "The line has no text"), (8, "The line is no JSON")):  # fmt: skip
         assert re.search(rf"texts\.jsonl:{number}: {words}", messages)
-    assert "3 lines could not be used" in messages
-    # Without bad lines:
+    assert "4 lines could not be used" in messages
     Path("texts.jsonl").write_text('{"text": "Ada"}\n{"text": "Bob"}', encoding="utf-8")
     assert extract("--overwrite") == Exit.DONE
     assert [row["id"] for row in rows()] == ["1", "2"]
 
 
-def test_an_interrupted_run_goes_on_behind_the_lines_that_are_written(work, monkeypatch, capsys):
-    texts = [f"text {i} Ada" for i in range(10)]
-    Path("texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+def test_a_text_file_is_a_text_a_line(loads):
+    Path("texts.txt").write_bytes("\ufeffAda\r\n\r\n\"Zoe\" {\r\n\r\n".encode() + b"\xff\n")
+    assert extract("--input", "texts.txt") == Exit.SOME_LINES_BAD
+    found = rows()
+    assert [row.get("text") for row in found] == ["Ada", "", '"Zoe" {', "", None]
+    assert [len(row.get("records", "error")) for row in found] == [1, 0, 1, 0, 5]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"annotations": None},
+        {"annotations": 5},
+        {"annotations": [None]},
+        {"annotations": [{"label": ["x"], "text": "Ada"}]},
+        {"entities": None},
+        {"schema": None},
+        {"schema": [[]]},
+        {"schema": 5},
+        {"schema": {"a": [["b"]]}},
+        {"schema": {"entities": None}},
+        {"schema": {"entities": {"a": {"examples": 5}}}},
+        {"schema": {"a": {"roles": {"b": {"types": [[]]}}}}},
+        {"task": None},
+        {"task": []},
+        {"task": "EAE"},
+        {"id": {"a": []}, "text": ["Ada"]},
+        "[" * 100_000,
+        '{"text": "Ada", "schema": ' + '{"a":' * 100_000,
+        '{"text": "Ada", "n": ' + "9" * 10_000 + "}",
+        "\\ud800",
+        "\0",
+    ],
+)
+def test_any_line_gives_records_or_an_error_line(loads, line):
+    good = {"text": "Ada", "schema": SCHEMA, "task": "NER"}
+    texts(good, {**good, **line} if isinstance(line, dict) else line, good)
+    assert cli.main(EXTRACT) in (Exit.DONE, Exit.SOME_LINES_BAD)
+    found = rows()
+    assert len(found) == 3 and "records" in found[0] and "records" in found[2]
+    assert ("records" in found[1]) != ("error" in found[1])
+
+
+def test_an_interrupted_run_goes_on_behind_the_lines_that_are_written(loads, monkeypatch, capsys):
+    texts(*({"text": f"text {i} Ada"} for i in range(10)))
     assert extract() == Exit.DONE
     whole = rows()
     Path("out.jsonl").unlink()
-
-    real = Extractor.answer
-
-    def stopped(*args, **options):
-        for number, extraction in enumerate(real(*args, **options)):
-            if number == 4:
-                raise KeyboardInterrupt
-            yield extraction
-
-    monkeypatch.setattr(Extractor, "answer", stopped)
-    assert extract() == Exit.INTERRUPTED
-    assert "The same command goes on from here" in capsys.readouterr().err
-    with Path("out.jsonl").open("a") as file:
-        file.write('{"id": "5", "text": "tex')  # the line that it was stopped in
-    monkeypatch.setattr(Extractor, "answer", real)
+    for error, code, words in (
+        (KeyboardInterrupt(), Exit.INTERRUPTED, "The same command goes on from here"),
+        (RuntimeError("out of memory"), Exit.STOPPED, "RuntimeError: out of memory"),
+        (OSError("disk full"), Exit.STOPPED, "the same command goes on from there"),
+    ):
+        with monkeypatch.context() as patch:
+            stops(patch, 2, error)
+            assert extract() == code
+        assert words in capsys.readouterr().err
+        with Path("out.jsonl").open("a") as file:
+            file.write('{"id": "5", "text": "tex')  # the line that it was stopped in
+    with monkeypatch.context() as patch:
+        stops(patch, 0, RuntimeError("out of memory"))
+        assert extract() == Exit.NOTHING_DONE
+    capsys.readouterr()
     assert extract() == Exit.DONE
-    assert "4 of 10 lines were done already" in capsys.readouterr().err
-    assert [{**row, "seconds": 0} for row in rows()] == [{**row, "seconds": 0} for row in whole]
-    assert extract() == Exit.DONE and len(rows()) == 10  # nothing is left to do
+    assert "6 of 10 lines were done already" in capsys.readouterr().err
+    assert timeless(rows()) == timeless(whole)
+    before = Path("out.jsonl").read_bytes()
+    assert extract() == Exit.DONE and Path("out.jsonl").read_bytes() == before
 
 
-def work_loads() -> list:
-    return work.loads
-
-
-def test_error_lines_of_an_earlier_run_still_count(work):
-    Path("texts.jsonl").write_text('{"text": "Ada"}\n{\n')
+def test_error_lines_of_an_earlier_run_still_count(loads):
+    texts({"text": "Ada"}, "{")
     assert extract() == extract() == Exit.SOME_LINES_BAD
 
 
-def test_an_output_of_other_settings_or_texts_is_not_continued(work, capsys):
-    Path("texts.jsonl").write_text('{"text": "Ada"}\n{"text": "Bob"}\n')
+def test_an_output_of_another_job_is_neither_continued_nor_changed(loads, capsys):
+    texts({"text": "Ada"}, {"text": "Bob"})
     assert extract() == Exit.DONE
     before = Path("out.jsonl").read_bytes()
-    assert extract("--threshold", "0.5") == Exit.NOTHING_DONE
-    assert "`out.jsonl:1` was not written by such a run" in capsys.readouterr().err
-    Path("texts.jsonl").write_text('{"text": "Ada"}\n{"text": "Zoe"}\n')
+    other = "`out.jsonl:1` was not written by such a run"
+    for option in (("--threshold", "0.5"), ("--adapter", "other"), ("--base-model", "b")):
+        assert extract(*option) == Exit.NOTHING_DONE
+        assert other in capsys.readouterr().err
+    texts({"text": "Ada"}, {"text": "Zoe"})
     assert extract() == Exit.NOTHING_DONE
-    assert (
-        "`out.jsonl:2` does not belong to text 2, which is another now" in capsys.readouterr().err
-    )
-    Path("texts.jsonl").write_text('{"text": "Ada"}\n')
+    message = "`out.jsonl:2` does not belong to text 2, which is another now"
+    assert message in capsys.readouterr().err
+    texts({"text": "Ada"})
     assert extract() == Exit.NOTHING_DONE
     assert "`out.jsonl` has more lines than there are texts" in capsys.readouterr().err
+    for notes in ("my notes\nand no line feed at the end", "one line"):
+        Path("notes.jsonl").write_text(notes)
+        assert extract("--output", "notes.jsonl") == Exit.NOTHING_DONE
+        assert "was not written by such a run" in capsys.readouterr().err
+        assert Path("notes.jsonl").read_text() == notes
     assert Path("out.jsonl").read_bytes() == before
     assert extract("--overwrite") == Exit.DONE and len(rows()) == 1
 
 
-@pytest.mark.parametrize("notes", ["my notes\nand no line feed at the end", "one line"])
-def test_a_foreign_output_is_left_alone(work, capsys, notes):
-    Path("texts.jsonl").write_text('{"text": "Ada"}\n')
-    Path("out.jsonl").write_text(notes)
-    assert extract() == Exit.NOTHING_DONE
-    assert "was not written by such a run" in capsys.readouterr().err
-    assert Path("out.jsonl").read_text() == notes
+def test_overwriting_keeps_the_old_output_until_there_is_a_new_line(loads, monkeypatch):
+    texts({"text": "Ada"}, {"text": "Bob"})
+    assert extract() == Exit.DONE
+    before = Path("out.jsonl").read_bytes()
+    with monkeypatch.context() as patch:
+        stops(patch, 0, RuntimeError("out of memory"))
+        assert extract("--overwrite") == Exit.NOTHING_DONE
+    with monkeypatch.context() as patch:
+        patch.setattr(Extractor, "from_pretrained", lambda *a, **k: 1 / 0)
+        assert extract("--overwrite") == Exit.NOTHING_DONE
+    assert extract("--overwrite", "--max-prompt-tokens", "5") == Exit.NOTHING_DONE
+    assert Path("out.jsonl").read_bytes() == before
+    with monkeypatch.context() as patch:
+        stops(patch, 1, RuntimeError("out of memory"))
+        assert extract("--overwrite") == Exit.STOPPED
+    assert len(rows()) == 1
+
+
+@pytest.mark.parametrize("name", ["texts.jsonl", "./x/../texts.jsonl", "link", "hard", "schema.json"])
+def test_an_output_that_is_read_is_refused(loads, capsys, name):
+    texts({"text": "Ada"})
+    Path("x").mkdir()
+    Path("link").symlink_to("texts.jsonl")
+    os.link("texts.jsonl", "hard")
+    before = Path("texts.jsonl").read_bytes(), Path("schema.json").read_bytes()
+    for more in ([], ["--overwrite"]):
+        assert extract("--output", name, *more) == Exit.NOTHING_DONE
+        assert "which is read. Write to another file" in capsys.readouterr().err
+    assert (Path("texts.jsonl").read_bytes(), Path("schema.json").read_bytes()) == before
+    assert not loads
+    for command in (["convert", "--source-format", "jsonl", "texts.jsonl", name],
+                    ["score", "--gold", "texts.jsonl", "--predicted", "schema.json", "--json", name]):  # fmt: skip
+        if name != "schema.json" or command[0] == "score":
+            assert cli.main(command) == Exit.NOTHING_DONE
+            assert "which is read" in capsys.readouterr().err
+
+
+def schema_file(content: str) -> None:
+    Path("schema.json").write_text(content)
 
 
 @pytest.mark.parametrize(
@@ -186,15 +277,48 @@ def test_a_foreign_output_is_left_alone(work, capsys, notes):
     [
         (lambda: Path("texts.jsonl").unlink(), "There is no file `texts.jsonl`"),
         (lambda: Path("schema.json").unlink(), "schema.json"),
-        (lambda: Path("schema.json").write_text("[1]"), "`schema.json` holds no schema"),
+        *((lambda content=content: schema_file(content), "`schema.json` holds no schema")
+          for content in ("[1]", "{", "[]", "5", '{"entities": null}', "[" * 100_000)),
     ],
-)
-def test_what_cannot_begin_says_why(work, capsys, change, message):
-    Path("texts.jsonl").write_text('{"text": "Ada"}\n')
+)  # fmt: skip
+def test_what_cannot_begin_says_why(loads, capsys, change, message):
+    texts({"text": "Ada"})
     change()
     assert extract() == Exit.NOTHING_DONE
     assert message in capsys.readouterr().err
-    assert not Path("out.jsonl").exists()
+    assert not Path("out.jsonl").exists() and not loads
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--threshold nan", "'nan' is no number from 0 to 1"),
+        ("--threshold 2", "'2' is no number from 0 to 1"),
+        ("--threshold x", "'x' is no number from 0 to 1"),
+        ("--batch-size 0", "'0' is no whole number of at least 1"),
+        ("--max-new-tokens 1.5", "'1.5' is no whole number of at least 1"),
+        ("--max-prompt-tokens -1", "'-1' is no whole number of at least 1"),
+        ("--dtype float99", "invalid choice: 'float99' (choose from"),
+        ("--device tpu", "--device is 'tpu', but this machine has cpu"),
+        ("--output nowhere/out.jsonl", "There is no folder `"),
+        ("--output .", "is a folder. Name a file in it"),
+    ],
+)
+def test_values_that_cannot_be_are_refused_before_a_model_is_loaded(loads, capsys, options, message):
+    texts({"text": "Ada"})
+    try:
+        code = extract(*options.split())
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    assert code == Exit.NOTHING_DONE and not loads and not Path("out.jsonl").exists()
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(loads, capsys):
+    texts({"text": "Ada"})
+    assert extract("--device", "cuda") == Exit.NOTHING_DONE
+    assert "--device is 'cuda', but this machine has" in capsys.readouterr().err
 
 
 def test_arguments_that_do_not_exist_end_with_2(capsys):
@@ -208,7 +332,97 @@ def test_arguments_that_do_not_exist_end_with_2(capsys):
     assert stop.value.code == 0 and "Exit codes" in capsys.readouterr().out
 
 
-def test_documents_with_their_own_schemas_and_scores(work, capsys):
+def test_a_parquet_output_holds_the_same(loads, capsys, monkeypatch):
+    texts({"text": "Ada", "n": 1}, {"text": "half \ud83d a \\ud83d Pair", "n": "x"}, "{", {"text": "b"})
+    assert extract() == Exit.SOME_LINES_BAD
+    with monkeypatch.context() as patch:
+        stops(patch, 2, RuntimeError("out of memory"))
+        assert extract("--output", "out.parquet") == Exit.STOPPED
+    assert not Path("out.parquet").exists()
+    assert extract("--output", "out.parquet") == Exit.SOME_LINES_BAD
+    assert "2 of 4 lines were done already" in capsys.readouterr().err
+    assert not Path("out.parquet.jsonl").exists()
+    found = list(read_parquet(Path("out.parquet")))
+    expected = rows()
+    assert [row.pop("n", None) for row in found] == ["1", '"x"', "null", "null"]  # of mixed types
+    expected[1]["text"] = expected[1]["text"].replace("\ud83d", "\ufffd", 1)
+    assert timeless(found) == timeless([{k: v for k, v in row.items() if k != "n"} for row in expected])
+    before = Path("out.parquet").read_bytes()
+    assert extract("--output", "out.parquet") == Exit.SOME_LINES_BAD
+    assert "out.parquet" in capsys.readouterr().err
+    assert extract("--output", "out.parquet", "--threshold", "0.1") == Exit.NOTHING_DONE
+    assert "`out.parquet` was not written by such a run" in capsys.readouterr().err
+    assert Path("out.parquet").read_bytes() == before
+    texts({"text": "Zoe"})
+    assert extract("--output", "out.parquet", "--overwrite") == Exit.DONE
+    assert [row["text"] for row in read_parquet(Path("out.parquet"))] == ["Zoe"]
+
+
+@pytest.fixture
+def process(monkeypatch):
+    """`process(rank, count, *options)`: extract as one of several processes."""
+    monkeypatch.setattr(Processes, "wait_for_all", lambda self: None)
+
+    def run(rank: int, count: int, *options: str) -> int:
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(count))
+        return extract(*options)
+
+    return run
+
+
+def test_several_processes_write_what_one_does(loads, monkeypatch, capsys, process):
+    texts(*({"text": f"text {i} Ada"} for i in range(30)), "{")
+    assert extract() == Exit.SOME_LINES_BAD
+    whole = rows()
+    Path("out.jsonl").unlink()
+    capsys.readouterr()
+    assert process(1, 2) == Exit.DONE and not Path("out.jsonl").exists()
+    assert "Extracting" not in capsys.readouterr().err  # the first process shows the progress
+    assert process(0, 2) == Exit.SOME_LINES_BAD
+    assert "Extracting" in capsys.readouterr().err
+    assert timeless(rows()) == timeless(whole)
+    assert not list(Path().glob(".out*parts"))
+    assert process(0, 2) == Exit.SOME_LINES_BAD and process(1, 2) == Exit.DONE  # nothing to do
+    assert timeless(rows()) == timeless(whole)
+
+    # Stopped within a block, and continued by one, or by others than before.
+    for later in ([(0, 1)], [(0, 3), (1, 3), (2, 3)]):
+        assert process(1, 2, "--overwrite", "--threshold", "0.1") == Exit.DONE
+        with monkeypatch.context() as patch:
+            stops(patch, 3, RuntimeError("out of memory"))
+            assert process(0, 2, "--overwrite", "--threshold", "0.1") == Exit.NOTHING_DONE
+        assert timeless(rows()) == timeless(whole)  # the old output is still there
+        asked = len(loads)
+        codes = [process(*who, "--overwrite", "--threshold", "0.1") for who in later]
+        assert codes == [Exit.DONE] * (len(later) - 1) + [Exit.SOME_LINES_BAD]
+        assert len(loads) == asked + len(later)
+        new = rows()
+        assert new[0]["run"] != whole[0]["run"]
+        assert [row["id"] for row in new] == [row["id"] for row in whole]
+        assert extract("--overwrite") == Exit.SOME_LINES_BAD
+    assert not list(Path().glob(".out*parts"))
+
+
+def test_several_processes_go_on_behind_one_and_refuse_other_parts(loads, monkeypatch, capsys, process):
+    texts(*({"text": f"text {i} Ada"} for i in range(30)))
+    assert extract() == Exit.DONE
+    whole = rows()
+    with monkeypatch.context() as patch:
+        stops(patch, 5, KeyboardInterrupt())
+        assert extract("--overwrite") == Exit.INTERRUPTED
+    assert process(0, 2) == Exit.DONE and len(rows()) == 5
+    assert process(0, 2, "--threshold", "0.1") == Exit.NOTHING_DONE
+    texts(*({"text": f"text {i} Zoe"} for i in range(30)), file="other.jsonl")
+    Path("out.jsonl").rename("kept.jsonl")
+    assert process(0, 1, "--input", "other.jsonl") == Exit.NOTHING_DONE
+    assert "holds parts of another job for" in capsys.readouterr().err
+    Path("kept.jsonl").rename("out.jsonl")
+    assert process(1, 2) == Exit.DONE
+    assert timeless(rows()) == timeless(whole)
+
+
+def test_documents_with_their_own_schemas_and_scores(loads, capsys):
     text = "Ada met Bob."
     documents = [
         Document(
@@ -256,7 +470,7 @@ def test_documents_with_their_own_schemas_and_scores(work, capsys):
     )
 
 
-def test_the_reliability_of_confidences(work, capsys):
+def test_the_reliability_of_confidences(loads, capsys):
     gold = [
         Document(str(i), f"Ada met Bob{i}.", "NER", WORDS, (Entity("Capital", Span("Ada", 0, 3)),))
         for i in range(4)
@@ -284,7 +498,7 @@ def test_the_reliability_of_confidences(work, capsys):
     assert "<svg" in Path("curve.svg").read_text()
 
 
-def test_a_line_without_any_schema_or_event_is_an_error_line(work):
+def test_a_line_without_any_schema_or_event_is_an_error_line(loads):
     event = {"type": "Hit", "trigger": {"text": "hit", "start": 4, "end": 7}, "arguments": []}
     lines = [
         {"text": "Ada"},
@@ -301,6 +515,26 @@ def test_a_line_without_any_schema_or_event_is_an_error_line(work):
         'no "schema", and no --schema' in first["error"] and "needs the events" in second["error"]
     )
     assert "error" not in third and len(third["answers"]) == 1
+
+
+def test_scores_of_broken_predictions(loads, capsys):
+    texts({"text": "Ada met Bob.", "id": "a"})
+    write_jsonl(
+        [Document("a", "Ada met Bob.", "NER", WORDS, (Entity("Capital", Span("Ada", 0, 3)),))],
+        "gold.jsonl",
+    )
+    good = {"label": "Capital", "text": "Ada", "start": 0, "end": 3}
+    answers = [{"records": value} for value in (None, 5, [5], ["x"], [None], [{}], {"a": 1})]
+    broken = ({"label": 5}, {"label": []}, {"text": 5}, {"text": None}, {"start": "x"})
+    broken += ({"start": 0.5}, {"end": None}, {"confidence": "high"}, {"confidence": [1]})
+    answers += [{"records": [{**good, **change}]} for change in broken]
+    answers += [{"records": [], "problems": value} for value in (5, [5], [{"kind": "x"}])]
+    texts(*({"id": "a", **answer} for answer in answers), file="out.jsonl")
+    command = ["score", "--gold", "gold.jsonl", "--predicted", "out.jsonl", "--reliability"]
+    for match in ("text", "offsets"):
+        assert cli.main([*command, "--match", match]) == Exit.SOME_LINES_BAD
+        messages = capsys.readouterr().err
+        assert messages.count("The line holds no records: ") == len(answers)
 
 
 def test_convert(tmp_path, capsys, monkeypatch):
