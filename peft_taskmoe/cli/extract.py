@@ -13,7 +13,7 @@ from .files import check_output, lines
 from .inputs import items_of
 from .messages import Exit, StoppedError, say
 from .parquet import is_parquet, read_finished, write_parquet
-from .shares import Processes, plan_shares
+from .shares import Processes, parts_of, plan_shares
 
 if TYPE_CHECKING:
     from ..uie import Extractor
@@ -118,12 +118,10 @@ def run(args: argparse.Namespace) -> Exit:
     return code
 
 
-def _state(path: Path) -> tuple[int, int] | None:
-    """What differs once a line was written: the file, or the number of its whole lines."""
-    if not path.exists():
-        return None
-    with path.open("rb") as file:
-        return path.stat().st_ino, sum(line.endswith(b"\n") for line in file)
+def _state(path: Path) -> list[tuple[Path, int, int]]:
+    """What differs once a line was written: the files, and their numbers of whole lines."""
+    files = [file for file in [path, *parts_of(path)] if file.is_file()]
+    return [(f, f.stat().st_ino, f.read_bytes().count(b"\n")) for f in files]
 
 
 def _report(args: argparse.Namespace, rows: Iterable[dict[str, Any]]) -> Exit:

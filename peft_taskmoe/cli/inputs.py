@@ -1,4 +1,4 @@
-"""What each line of an input file asks."""
+"""The question of each line of an input file, or why it has none."""
 
 from __future__ import annotations
 

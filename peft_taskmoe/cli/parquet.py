@@ -1,4 +1,4 @@
-"""Extracted lines as a Parquet file."""
+"""Outputs in Parquet: written from lines, read back as rows."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def plan_shares(
     from ..uie.extraction.jobs import checksum, lines_done, only_writer
 
     output = output.absolute()
-    found = list(output.parent.glob(f".{glob.escape(output.name)}.*.parts"))
+    found = sorted({file.parent for file in parts_of(output)})
     if processes.count == 1 and not found:
         return None
     with only_writer(output, wait=60):
@@ -136,3 +136,8 @@ def plan_shares(
     if first == len(sources) or (processes.count == 1 and not folder.exists()):
         return None
     return Shares(output, folder, first, len(sources))
+
+
+def parts_of(output: Path) -> list[Path]:
+    """The blocks beside an output, of whatever job."""
+    return sorted(output.absolute().parent.glob(f".{glob.escape(output.name)}.*.parts/*.jsonl"))

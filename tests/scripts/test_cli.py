@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -133,46 +134,47 @@ def test_a_line_out_for_each_line_in_and_bad_ones_are_reported_by_number(loads, 
 
 
 def test_a_text_file_is_a_text_a_line(loads):
-    Path("texts.txt").write_bytes("\ufeffAda\r\n\r\n\"Zoe\" {\r\n\r\n".encode() + b"\xff\n")
+    Path("texts.txt").write_bytes('\ufeffAda\r\n\r\n"Zoe" {\r\n\r\n'.encode() + b"\xff\n")
     assert extract("--input", "texts.txt") == Exit.SOME_LINES_BAD
     found = rows()
     assert [row.get("text") for row in found] == ["Ada", "", '"Zoe" {', "", None]
     assert [len(row.get("records", "error")) for row in found] == [1, 0, 1, 0, 5]
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        {"annotations": None},
-        {"annotations": 5},
-        {"annotations": [None]},
-        {"annotations": [{"label": ["x"], "text": "Ada"}]},
-        {"entities": None},
-        {"schema": None},
-        {"schema": [[]]},
-        {"schema": 5},
-        {"schema": {"a": [["b"]]}},
-        {"schema": {"entities": None}},
-        {"schema": {"entities": {"a": {"examples": 5}}}},
-        {"schema": {"a": {"roles": {"b": {"types": [[]]}}}}},
-        {"task": None},
-        {"task": []},
-        {"task": "EAE"},
-        {"id": {"a": []}, "text": ["Ada"]},
-        "[" * 100_000,
-        '{"text": "Ada", "schema": ' + '{"a":' * 100_000,
-        '{"text": "Ada", "n": ' + "9" * 10_000 + "}",
-        "\\ud800",
-        "\0",
-    ],
-)
-def test_any_line_gives_records_or_an_error_line(loads, line):
+STRANGE = [
+    {"annotations": None},
+    {"annotations": 5},
+    {"annotations": [None]},
+    {"annotations": [{"label": ["x"], "text": "Ada"}]},
+    {"entities": None},
+    {"schema": None},
+    {"schema": [[]]},
+    {"schema": 5},
+    {"schema": {"a": [["b"]]}},
+    {"schema": {"entities": None}},
+    {"schema": {"entities": {"a": {"examples": 5}}}},
+    {"schema": {"a": {"roles": {"b": {"types": [[]]}}}}},
+    {"task": None},
+    {"task": []},
+    {"task": "EAE"},
+    {"id": {"a": []}, "text": ["Ada"]},
+    "[" * 100_000,
+    '{"text": "Ada", "schema": ' + '{"a":' * 100_000,
+    '{"text": "Ada", "n": ' + "9" * 10_000 + "}",
+    "\\ud800",
+    "\0",
+]
+
+
+def test_any_line_gives_records_or_an_error_line(loads):
     good = {"text": "Ada", "schema": SCHEMA, "task": "NER"}
-    texts(good, {**good, **line} if isinstance(line, dict) else line, good)
-    assert cli.main(EXTRACT) in (Exit.DONE, Exit.SOME_LINES_BAD)
+    lines = [{**good, **line} if isinstance(line, dict) else line for line in STRANGE]
+    texts(*(line for strange in lines for line in (strange, good)))
+    assert cli.main(EXTRACT) == Exit.SOME_LINES_BAD
     found = rows()
-    assert len(found) == 3 and "records" in found[0] and "records" in found[2]
-    assert ("records" in found[1]) != ("error" in found[1])
+    assert len(found) == 2 * len(STRANGE)
+    assert all("records" in row for row in found[1::2])
+    assert all(("records" in row) != ("error" in row) for row in found)
 
 
 def test_an_interrupted_run_goes_on_behind_the_lines_that_are_written(loads, monkeypatch, capsys):
@@ -249,7 +251,9 @@ def test_overwriting_keeps_the_old_output_until_there_is_a_new_line(loads, monke
     assert len(rows()) == 1
 
 
-@pytest.mark.parametrize("name", ["texts.jsonl", "./x/../texts.jsonl", "link", "hard", "schema.json"])
+@pytest.mark.parametrize(
+    "name", ["texts.jsonl", "./x/../texts.jsonl", "link", "hard", "schema.json"]
+)
 def test_an_output_that_is_read_is_refused(loads, capsys, name):
     texts({"text": "Ada"})
     Path("x").mkdir()
@@ -261,11 +265,11 @@ def test_an_output_that_is_read_is_refused(loads, capsys, name):
         assert "which is read. Write to another file" in capsys.readouterr().err
     assert (Path("texts.jsonl").read_bytes(), Path("schema.json").read_bytes()) == before
     assert not loads
-    for command in (["convert", "--source-format", "jsonl", "texts.jsonl", name],
-                    ["score", "--gold", "texts.jsonl", "--predicted", "schema.json", "--json", name]):  # fmt: skip
-        if name != "schema.json" or command[0] == "score":
-            assert cli.main(command) == Exit.NOTHING_DONE
-            assert "which is read" in capsys.readouterr().err
+    command = ["score", "--gold", "texts.jsonl", "--predicted", "schema.json", "--json", name]
+    assert cli.main(command) == Exit.NOTHING_DONE and "which is read" in capsys.readouterr().err
+    if name != "schema.json":
+        assert convert("jsonl", "texts.jsonl", name) == Exit.NOTHING_DONE
+        assert "which is read" in capsys.readouterr().err
 
 
 def schema_file(content: str) -> None:
@@ -304,7 +308,9 @@ def test_what_cannot_begin_says_why(loads, capsys, change, message):
         ("--output .", "is a folder. Name a file in it"),
     ],
 )
-def test_values_that_cannot_be_are_refused_before_a_model_is_loaded(loads, capsys, options, message):
+def test_values_that_cannot_be_are_refused_before_a_model_is_loaded(
+    loads, capsys, options, message
+):
     texts({"text": "Ada"})
     try:
         code = extract(*options.split())
@@ -333,7 +339,12 @@ def test_arguments_that_do_not_exist_end_with_2(capsys):
 
 
 def test_a_parquet_output_holds_the_same(loads, capsys, monkeypatch):
-    texts({"text": "Ada", "n": 1}, {"text": "half \ud83d a \\ud83d Pair", "n": "x"}, "{", {"text": "b"})
+    texts(
+        {"text": "Ada", "n": 1},
+        {"text": "half \ud83d a \\ud83d Pair", "n": "x"},
+        "{",
+        {"text": "b"},
+    )
     assert extract() == Exit.SOME_LINES_BAD
     with monkeypatch.context() as patch:
         stops(patch, 2, RuntimeError("out of memory"))
@@ -346,7 +357,9 @@ def test_a_parquet_output_holds_the_same(loads, capsys, monkeypatch):
     expected = rows()
     assert [row.pop("n", None) for row in found] == ["1", '"x"', "null", "null"]  # of mixed types
     expected[1]["text"] = expected[1]["text"].replace("\ud83d", "\ufffd", 1)
-    assert timeless(found) == timeless([{k: v for k, v in row.items() if k != "n"} for row in expected])
+    assert timeless(found) == timeless(
+        [{k: v for k, v in row.items() if k != "n"} for row in expected]
+    )
     before = Path("out.parquet").read_bytes()
     assert extract("--output", "out.parquet") == Exit.SOME_LINES_BAD
     assert "out.parquet" in capsys.readouterr().err
@@ -391,7 +404,7 @@ def test_several_processes_write_what_one_does(loads, monkeypatch, capsys, proce
         assert process(1, 2, "--overwrite", "--threshold", "0.1") == Exit.DONE
         with monkeypatch.context() as patch:
             stops(patch, 3, RuntimeError("out of memory"))
-            assert process(0, 2, "--overwrite", "--threshold", "0.1") == Exit.NOTHING_DONE
+            assert process(0, 2, "--overwrite", "--threshold", "0.1") == Exit.STOPPED
         assert timeless(rows()) == timeless(whole)  # the old output is still there
         asked = len(loads)
         codes = [process(*who, "--overwrite", "--threshold", "0.1") for who in later]
@@ -400,11 +413,13 @@ def test_several_processes_write_what_one_does(loads, monkeypatch, capsys, proce
         new = rows()
         assert new[0]["run"] != whole[0]["run"]
         assert [row["id"] for row in new] == [row["id"] for row in whole]
-        assert extract("--overwrite") == Exit.SOME_LINES_BAD
+        assert process(0, 1, "--overwrite") == Exit.SOME_LINES_BAD
     assert not list(Path().glob(".out*parts"))
 
 
-def test_several_processes_go_on_behind_one_and_refuse_other_parts(loads, monkeypatch, capsys, process):
+def test_several_processes_go_on_behind_one_and_refuse_other_parts(
+    loads, monkeypatch, capsys, process
+):
     texts(*({"text": f"text {i} Ada"} for i in range(30)))
     assert extract() == Exit.DONE
     whole = rows()
@@ -537,89 +552,200 @@ def test_scores_of_broken_predictions(loads, capsys):
         assert messages.count("The line holds no records: ") == len(answers)
 
 
+def convert(*arguments: str) -> int:
+    return cli.main(["convert", "--source-format", *arguments])
+
+
 def test_convert(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("in.conll").write_text("Ada B-person\nmet O\n\nBob X-person\n")
     Path("labels.json").write_text('{"person": "people"}')
-    command = [
-        "convert",
-        "--source-format",
-        "conll",
-        "--schema",
-        "labels.json",
-        "in.conll",
-        "out.jsonl",
-    ]
-    assert cli.main(command) == Exit.NOTHING_DONE
+    command = ["conll", "--schema", "labels.json", "in.conll", "out.jsonl"]
+    assert convert(*command) == Exit.NOTHING_DONE
     assert "in.conll:4: tags" in capsys.readouterr().err and not Path("out.jsonl").exists()
-    assert cli.main([*command, "--keep-going"]) == Exit.SOME_LINES_BAD
+    assert convert(*command, "--keep-going") == Exit.SOME_LINES_BAD
     assert [row["text"] for row in rows()] == ["Ada met", "Bob"]
     assert rows()[0]["schema"] == {"person": "people"}
     assert "2 documents, 1 problems" in capsys.readouterr().err
-    assert (
-        cli.main(["convert", "--source-format", "jsonl", "out.jsonl", "again.jsonl"]) == Exit.DONE
-    )
+    assert convert("jsonl", "out.jsonl", "again.jsonl") == Exit.DONE
     assert rows("again.jsonl") == rows()
-    assert (
-        cli.main(
-            ["convert", "--source-format", "jsonl", "--scheme", "IOB1", "out.jsonl", "x.jsonl"]
-        )
-        == Exit.NOTHING_DONE
-    )
-    assert "--scheme says nothing about the format `jsonl`" in capsys.readouterr().err
-    assert (
-        cli.main(["convert", "--source-format", "brat", "folder", "x.jsonl"]) == Exit.NOTHING_DONE
-    )
-    assert "Pass --task" in capsys.readouterr().err
+    for command, message in (
+        (["jsonl", "--scheme", "IOB1"], "--scheme says nothing about the format `jsonl`"),
+        (["brat", "--detokenize"], "--detokenize says nothing about the format `brat`"),
+        (["paper"], "--source-format is 'paper'. Choose one of jsonl, conll, brat, iepile"),
+        (["conll", "--schema", "list.json"], "`list.json` holds no schema. Write {label"),
+        (["conll", "--schema", "in.conll"], "`in.conll` holds no schema: "),
+    ):
+        Path("list.json").write_text("[1]")
+        assert convert(*command, "out.jsonl", "x.jsonl") == Exit.NOTHING_DONE
+        assert message in capsys.readouterr().err and not Path("x.jsonl").exists()
 
 
-def test_from_the_shell_with_an_adapter_from_disk(tmp_path):
-    tiny_llama().save_pretrained(tmp_path / "base")
-    byte_tokenizer().save_pretrained(tmp_path / "base")
+def test_convert_reads_the_columns_that_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = "# id 1 domain=en\n1\tB-PER\tAda\t_\n2\tO\t's\t_\n3\tB-N\t10\u00a0000\t_\n"
+    Path("in.conll").write_text(text, encoding="utf-8")
+    columns = ["--token-column", "2", "--tag-column", "1", "--separator", r"\t"]
+    command = ["conll", *columns, "--comment", "# id", "in.conll", "out.jsonl"]
+    assert convert(*command) == Exit.DONE
+    assert [a["text"] for a in rows()[0]["annotations"]] == ["Ada", "10\u00a0000"]
+    assert rows()[0]["text"] == "Ada 's 10\u00a0000"
+    assert convert(*command, "--detokenize", "--unit", "document") == Exit.DONE
+    assert rows()[0]["text"] == "Ada's 10\u00a0000"
+
+
+def test_convert_reads_all_tasks_of_brat_and_refuses_a_schema_of_another(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("folder/a.txt").write_text("Ada works at ACM")
+    Path("folder/a.ann").write_text(
+        "T1\tPer 0 3\tAda\nT2\tOrg 13 16\tACM\nR1\tat Arg1:T1 Arg2:T2\n"
+    )
+    Path("labels.json").write_text('{"Per": "", "Org": ""}')
+    assert convert("brat", "folder", "out.jsonl") == Exit.DONE
+    assert [len(a) for a in rows()[0]["annotations"]] and rows()[0]["task"] == "UIE"
+    assert len(rows()[0]["annotations"]) == 3
+    command = ["brat", "--task", "RE", "--schema", "labels.json", "folder", "out.jsonl"]
+    assert convert(*command) == Exit.NOTHING_DONE
+    assert "The schema" in capsys.readouterr().err
+    assert convert("brat", "folder", "folder/a.txt") == Exit.NOTHING_DONE
+    assert "which is read" in capsys.readouterr().err
+
+
+@pytest.fixture
+def job(tmp_path):
+    """Arguments of an extraction with a tiny adapter from the disk, without --output."""
     from transformers import AutoModelForCausalLM
 
+    tiny_llama().save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    get_peft_model(
-        base, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
-    ).save_pretrained(tmp_path / "adapter")
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
     save_format(PromptFormat(style="compact"), tmp_path / "adapter")
     (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
-    (tmp_path / "texts.jsonl").write_text('{"text": "Ada"}\n{"text": "Bob"}\n')
-    options = ["--max-new-tokens", "3", "--batch-size", "2", "--max-prompt-tokens", "500"]
+    lines = (json.dumps({"text": f"Ada met Bob {i}."}) + "\n" for i in range(64))
+    (tmp_path / "texts.jsonl").write_text("".join(lines))
     files = [f"--adapter={tmp_path}/adapter", f"--schema={tmp_path}/schema.json"]
-    files += [f"--input={tmp_path}/texts.jsonl", f"--output={tmp_path}/out.jsonl"]
-    done = subprocess.run(
-        [sys.executable, "-m", "peft_taskmoe", "extract", *files, *options],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        check=False,
+    return ["extract", *files, f"--input={tmp_path}/texts.jsonl", "--max-new-tokens=12"]
+
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def start(*arguments: object, **environment: object) -> subprocess.Popen:
+    """A process of Python with these arguments."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        env=ENVIRONMENT | {name: str(value) for name, value in environment.items()},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
-    assert done.returncode == 0, done.stderr
-    found = rows(str(tmp_path / "out.jsonl"))
-    assert [row["text"] for row in found] == ["Ada", "Bob"] and all(row["answers"] for row in found)
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+
+
+def ended(process: subprocess.Popen, code: int = Exit.DONE) -> tuple[bytes, bytes]:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, err.decode()
+    return out, err
+
+
+def test_from_the_shell_with_an_adapter_from_disk(job, tmp_path):
+    output = tmp_path / "out.jsonl"
+    ended(start("-m", "peft_taskmoe", *job, f"--output={output}", "--max-prompt-tokens=500"))
+    found = rows(output)
+    assert [row["text"] for row in found] == [f"Ada met Bob {i}." for i in range(64)]
+    assert all(row["answers"] for row in found)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
     assert project["project"]["scripts"] == {"peft-taskmoe": "peft_taskmoe.cli:main"}
 
 
-def test_every_option_of_the_model_reaches_the_extractor(work, monkeypatch):
-    Path("texts.jsonl").write_text('{"text": "Ada"}')
-    real, seen = Extractor.from_pretrained, []
-    monkeypatch.setattr(
-        Extractor,
-        "from_pretrained",
-        lambda *args, **kwargs: (
-            seen.append((args, kwargs))
-            or real("a", **{**kwargs, "constrained": False, "prefix_caching": False})
-        ),
-    )
+def test_help_and_version_import_nothing_slow():
+    for arguments in (["--help"], ["--version"], ["extract", "--help"]):
+        _, err = ended(start("-X", "importtime", "-m", "peft_taskmoe", *arguments))
+        assert not re.search(rb"\b(torch|transformers|peft|datasets)$", err, re.MULTILINE)
+
+
+def test_results_reach_pipes_and_files_of_any_code_page(tmp_path):
+    gold = {"id": "a", "text": "Ada", "task": "NER", "schema": {"人名": ""}}
+    gold["annotations"] = [{"label": "人名", "text": "Ada", "start": 0, "end": 3}]
+    file = tmp_path / "gold.jsonl"
+    file.write_text(json.dumps(gold), encoding="utf-8")
+    command = ["-m", "peft_taskmoe", "score", "--gold", file, "--predicted", file, "--labels"]
+    command += ["--json", tmp_path / "s.json"]
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    out, _ = ended(start(*command, PYTHONIOENCODING="cp1252", **ascii_only))
+    assert "人名" in out.decode("utf-8")
+    assert "人名" in (tmp_path / "s.json").read_text("utf-8")
+
+
+def test_a_closed_pipe_is_no_error(tmp_path):
+    gold = {"id": "a", "text": "Ada", "task": "NER", "schema": {"p": ""}, "annotations": []}
+    file = tmp_path / "gold.jsonl"
+    file.write_text(json.dumps(gold), encoding="utf-8")
+    command = ["-m", "peft_taskmoe", "score", "--gold", file, "--predicted", file]
+    process = start(*command, "--json", tmp_path / "s.json")
+    process.stdout.close()
+    assert process.wait(timeout=300) == Exit.DONE and b"Traceback" not in process.stderr.read()
+    assert json.loads((tmp_path / "s.json").read_text("utf-8"))
+
+
+@pytest.mark.slow
+def test_torchrun_and_a_killed_process(job, tmp_path):
+    whole, several, killed = (tmp_path / f"{name}.jsonl" for name in ("whole", "two", "killed"))
+    ended(start("-m", "peft_taskmoe", *job, f"--output={whole}"))
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    _, err = ended(start(*launch, "-m", "peft_taskmoe", *job, f"--output={several}"))
+    assert timeless(rows(several)) == timeless(rows(whole))
+    assert err.count(b"Extracting: 100%") == 1
+
+    environment = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    command = ["-m", "peft_taskmoe", *job, f"--output={killed}"]
+    first, second = (start(*command, RANK=rank, **environment) for rank in (0, 1))
+    while not any(f.stat().st_size for f in tmp_path.glob(".killed.jsonl.*.parts/000000008.jsonl")):
+        assert second.poll() is None
+        time.sleep(0.005)
+    second.send_signal(signal.SIGKILL)
+    ended(first)
+    second.wait()
+    assert not killed.exists()
+    environment |= {"WORLD_SIZE": 3, "MASTER_PORT": free_port()}
+    others = [start(*command, RANK=rank, **environment) for rank in range(3)]
+    for process in others:
+        ended(process)
+    assert timeless(rows(killed)) == timeless(rows(whole))
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def test_every_option_of_the_model_reaches_the_extractor(loads):
+    texts({"text": "Ada"})
     assert extract() == Exit.DONE
-    bare = {"base_model": None, "model_kwargs": {}, "batch_size": 8, "max_new_tokens": 256}
-    bare |= {"max_prompt_tokens": None, "constrained": False, "prefix_caching": False}
+    bare = {"adapter": "a", "base_model": None, "encoder": None, "device": "cpu", "dtype": None}
+    bare |= {"batch_size": 8, "max_new_tokens": 256, "max_prompt_tokens": None}
+    assert loads == [bare | {"constrained": False, "prefix_caching": False}]
     options = "--base-model b --batch-size 2 --max-new-tokens 3 --max-prompt-tokens 999"
-    options += " --constrained --prefix-caching --dtype bfloat16 --device cuda --overwrite"
+    options += " --constrained --prefix-caching --dtype bfloat16 --device cpu --overwrite"
     assert extract(*options.split()) == Exit.DONE
     asked = {"base_model": "b", "batch_size": 2, "max_new_tokens": 3, "max_prompt_tokens": 999}
-    asked |= {"model_kwargs": {"dtype": "bfloat16", "device_map": "cuda"}}
-    asked |= {"constrained": True, "prefix_caching": True}
-    assert seen == [(("a",), bare), (("a",), asked)]
+    asked |= {"dtype": "bfloat16", "constrained": True, "prefix_caching": True}
+    assert loads[1] == bare | asked
+
+
+def test_the_task_encoder_can_be_another_folder(loads, adapted, tiny_encoder, tmp_path, capsys):
+    texts({"text": "Ada"})
+    tiny_encoder.model.save_pretrained("encoder")
+    tiny_encoder.tokenizer.save_pretrained("encoder")
+    settings = {"name_or_path": "/nowhere", "pooling": "cls", "text": "schema"}
+    adapted(task_type="CAUSAL_LM", task_encoder=settings).save_pretrained("adapter")
+    assert extract("--adapter", "adapter", "--task-encoder", "encoder") == Exit.DONE
+    config = loads[0]["encoder"].config
+    assert (config.name_or_path, config.pooling, config.text) == ("encoder", "cls", "schema")
+    LoraConfig().save_pretrained("lora")
+    assert extract("--adapter", "lora", "--task-encoder", "encoder") == Exit.NOTHING_DONE
+    assert "--task-encoder says nothing about a LORA adapter" in capsys.readouterr().err

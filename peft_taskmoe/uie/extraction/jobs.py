@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,12 +48,14 @@ class Item:
         source: A checksum of what is asked: `checksum`.
         asked: The questions about it; see `Extractor.answer`.
         error: Why nothing can be asked, if so; it becomes the line.
+        extra: What else the line holds.
     """
 
     id: str
     source: str
     asked: Sequence[Question] = ()
     error: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 def checksum(data: bytes | Any) -> str:
@@ -133,7 +135,7 @@ def write_lines(
         ValueError: The file is not that of such a run, or another process is writing it.
     """
     items = iter(items)
-    with _only_writer(path):
+    with only_writer(path):
         done = 0 if overwrite else lines_done(path, (item.source for item in items), run)
         waiting: list[Item] = []
 
@@ -168,7 +170,7 @@ def json_object(line: bytes) -> dict[str, Any] | None:
 
 def _line(item: Item, extraction: Extraction, run: str) -> bytes:
     found = extraction.to_dict() if item.error is None else {"error": item.error}
-    row = {"id": item.id, "source": item.source, **found, "run": run}
+    row = {"id": item.id, "source": item.source, **found, **item.extra, "run": run}
     return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
@@ -180,9 +182,9 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def _only_writer(path: Path) -> Iterator[None]:
+def only_writer(path: Path, wait: float = 0.0) -> Iterator[None]:
     """Hold the lock of an output, which dies with its process."""
-    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=wait)
     try:
         lock.acquire()
     except Timeout as error:
