@@ -130,28 +130,14 @@ class _Answer:
     def of_row(cls, row: Mapping[str, Any]) -> _Answer:
         """Read a row, and refuse records that cannot be scored."""
         from ..uie import Problem, record_from_dict
+        from ..uie.scoring.matching import record_fault
 
         found = row["records"] if "records" in row else row["annotations"]
         records = tuple(record_from_dict("UIE", record) for record in found)
         for record in records:
-            _check(record)
+            if (fault := record_fault(record)) is not None:
+                raise ValueError(f"a record has {fault}")
         return cls(records, tuple(Problem(**problem) for problem in row.get("problems", ())))
-
-
-def _check(record: Record) -> None:
-    """Refuse a record with values of other types than records have."""
-    from ..uie.records import spans_of
-
-    names = [record.label, *(argument.role for argument in getattr(record, "arguments", ()))]
-    texts = [*names, *(span.text for span in spans_of(record))]
-    confidence = record.confidence
-    number = isinstance(confidence, int | float) and 0 <= confidence <= 1
-    if not all(isinstance(text, str) for text in texts) or not (confidence is None or number):
-        raise ValueError(f"a label, text or confidence is none in {record.to_dict()}")
-    for span in spans_of(record):
-        places = (span.start, span.end)
-        if places != (None, None) and not all(type(place) is int for place in places):
-            raise ValueError(f"`start` and `end` are {places}")
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any] | None]:

@@ -541,7 +541,7 @@ def test_scores_of_broken_predictions(loads, capsys):
     good = {"label": "Capital", "text": "Ada", "start": 0, "end": 3}
     answers = [{"records": value} for value in (None, 5, [5], ["x"], [None], [{}], {"a": 1})]
     broken = ({"label": 5}, {"label": []}, {"text": 5}, {"text": None}, {"start": "x"})
-    broken += ({"start": 0.5}, {"end": None}, {"confidence": "high"}, {"confidence": [1]})
+    broken += ({"start": 0.5}, {"end": None}, {"confidence": "high"}, {"confidence": float("nan")})
     answers += [{"records": [{**good, **change}]} for change in broken]
     answers += [{"records": [], "problems": value} for value in (5, [5], [{"kind": "x"}])]
     texts(*({"id": "a", **answer} for answer in answers), file="out.jsonl")

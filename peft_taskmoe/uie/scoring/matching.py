@@ -71,7 +71,7 @@ def parts_of(
             "Pass its records as a list, or an object with `records` and `problems`."
         )
     for record in records:
-        if (found := _fault(record)) is not None:
+        if (found := record_fault(record)) is not None:
             raise ValueError(
                 f"The answer to document `{document.id}` has {found}. "
                 "Read records with `record_from_dict`, or leave this one out."
@@ -79,14 +79,18 @@ def parts_of(
     return records, problems
 
 
-def _fault(record: Any) -> str | None:
+def record_fault(record: Any) -> str | None:
+    """What is wrong with a record that cannot be scored, as an object of "has"; None if nothing."""
     if type(record) not in _TASK_OF_RECORD:
         return f"a {type(record).__name__} where a record is expected"
     names = [record.label, *(a.role for a in getattr(record, "arguments", ()))]
     if strange := [name for name in names if not isinstance(name, str)]:
         return f"the label or role {strange[0]!r:.80}, which is no string"
-    if not isinstance(record.confidence, Real | None):
-        return f"the confidence {record.confidence!r:.80}, which is no number"
+    confidence = record.confidence
+    if confidence is not None and not (
+        isinstance(confidence, Real) and 0 <= float(confidence) <= 1
+    ):
+        return f"the confidence {confidence!r:.80}, which is no number from 0 to 1"
     for span in spans_of(record):
         places = (span.start, span.end)
         if not isinstance(span.text, str) or not (
