@@ -1,8 +1,5 @@
 """What the model reads and what it is taught to write: prompts and completions.
 
-Knows the two code-style formats and how to write any string as a Python literal. Does not know how answers are read
-(`parse`), nor anything of tokenizers.
-
 The `"dataclass"` style is that of the method's paper, after GoLLIE::
 
     @dataclass
@@ -35,6 +32,7 @@ from peft_taskmoe.uie.records import (
 )
 from peft_taskmoe.uie.regularisers import MentionPool, Regularisers, key_of, regularise
 from peft_taskmoe.uie.schema import Label, Names, Schema, Slot
+from peft_taskmoe.uie.wording import listed
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +40,14 @@ class PromptFormat:
     """How prompts and completions are written.
 
     Attributes:
-        style: `"dataclass"` is the paper's: a class with docstring and commented slots for each label. `"compact"`
-            has one line for each label and positional spans in the answer, for small models and short contexts: on
-            CoNLL04 its prompts have 42 % of the tokens, on PHEE, with 15 roles to an event, 78 % (SmolLM2's tokenizer).
-        occurrences: Write `span_nth=2` (`head_nth`, `tail_nth`, `trigger_nth`, `<role>_nth`) in a completion where
-            the default alignment would take another occurrence than the gold one. Off, completions have words
-            only, which small models learn sooner, and such records come back at the default occurrence.
+        style: `"dataclass"` is the paper's: a class with docstring and commented slots for each
+            label. `"compact"` has one line for each label and positional spans in the answer, for
+            small models and short contexts: on CoNLL04 its prompts have 42 % of the tokens, on
+            PHEE, with 15 roles to an event, 78 % (SmolLM2's tokenizer).
+        occurrences: Write `span_nth=2` (`head_nth`, `tail_nth`, `trigger_nth`, `<role>_nth`) in a
+            completion where the default alignment would take another occurrence than the gold one.
+            Off, completions have words only, which small models learn sooner, and such records
+            come back at the default occurrence.
     """
 
     style: Literal["dataclass", "compact"] = "dataclass"
@@ -109,8 +109,8 @@ def build_example(
         negative_pool: Labels for `Regularisers.added_negatives`.
 
     Returns:
-        The example. `parse_answer(x.completion, x.schema, document.text, names=x.names, given=document.given)` gives
-        the records of `x.document` back.
+        The example. `parse_answer(x.completion, x.schema, document.text, names=x.names,
+        given=document.given)` gives the records of `x.document` back.
 
     Raises:
         ValueError: A record has a label or a role that the schema does not have.
@@ -145,7 +145,7 @@ def prompt_text(
         format: How to write; `None` is `PromptFormat()`.
 
     Returns:
-        The prompt; it begins with `prompt_schema_text(schema, names, format)` and ends with `result =`.
+        The prompt: `prompt_schema_text(schema, names, format)`, then up to `result =`.
     """
     format, names = format or PromptFormat(), names or schema.names
     return prompt_schema_text(schema, names, format) + _question(text, schema, names, given, format)
@@ -194,10 +194,10 @@ def completion_text(
 
 
 def string_literal(text: str) -> str:
-    r"""A Python string literal, on one line, in double quotes, that `ast.literal_eval` reads back as `text`.
+    r"""A Python string literal, on one line, that `ast.literal_eval` reads back as `text`.
 
-    Only what a literal cannot hold is escaped: quotes, backslashes, control characters, line separators and lone
-    surrogates. Other characters stay readable.
+    Only what a literal cannot hold is escaped: quotes, backslashes, control characters, line
+    separators and lone surrogates. Other characters stay readable.
     """
     return f'"{_ESCAPED.sub(_escape, text)}"'
 
@@ -211,8 +211,6 @@ def _escape(match: re.Match[str]) -> str:
     code = ord(character)
     return _SHORT_ESCAPES.get(character) or (f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}")
 
-
-# --- schemas -------------------------------------------------------------------------------------------------------
 
 _BASES = {"entity": "Entity", "relation": "Relation", "event": "Event"}
 _SLOT_NOTES = {
@@ -299,11 +297,8 @@ def _question(
     return "\n".join(lines)
 
 
-# --- answers -------------------------------------------------------------------------------------------------------
-
-
 class _Writer:
-    """Writes records as calls, with occurrence numbers where the default alignment would go elsewhere."""
+    """Writes records as calls, with numbers where the default alignment would go elsewhere."""
 
     def __init__(
         self,
@@ -371,8 +366,9 @@ class _Writer:
         for argument in event.arguments:
             if argument.role not in by_role:
                 raise ValueError(
-                    f"The event `{label.name}` has an argument in the role `{argument.role}`, which its schema does "
-                    f"not have (roles: {_list(by_role)}). Add the role to the schema."
+                    f"The event `{label.name}` has an argument in the role `{argument.role}`, "
+                    "which its schema does not have "
+                    f"(roles: {listed(by_role, 'none')}). Add the role."
                 )
             if argument.span not in by_role[argument.role]:
                 by_role[argument.role].append(argument.span)
@@ -419,7 +415,8 @@ def _given_text(
     writer = _Writer(
         TextIndex(text), schema, names, replace(format, occurrences=True), numbered_triggers=True
     )
-    return f"[{', '.join(writer.call(replace(event, arguments=())) for event in sorted(given, key=_first_place))}]"
+    events = [replace(event, arguments=()) for event in sorted(given, key=_first_place)]
+    return f"[{', '.join(map(writer.call, events))}]"
 
 
 def _first_place(record: Record) -> tuple[bool, int]:
@@ -439,9 +436,8 @@ def _check_askable(document: Document) -> None:
 
 def _unknown(record: Record, schema: Schema) -> str:
     kind, name = key_of(record)
-    labels = _list(label.name for label in schema.labels if label.kind == kind)
-    return f"There is a record of the {kind} `{name}`, which the schema does not have (it has {labels}). Add the label."
-
-
-def _list(names: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names) or "none"
+    labels = listed((label.name for label in schema.labels if label.kind == kind), "none")
+    return (
+        f"There is a record of the {kind} `{name}`, which the schema does not have "
+        f"(it has {labels}). Add the label."
+    )

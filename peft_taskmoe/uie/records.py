@@ -1,20 +1,17 @@
-"""What an extraction is made of: spans, entities, relations, events, problems, documents, and their JSON.
-
-Knows the JSONL format of the data sets (one document a line) in both directions. Does not know how a record is
-asked for (`prompt`), read from an answer (`parse`), placed in a text (`alignment`) or scored (`score`).
-"""
+"""What an extraction is made of: spans, records, problems and documents, and their JSON."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from peft_taskmoe.uie.schema import TASKS, Schema, Task
+from peft_taskmoe.uie.wording import listed, shown
 
 Alignment = Literal["exact", "normalised", "not_found"]
-"""How a span's words were found in the text: letter by letter, after normalisation, or not at all."""
+"""How a span's words were found: letter by letter, after normalisation, or not at all."""
 
 ProblemKind = Literal[
     "malformed",
@@ -39,13 +36,13 @@ PROBLEM_KINDS: dict[str, str] = {
     "unknown_label": "a record of a class that the schema does not have; it is left out",
     "unknown_slot": "a slot that the class does not have; the slot is left out, the record kept",
     "missing_slot": "a record without its span, head, tail or trigger; it is left out",
-    "bad_value": "a slot filled with something that is not a string of words; record or argument left out",
-    "bad_occurrence": "an occurrence number that the text does not have; the default occurrence is taken",
+    "bad_value": "a slot filled with no string of words; record or argument left out",
+    "bad_occurrence": "an occurrence number that the text does not have; the default is taken",
     "not_in_text": "a span that the text does not contain; record or argument left out",
     "not_given": "an event other than the given ones, where events are given; it is left out",
     "repeated": "a record or argument that says again what an earlier one said; it is left out",
     "low_confidence": "a record below the threshold that the caller set; it is left out",
-    "not_asked": "a question, or a given event, that no prompt can hold; the model is not asked about it",
+    "not_asked": "a question or given event that no prompt can hold; it is not asked",
 }
 """Every kind of `Problem`, and what becomes of what it is about."""
 
@@ -92,7 +89,7 @@ class Entity:
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """A labelled pair of mentions. The types are those of the two mentions, where the schema states them."""
+    """A labelled pair of mentions, and the types of the two where they are known."""
 
     label: str
     head: Span
@@ -102,7 +99,7 @@ class Relation:
     confidence: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSONL annotation: `{"relation", "head": {"type", "text", "start", "end"}, "tail": {...}}`."""
+        """The JSONL annotation: `{"relation", "head": {"type", "text", ...}, "tail": {...}}`."""
         sides = {
             side: ({} if type_ is None else {"type": type_}) | _span_to_dict(span)
             for side, type_, span in (
@@ -135,7 +132,7 @@ class Event:
     confidence: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSONL annotation: `{"type", "trigger": {"text", "start", "end"}, "arguments": [...]}`."""
+        """The JSONL annotation: `{"type", "trigger": {"text", ...}, "arguments": [...]}`."""
         return {
             "type": self.label,
             "trigger": _span_to_dict(self.trigger),
@@ -164,7 +161,7 @@ class Problem:
     def __post_init__(self) -> None:
         if self.kind not in PROBLEM_KINDS:
             raise ValueError(
-                f"`{self.kind}` is no kind of problem. The kinds are: {_names(PROBLEM_KINDS)}."
+                f"`{self.kind}` is no kind of problem. The kinds are: {listed(PROBLEM_KINDS)}."
             )
 
     def to_dict(self) -> dict[str, str]:
@@ -197,12 +194,12 @@ class Document:
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise ValueError(
-                f"Document `{self.id}` has task `{self.task}`. Write one of: {_names(TASKS)}."
+                f"Document `{self.id}` has task `{self.task}`. Write one of: {listed(TASKS)}."
             )
 
     @property
     def given(self) -> tuple[Event, ...]:
-        """The events whose arguments are asked for: those of an `"EAE"` document, without their arguments."""
+        """The events whose arguments are asked for: those of an `"EAE"` document, bare."""
         if self.task != "EAE":
             return ()
         return tuple(Event(r.label, r.trigger) for r in self.records if isinstance(r, Event))
@@ -212,8 +209,8 @@ class Document:
         """Read one row of the JSONL format.
 
         Args:
-            row: `{"id", "text", "task", "schema", "annotations"[, "entities"]}`; other keys go to `extra`.
-                `annotations` may be absent in a document that is only to be read.
+            row: `{"id", "text", "task", "schema", "annotations"[, "entities"]}`; other keys go
+                to `extra`. `annotations` may be absent in a document that is only to be read.
 
         Returns:
             The document; `Document.from_dict(row).to_dict()` gives the row back.
@@ -221,25 +218,23 @@ class Document:
         Raises:
             ValueError: A key is missing, the task is unknown, or an offset does not fit the text.
         """
-        missing = [key for key in ("id", "text", "task", "schema") if key not in row]
-        if missing:
+        if missing := [key for key in ("id", "text", "task", "schema") if key not in row]:
             raise ValueError(
-                f"The row has no {_names(missing)} (keys: {_names(row)}). A document is one JSON object with "
-                '"id", "text", "task", "schema" and "annotations".'
+                f"The row has no {listed(missing)} (keys: {listed(row)}). A document is one JSON "
+                'object with "id", "text", "task", "schema" and "annotations".'
             )
         task, text = row["task"], row["text"]
         if not isinstance(text, str):
             raise ValueError(f"`text` is a {type(text).__name__}. Write it as one string.")
         schema = Schema.from_dict(task, row["schema"])
-        records = tuple(
-            record_from_dict(task, annotation) for annotation in row.get("annotations", ())
-        )
-        entities = tuple(_entity_from_dict(entity) for entity in row.get("entities", ()))
+        records = [record_from_dict(task, x) for x in _list(row, "annotations")]
+        entities = [_entity_from_dict(entity) for entity in _list(row, "entities")]
         for span in (span for record in (*records, *entities) for span in spans_of(record)):
             _check_offsets(span, text)
         known = {"id", "text", "task", "schema", "annotations", "entities"}
         extra = {key: value for key, value in row.items() if key not in known}
-        return cls(str(row["id"]), text, task, schema, records, entities, extra)
+        id_ = document_id(row["id"])
+        return cls(id_, text, task, schema, tuple(records), tuple(entities), extra)
 
     def to_dict(self) -> dict[str, Any]:
         """The row of the JSONL format; `Document.from_dict` reads it back."""
@@ -268,17 +263,12 @@ def record_from_dict(task: str, data: Mapping[str, Any]) -> Record:
     Raises:
         ValueError: The task is unknown or the annotation lacks a key.
     """
-    readers: dict[str, Callable[[Mapping[str, Any]], Record]] = {
-        "NER": _entity_from_dict,
-        "RE": _relation_from_dict,
-        "EE": _event_from_dict,
-        "EAE": _event_from_dict,
-    }
     if task == "UIE":
-        task = "RE" if "relation" in data else "EE" if "trigger" in data else "NER"
-    if task not in readers:
-        raise ValueError(f"`{task}` is no task. Write one of: {_names(TASKS)}.")
-    return readers[task](data)
+        keys = data if isinstance(data, Mapping) else {}
+        task = "RE" if "relation" in keys else "EE" if "trigger" in keys else "NER"
+    if task not in _READERS:
+        raise ValueError(f"`{task}` is no task. Write one of: {listed(TASKS)}.")
+    return _READERS[task](data)
 
 
 def spans_of(record: Record) -> tuple[Span, ...]:
@@ -291,7 +281,7 @@ def spans_of(record: Record) -> tuple[Span, ...]:
 
 
 def shift_record(record: Record, by: int) -> Record:
-    """The same record with every offset `by` characters further on (from a window to the whole text)."""
+    """The same record with every offset `by` characters further on."""
     if isinstance(record, Entity):
         return Entity(record.label, record.span.shift(by), record.confidence)
     if isinstance(record, Relation):
@@ -306,10 +296,10 @@ def shift_record(record: Record, by: int) -> Record:
 
 
 def record_key(record: Record) -> tuple[Any, ...]:
-    """What makes two records the same: kind, label and places; neither confidence nor argument order.
+    """What makes two records the same: kind, label and places.
 
-    Spans with offsets are told apart by their offsets, others by their words. The types of a relation's mentions
-    are not part of the key: the pair and the label are.
+    Spans with offsets are told apart by their offsets, others by their words. Confidence, the order
+    of arguments and the types of a relation's mentions are no part of it.
 
     Returns:
         A hashable tuple, `("entity" | "relation" | "event", label, ...)`.
@@ -337,17 +327,53 @@ def _confidence_to_dict(confidence: float | None) -> dict[str, float]:
     return {} if confidence is None else {"confidence": confidence}
 
 
+def document_id(value: Any) -> str:
+    """The id of a document: a string, or a whole number as its digits.
+
+    Raises:
+        ValueError: It is neither, or empty.
+    """
+    if isinstance(value, str) and value:
+        return value
+    if type(value) is int:
+        return str(value)
+    raise ValueError(f"The id is {shown(value)}. Write a string or a whole number.")
+
+
+def _list(data: Mapping[str, Any], key: str) -> Sequence[Any]:
+    value = data.get(key, ())
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise ValueError(f"`{key}` is {shown(value)}. Write a list.")
+    return value
+
+
+def _name(data: Mapping[str, Any], key: str, what: str) -> str:
+    name = data[key]
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{what} has the {key} {shown(name)}. Write a name.")
+    return name
+
+
+def _confidence(data: Mapping[str, Any]) -> float | None:
+    value = data.get("confidence")
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise ValueError(f"The confidence is {shown(value)}. Write a number, or leave it out.")
+    return value
+
+
 def _span_from_dict(data: Mapping[str, Any], where: str, *beside: str) -> Span:
-    _check_keys(
-        data, where, required=("text",), known=("text", "start", "end", "alignment", *beside)
-    )
-    return Span(data["text"], data.get("start"), data.get("end"), data.get("alignment", "exact"))
+    known = ("text", "start", "end", "alignment", *beside)
+    _check_keys(data, where, required=("text",), known=known)
+    alignment = data.get("alignment", "exact")
+    if not isinstance(data["text"], str) or alignment not in ("exact", "normalised", "not_found"):
+        raise ValueError(f"{where} is {shown(dict(data))}. Write its words as a string.")
+    return Span(data["text"], data.get("start"), data.get("end"), alignment)
 
 
 def _entity_from_dict(data: Mapping[str, Any]) -> Entity:
     _check_keys(data, "An entity", required=("label", "text"))
     span = _span_from_dict(data, "An entity", "label", "confidence")
-    return Entity(data["label"], span, data.get("confidence"))
+    return Entity(_name(data, "label", "An entity"), span, _confidence(data))
 
 
 def _relation_from_dict(data: Mapping[str, Any]) -> Relation:
@@ -356,61 +382,57 @@ def _relation_from_dict(data: Mapping[str, Any]) -> Relation:
     head = _span_from_dict(data["head"], "A relation's head", "type")
     tail = _span_from_dict(data["tail"], "A relation's tail", "type")
     types = (data["head"].get("type"), data["tail"].get("type"))
-    return Relation(data["relation"], head, tail, *types, data.get("confidence"))
+    return Relation(_name(data, "relation", "A relation"), head, tail, *types, _confidence(data))
 
 
 def _event_from_dict(data: Mapping[str, Any]) -> Event:
-    _check_keys(
-        data, "An event", ("type", "trigger"), ("type", "trigger", "arguments", "confidence")
-    )
+    known = ("type", "trigger", "arguments", "confidence")
+    _check_keys(data, "An event", ("type", "trigger"), known)
     arguments = []
-    for argument in data.get("arguments", ()):
+    for argument in _list(data, "arguments"):
         _check_keys(argument, "An argument", required=("role", "text"))
-        arguments.append(
-            Argument(argument["role"], _span_from_dict(argument, "An argument", "role"))
-        )
+        span = _span_from_dict(argument, "An argument", "role")
+        arguments.append(Argument(_name(argument, "role", "An argument"), span))
     trigger = _span_from_dict(data["trigger"], "A trigger")
-    return Event(data["type"], trigger, tuple(arguments), data.get("confidence"))
+    return Event(_name(data, "type", "An event"), trigger, tuple(arguments), _confidence(data))
 
 
 def _check_keys(
-    data: Mapping[str, Any],
-    what: str,
-    required: Iterable[str],
-    known: tuple[str, ...] | None = None,
+    data: Any, what: str, required: Iterable[str], known: Sequence[str] | None = None
 ) -> None:
     if not isinstance(data, Mapping):
-        raise ValueError(f"{what} is written as {data!r}. Write it as a JSON object.")
-    missing = [key for key in required if key not in data]
-    if missing:
-        raise ValueError(
-            f"{what} has no {_names(missing)} (keys: {_names(data)}). Add what is missing."
-        )
-    unknown = [] if known is None else sorted(set(data) - set(known))
+        raise ValueError(f"{what} is written as {shown(data)}. Write it as a JSON object.")
+    if missing := [key for key in required if key not in data]:
+        keys = listed(data)
+        raise ValueError(f"{what} has no {listed(missing)} (keys: {keys}). Add what is missing.")
+    unknown = [] if known is None else sorted(set(map(str, data)) - set(known))
     if unknown:
         # One text for one set of keys: Python's warning filter then shows it once.
-        warnings.warn(f"{what} has the keys {_names(unknown)}, which are not kept.", stacklevel=2)
+        warnings.warn(f"{what} has the keys {listed(unknown)}, which are not kept.", stacklevel=2)
 
 
 def _check_offsets(span: Span, text: str) -> None:
-    if not isinstance(span.text, str) or not span.text:
-        raise ValueError(
-            f"The mention {span.text!r} has no words. Write the words that it stands for."
-        )
+    if not span.text:
+        raise ValueError("The mention '' has no words. Write the words that it stands for.")
     if span.start is None and span.end is None:
         return
-    if not isinstance(span.start, int) or not isinstance(span.end, int):
+    said = f"The mention {shown(span.text)}"
+    if type(span.start) is not int or type(span.end) is not int:
         raise ValueError(
-            f"The mention {span.text!r} has start {span.start!r} and end {span.end!r}. Write both as integers, "
-            "or neither."
+            f"{said} has start {shown(span.start)} and end {shown(span.end)}. "
+            "Write both as integers, or neither."
         )
     found = text[span.start : span.end] if span.start >= 0 else ""
     if found != span.text:
         raise ValueError(
-            f"The mention {span.text!r} is said to stand at {span.start}:{span.end}, where the text has "
-            f"{found!r}. Offsets count characters (code points) from 0, and the end is exclusive."
+            f"{said} is said to stand at {span.start}:{span.end}, where the text has "
+            f"{shown(found)}. Offsets count characters from 0, and the end is exclusive."
         )
 
 
-def _names(names: Iterable[Any]) -> str:
-    return ", ".join(f"`{name}`" for name in names) or "nothing"
+_READERS: dict[str, Callable[[Mapping[str, Any]], Record]] = {
+    "NER": _entity_from_dict,
+    "RE": _relation_from_dict,
+    "EE": _event_from_dict,
+    "EAE": _event_from_dict,
+}

@@ -1,9 +1,7 @@
-"""What makes one document look different each time it is trained on: order, dropout, masks, examples, negatives.
+"""What makes one document look different each time it is trained on: order, masks, negatives.
 
-Knows documents and schemas; does not know how they are written (`prompt`). Everything is a function of (seed,
-document id) alone: the same in every process, whatever PYTHONHASHSEED. A new seed for each epoch gives new variety.
-
-After GoLLIE (Sainz et al., 2024), written from its description.
+Everything is a function of (seed, document id) alone: the same in every process. After GoLLIE
+(Sainz et al., 2024), written from its description.
 """
 
 from __future__ import annotations
@@ -23,22 +21,24 @@ MentionPool: TypeAlias = Mapping[tuple[Kind, str], Sequence[str]]
 
 @dataclass(frozen=True, slots=True)
 class Regularisers:
-    """Switches, all off. GoLLIE's settings: `Regularisers(shuffle=True, dropout=0.15, mask=0.5, examples=5)`.
+    """Switches, all off.
 
-    None of them looks at the gold records to decide an order, a mask or a dropout, so that neither the order of the
-    classes nor their presence tells the answer; the one exception is `max_negatives`, which cannot do without.
+    GoLLIE's settings: `Regularisers(shuffle=True, dropout=0.15, mask=0.5, examples=5)`. None looks
+    at the gold records to decide an order, a mask or a dropout, so that neither the order of the
+    classes nor their presence tells the answer; `max_negatives` alone cannot do without.
 
     Attributes:
         shuffle: Show the labels in random order instead of the schema's.
-        dropout: Probability with which each label is left out, together with its gold records. At least one label
-            stays; the label of a given event (EAE) always does.
-        mask: Probability with which a document's labels are called `LABEL_1`, `LABEL_2`, ... instead of by name.
-            Labels without a guideline keep their names.
-        examples: Largest number of example mentions shown with a label. The number is drawn from 0 to this, the
-            mentions from the pool and the label's own examples, leaving out what the document's text contains.
-        max_negatives: Largest number of labels shown that the gold records do not have; the rest is left out.
-        added_negatives: Number of labels added from other schemas (`negative_pool`), of which the text is not known
-            to have any record.
+        dropout: Probability with which each label is left out, together with its gold records. At
+            least one label stays; the label of a given event (EAE) always does.
+        mask: Probability with which a document's labels are called `LABEL_1`, `LABEL_2`, ...
+            instead of by name. Labels without a guideline keep their names.
+        examples: Largest number of example mentions shown with a label. The number is drawn from
+            0 to this, the mentions from the pool and the label's own examples, leaving out what
+            the document's text contains.
+        max_negatives: Largest number of labels shown that the gold records do not have.
+        added_negatives: Number of labels added from other schemas (`negative_pool`), of which the
+            text is not known to have any record.
     """
 
     shuffle: bool = False
@@ -76,60 +76,69 @@ def regularise(
         negative_pool: Labels to add from, for `added_negatives`.
 
     Returns:
-        The document with the labels shown, in the order shown, and the gold records that they ask for; and the
-        identifiers of the labels.
+        The document with the labels shown, in the order shown, and the gold records that they ask
+        for; and the identifiers of the labels.
 
     Raises:
         ValueError: `added_negatives` without a `negative_pool`.
     """
-    if regularisers.added_negatives and negative_pool is None:
-        raise ValueError(
-            f"`added_negatives` is {regularisers.added_negatives}, but there is no schema to add labels from. Pass "
-            "`negative_pool=Schema.of(...)`."
-        )
+    chances = _Chances(seed, document.id)
     labels = list(document.schema.labels)
-    positive = {key_of(record) for record in document.records}
-    given = {key_of(event) for event in document.given}
-
-    if regularisers.added_negatives and negative_pool is not None:
-        # Labels under whose name this schema asks for something are no negatives.
-        own = {label.name for label in labels}
-        others = [label for label in negative_pool.labels if label.name not in own]
-        chance = _chance(seed, "added_negatives", document.id)
-        labels += chance.sample(others, min(regularisers.added_negatives, len(others)))
+    if regularisers.added_negatives:
+        labels += _added(labels, regularisers.added_negatives, negative_pool, chances)
     names = Names.of(Schema(tuple(labels)))
-
-    if regularisers.dropout:
-        chance = _chance(seed, "dropout", document.id)
-        last = chance.choice(labels)  # stays if no other does
-        kept = [x for x in labels if chance.random() >= regularisers.dropout or x.key in given]
-        labels = kept or [last]
-    if regularisers.max_negatives is not None:
-        negatives = [label for label in labels if label.key not in positive]
-        chance = _chance(seed, "max_negatives", document.id)
-        shown = set(chance.sample(negatives, min(regularisers.max_negatives, len(negatives))))
-        labels = [x for x in labels if x.key in positive or x in shown] or [labels[0]]
+    labels = _kept(labels, document, regularisers, chances)
     if regularisers.shuffle:
-        _chance(seed, "shuffle", document.id).shuffle(labels)
+        chances("shuffle").shuffle(labels)
     if regularisers.examples:
-        chance = _chance(seed, "examples", document.id)
-        labels = [
-            _with_examples(x, regularisers.examples, mentions or {}, document.text, chance)
-            for x in labels
-        ]
+        chance, pool = chances("examples"), mentions or {}
+        most, text = regularisers.examples, document.text
+        labels = [_with_examples(label, most, pool, text, chance) for label in labels]
 
     schema = Schema(tuple(labels))
-    if regularisers.mask and _chance(seed, "mask", document.id).random() < regularisers.mask:
+    if regularisers.mask and chances("mask").random() < regularisers.mask:
         names = Names.masked(schema)
     shown_keys = {label.key for label in labels}
     records = tuple(record for record in document.records if key_of(record) in shown_keys)
     return replace(document, schema=schema, records=records), names
 
 
-def collect_mentions(documents: Iterable[Document]) -> dict[tuple[Kind, str], tuple[str, ...]]:
-    """The mentions of each label in some documents (of an event: its triggers), each once, in order of appearance.
+def _added(
+    labels: Sequence[Label], most: int, pool: Schema | None, chances: _Chances
+) -> list[Label]:
+    if pool is None:
+        raise ValueError(
+            f"`added_negatives` is {most}, but there is no schema to add labels from. Pass "
+            "`negative_pool=Schema.of(...)`."
+        )
+    # Labels under whose name this schema asks for something are no negatives.
+    own = {label.name for label in labels}
+    others = [label for label in pool.labels if label.name not in own]
+    return chances("added_negatives").sample(others, min(most, len(others)))
 
-    Relations have none: an example would be a pair, and pairs are not what their guidelines speak of.
+
+def _kept(
+    labels: list[Label], document: Document, regularisers: Regularisers, chances: _Chances
+) -> list[Label]:
+    """The labels that neither dropout nor the limit of negatives leaves out."""
+    if regularisers.dropout:
+        chance, given = chances("dropout"), {key_of(event) for event in document.given}
+        last = chance.choice(labels)  # stays if no other does
+        kept = [x for x in labels if chance.random() >= regularisers.dropout or x.key in given]
+        labels = kept or [last]
+    if regularisers.max_negatives is not None:
+        positive = {key_of(record) for record in document.records}
+        negatives = [label for label in labels if label.key not in positive]
+        most = min(regularisers.max_negatives, len(negatives))
+        shown = set(chances("max_negatives").sample(negatives, most))
+        labels = [x for x in labels if x.key in positive or x in shown] or [labels[0]]
+    return labels
+
+
+def collect_mentions(documents: Iterable[Document]) -> dict[tuple[Kind, str], tuple[str, ...]]:
+    """The mentions of each label (of an event: its triggers), each once, in order of appearance.
+
+    Relations have none: an example would be a pair, which their guidelines do not speak of.
     """
     pool: dict[tuple[Kind, str], dict[str, None]] = {}
     for document in documents:
@@ -159,9 +168,13 @@ def _with_examples(
     return replace(label, examples=tuple(chance.sample(candidates, number)))
 
 
-def _chance(seed: int, what: str, document_id: str) -> random.Random:
-    """A source of chance of its own for each regulariser, so that switching one leaves the others as they are."""
-    digest = hashlib.sha256(
-        f"{seed}\0{what}\0{document_id}".encode("utf-8", "surrogatepass")
-    ).digest()
-    return random.Random(int.from_bytes(digest[:8], "big"))
+class _Chances:
+    """A source of chance for each regulariser, so that one more leaves the others as they are."""
+
+    def __init__(self, seed: int, document_id: str) -> None:
+        self.seed, self.document_id = seed, document_id
+
+    def __call__(self, what: str) -> random.Random:
+        content = f"{self.seed}\0{what}\0{self.document_id}"
+        digest = hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()
+        return random.Random(int.from_bytes(digest[:8], "big"))

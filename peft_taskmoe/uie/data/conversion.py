@@ -8,10 +8,14 @@ from typing import Any
 
 from peft_taskmoe.uie.data.brat import read_brat
 from peft_taskmoe.uie.data.conll import read_conll
+from peft_taskmoe.uie.data.doccano import read_doccano
 from peft_taskmoe.uie.data.hub import read_hub
 from peft_taskmoe.uie.data.iepile import read_iepile
 from peft_taskmoe.uie.data.jsonl import read_jsonl, write_jsonl
+from peft_taskmoe.uie.data.label_studio import read_label_studio
 from peft_taskmoe.uie.data.reading import ReadReport
+from peft_taskmoe.uie.data.spacy_docs import read_spacy
+from peft_taskmoe.uie.data.text_lines import read_text
 from peft_taskmoe.uie.data.training import sample
 from peft_taskmoe.uie.records import Document
 
@@ -20,6 +24,10 @@ READERS: dict[str, Callable[..., ReadReport]] = {
     "conll": read_conll,
     "brat": read_brat,
     "iepile": read_iepile,
+    "label-studio": read_label_studio,
+    "doccano": read_doccano,
+    "spacy": read_spacy,
+    "text": read_text,
 }
 """The formats that `convert` reads, by name."""
 

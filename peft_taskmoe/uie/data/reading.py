@@ -187,19 +187,19 @@ class Reading:
 
     def add(self, row: Any, line: int | None = None, file: str | Path | None = None) -> None:
         """Check a row of the JSONL format and take its document, or report all its faults."""
-        if isinstance(row, dict):
-            stem = Path(file or self.source).stem
-            row = row | {"id": numbered(row.get("id", f"{stem}-{line}"))}
+        if isinstance(row, dict) and "id" not in row:
+            row = {"id": f"{Path(file or self.source).stem}-{line}"} | row
         faults, unknown = check_row(row)
-        if not faults and row["id"] in self._places:
-            message = f"The id `{row['id']}` is that of {self._places[row['id']]}."
+        document = None if faults else Document.from_dict(row)
+        if document is not None and document.id in self._places:
+            message = f"The id `{document.id}` is that of {self._places[document.id]}."
             faults = [("duplicate_id", f"{message} Give every document its own.")]
         for kind, message in faults:
             self.error(kind, message, line, file)
-        if not faults:
+        if document is not None and not faults:
             place = f"line {line}" if line is not None else str(file or self.source)
-            self._places[row["id"]] = place
-            self.report.documents.append(Document.from_dict(row))
+            self._places[document.id] = place
+            self.report.documents.append(document)
             if unknown:
                 message = f"The annotations have keys that are not kept: {listed(unknown)}."
                 self.note(message, line, file)
@@ -207,8 +207,3 @@ class Reading:
     def empty(self) -> None:
         """Report a file without anything in it."""
         self.error("empty", "The file has no document. Check that it is the right one.")
-
-
-def numbered(id_: Any) -> Any:
-    """An id as a string if it is a whole number, else as it is."""
-    return str(id_) if type(id_) is int else id_

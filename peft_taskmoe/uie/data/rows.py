@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from peft_taskmoe.uie.records import document_id
 from peft_taskmoe.uie.schema import TASKS, Label, Schema
 from peft_taskmoe.uie.wording import listed, shown
 
@@ -16,7 +17,6 @@ _ADVICE = (
 )
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 _REQUIRED: dict[str, tuple[type, str]] = {
-    "id": (str, "a string"),
     "text": (str, "a string"),
     "task": (str, "a string"),
     "schema": (Mapping, "an object"),
@@ -73,11 +73,15 @@ class _RowCheck:
             self.annotation(entity, f"entities[{i}]", "NER", None)
 
     def shape(self) -> None:
+        try:
+            document_id(self.row.get("id"))
+        except ValueError as error:
+            self.wrong(str(error))
         for key, (type_, name) in _REQUIRED.items():
             value = self.row.get(key)
             if key not in self.row:
                 self.wrong(f"The key `{key}` is missing (keys: {', '.join(map(str, self.row))}).")
-            elif not isinstance(value, type_) or (key == "id" and not value):
+            elif not isinstance(value, type_):
                 self.wrong(f"The value of `{key}` is `{shown(value)}`; it has to be {name}.")
         if not isinstance(entities := self.row.get("entities", []), list):
             self.wrong(f"The value of `entities` is `{shown(entities)}`; it has to be a list.")

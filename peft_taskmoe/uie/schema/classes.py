@@ -263,10 +263,11 @@ def _read_container_field(field: _Field, owner: type, outer: tuple[type, ...]) -
         elif _is_pydantic(part):
             labels.update(dict.fromkeys(_read_pydantic(part, (*outer, owner))))
         else:
+            where, found = f"{owner.__name__}.{field.name}", _type_name(part)
             raise SchemaError(
-                f"`{owner.__name__}.{field.name}` is annotated `{_type_name(part)}`, which is "
-                f"neither words of the text nor a model. Write `{field.name}: list[str]`, or a model "
-                "with `span`, with `head` and `tail`, or with `trigger`, where choices name the labels."
+                f"`{where}` is annotated `{found}`, which is neither words of the text nor a "
+                f"model. Write `{field.name}: list[str]`, or a model with `span`, with `head` and "
+                "`tail`, or with `trigger`, where choices name the labels."
             )
     return list(labels)
 

@@ -1,0 +1,81 @@
+"""JSON exports of Label Studio."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft_taskmoe.uie.data.exported import Item, read_export
+from peft_taskmoe.uie.data.file_schema import GivenSchema
+from peft_taskmoe.uie.data.graph import Graph, GraphTask
+from peft_taskmoe.uie.data.reading import OnError, Reading, ReadReport
+from peft_taskmoe.uie.wording import shown
+
+
+def read_label_studio(
+    path: str | Path,
+    *,
+    task: GraphTask | None = None,
+    schema: GivenSchema = None,
+    on_error: OnError = "raise",
+) -> ReadReport:
+    """Read a JSON or JSON-MIN export of Label Studio: text regions with labels, and relations.
+
+    Of several annotations of a text the first that was not cancelled is read; a relation to the
+    left is turned round. Offsets that count UTF-16 units, as a browser does, are converted. A
+    region without offsets is placed where the text has its words. JSON-MIN has no relations.
+
+    Args:
+        path: The file.
+        task: What to read; `None`: NER, or UIE where there are relations.
+        schema: As in the JSONL format; `None`: the labels of the file, without descriptions.
+        on_error: "raise" at the first error, or "collect" them all.
+
+    Raises:
+        ReadError: At the first error, where asked to.
+    """
+    return read_export(path, _graph, task, schema, on_error)
+
+
+def _graph(data: Mapping[str, Any], line: int, reading: Reading) -> Graph:
+    fields = data.get("data", data)
+    texts = [value for key, value in fields.items() if isinstance(value, str) and key != "id"]
+    if "text" not in fields and len(texts) != 1:
+        raise ValueError(f"it has no `text` (keys: {', '.join(fields)})")
+    text = fields["text"] if "text" in fields else texts[0]
+    item = Item(data, text, line, reading)
+    for result in _results(data, line, reading):
+        if result.get("type") == "relation":
+            head, tail = result["from_id"], result["to_id"]
+            if result.get("direction") == "left":
+                head, tail = tail, head
+            for label in result.get("labels") or [""]:
+                item.link(label, head, tail)
+        else:
+            _take_region(result, item, line)
+    return item.done()
+
+
+def _take_region(result: Mapping[str, Any], item: Item, line: int) -> None:
+    value = result.get("value", result)
+    labels = value.get("labels") or value.get("hypertextlabels")
+    if not labels:
+        kind = shown(result.get("type"))
+        item.reading.note(f"The result `{kind}` marks no words of the text.", line)
+    place = value.get("globalOffsets", value)
+    for n, label in enumerate(labels or ()):
+        name = result.get("id") if n == 0 else None
+        item.mention(name, label, place.get("start"), place.get("end"), value.get("text"))
+
+
+def _results(data: Mapping[str, Any], line: int, reading: Reading) -> list[Mapping[str, Any]]:
+    """What one annotator marked; of JSON-MIN, the regions."""
+    given = data.get("annotations", data.get("completions"))
+    if given is None:
+        lists = [value for value in data.values() if isinstance(value, list)]
+        return [region for regions in lists for region in regions if isinstance(region, Mapping)]
+    usable = [one["result"] for one in given if not one.get("was_cancelled")]
+    if len(usable) > 1:
+        reading.note(f"The text has {len(usable)} annotations; the first is read.", line)
+    return list(usable[0]) if usable else []

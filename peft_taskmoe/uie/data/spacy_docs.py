@@ -1,0 +1,90 @@
+"""Documents of spaCy, as DocBin or JSONL, and of Prodigy."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft_taskmoe.uie.data.exported import Item, read_export
+from peft_taskmoe.uie.data.file_schema import GivenSchema
+from peft_taskmoe.uie.data.graph import Graph, GraphTask, Link, add_graphs
+from peft_taskmoe.uie.data.reading import OnError, Reading, ReadReport
+from peft_taskmoe.uie.optional import needed
+
+_RELATIONS = ("._.", "rel", None, None)  # where a document keeps its extension `rel`
+
+
+def read_spacy(
+    path: str | Path,
+    *,
+    task: GraphTask | None = None,
+    schema: GivenSchema = None,
+    on_error: OnError = "raise",
+) -> ReadReport:
+    """Read a `DocBin` (`.spacy`), or JSONL of spaCy or Prodigy.
+
+    Mentions are a document's entities (Prodigy: `spans`). Relations are Prodigy's, or those of the
+    extension `rel`, `{(first token of head, first token of tail): {label: score}}`, of which those
+    with a score of at least 0.5 are read. A JSONL line is `Doc.to_json()`, a training example
+    `[text, {"entities": [[start, end, label]]}]` or a task of Prodigy, read if it was accepted.
+
+    Args:
+        path: The file.
+        task: What to read; `None`: NER, or UIE where there are relations.
+        schema: As in the JSONL format; `None`: the labels of the file, without descriptions.
+        on_error: "raise" at the first error, or "collect" them all.
+
+    Raises:
+        ReadError: At the first error, where asked to.
+        ImportError: The file is a `DocBin` and spaCy is not installed.
+    """
+    if Path(path).suffix != ".spacy":
+        return read_export(path, _graph, task, schema, on_error)
+    graphs = [_doc_graph(doc, n, path) for n, doc in enumerate(_docs(Path(path)), 1)]
+    reading = Reading(path, on_error)
+    add_graphs(graphs, task, schema, reading)
+    return reading.report
+
+
+def _graph(data: Any, line: int, reading: Reading) -> Graph | None:
+    if isinstance(data, list):
+        text, marked = data
+        data = {"text": text, "ents": marked["entities"]}
+    if data.get("answer", "accept") != "accept":
+        reading.note(f"The answer is `{data['answer']}`; the text is left out.", line)
+        return None
+    item = Item(data, data["text"], line, reading)
+    spans = data.get("spans")
+    for one in spans if isinstance(spans, list) else data.get("ents", ()):
+        mapped = isinstance(one, Mapping)
+        start, end, label = (one.get(k) for k in ("start", "end", "label")) if mapped else one
+        words = one.get("text") if mapped else None
+        item.mention(f"{start}:{end}" if start is not None else None, label, start, end, words)
+    for link in data.get("relations") or ():
+        ends = [f"{link[end]['start']}:{link[end]['end']}" for end in ("head_span", "child_span")]
+        item.link(link["label"], *ends)
+    return item.done()
+
+
+def _docs(path: Path) -> Any:
+    spacy, tokens = needed("spacy", "spacy"), needed("spacy.tokens", "spacy")
+    try:
+        return list(tokens.DocBin().from_disk(path).get_docs(spacy.blank("xx").vocab))
+    except (ValueError, KeyError, TypeError, zlib.error) as error:
+        raise ValueError(f"`{path}` is no DocBin: {error}") from error
+
+
+def _doc_graph(doc: Any, number: int, path: str | Path) -> Graph:
+    graph = Graph(f"{Path(path).stem}-{number}", doc.text, line=number)
+    for span in doc.ents:
+        place = {"text": span.text, "start": span.start_char, "end": span.end_char}
+        graph.mentions[str(span.start)] = {"label": span.label_} | place
+    for (head, tail), scores in (doc.user_data.get(_RELATIONS) or {}).items():
+        graph.links += [
+            Link(label, str(head), str(tail), number)
+            for label, score in scores.items()
+            if score >= 0.5
+        ]
+    return graph

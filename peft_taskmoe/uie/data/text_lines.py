@@ -1,0 +1,26 @@
+"""Plain text: a document a line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peft_taskmoe.uie.data.reading import OnError, Reading, ReadReport
+from peft_taskmoe.uie.schema import Schema
+
+
+def read_text(path: str | Path, schema: Schema, *, on_error: OnError = "raise") -> ReadReport:
+    """Read a text file, a text a line, as documents without records.
+
+    Args:
+        path: The file.
+        schema: What is asked of every text.
+        on_error: "raise" at the first error, or "collect" them all.
+
+    Raises:
+        ReadError: At the first error, where asked to.
+    """
+    reading = Reading(path, on_error)
+    asked = {"task": "UIE", "schema": Schema.of(schema).to_dict(), "annotations": []}
+    for number, text in reading.texts(Path(path)):
+        reading.add({"text": text} | asked, number)
+    return reading.report
