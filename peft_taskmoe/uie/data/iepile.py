@@ -95,7 +95,7 @@ class _Line:
         self.extra = {key: value for key, value in source.items() if key not in own}
         fields = ("id", "text", "task", "schema", "annotations", "entities")
         self.clashing = [key for key in self.extra if key in fields]
-        self.id = {"id": str(source["id"])} if "id" in source else {}
+        self.id = {"id": source["id"]} if "id" in source else {}
 
     def row(self) -> dict[str, Any]:
         row = {"text": self.text, "task": self.task, "schema": self.schema}

@@ -14,6 +14,7 @@ _TO_THE_LEFT = re.compile(
     r"[.,;:!?%)\]}»’”…、。，；：！？）」』】]+|n['’]t|['’](?:s|m|d|re|ve|ll)", re.IGNORECASE
 )
 _TO_THE_RIGHT = re.compile(r"[(\[{«‘“$£€¥¿¡（「『【]+")
+_QUOTES = ('"', "``", "''")
 _MARKS = {"``": '"', "''": '"', "-LRB-": "(", "-RRB-": ")", "-LSB-": "[", "-RSB-": "]"}
 
 
@@ -36,17 +37,15 @@ def join_tokens(
     """
     if callable(detokenize):
         return _found(tokens, detokenize(tokens))
-    if detokenize:
-        tokens = [_MARKS.get(token, token) for token in tokens]
-    text, places, open_quote = "", [], False
-    for i, token in enumerate(tokens):
-        closing = token == '"' and open_quote
-        apart = not detokenize or not _together(tokens[i - 1], token)
-        if detokenize and (closing or (i and tokens[i - 1] == '"' and open_quote)):
-            apart = False
-        text += " " if i and apart else ""
-        places.append((len(text), len(text) + len(token)))
-        text += token
+    text, places, open_quote, glued, before = "", [], False, True, ""
+    for token in tokens:
+        quote = detokenize and token in _QUOTES
+        closes = quote and (token == "''" or (token == '"' and open_quote))
+        word = _MARKS.get(token, token) if detokenize else token
+        together = glued or closes or (detokenize and not quote and _together(before, word))
+        text += word if together else f" {word}"
+        places.append((len(text) - len(word), len(text)))
+        glued, before = quote and not closes, word
         open_quote = open_quote != (token == '"')
     return text, places
 
