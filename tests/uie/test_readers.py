@@ -117,7 +117,7 @@ def test_detokenized_text_keeps_the_mentions(tmp_path):
     with pytest.raises(ValueError, match="The detokenized text has no `She` behind character 0"):
         read_conll(path, detokenize=lambda tokens: "")
     row = {"tokens": ["北京", "很", "大", "Ann", "ran"], "ner_tags": ["B-LOC", "O", "O", "O", "O"]}
-    assert TokenTags({"LOC": ""}, detokenize=True)(row)["text"] == "北京很大 Ann ran"
+    assert TokenTags({"LOC": ""}, detokenize=True)(row)["text"] == "北京很大Ann ran"
 
 
 # BRAT

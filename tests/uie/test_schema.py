@@ -1,4 +1,4 @@
-"""Schemas from everything a user may have, the errors of those that cannot be, and the identifiers of any name."""
+"""Schemas from everything a user may have, errors of those that cannot be, and their names."""
 
 import enum
 import json
@@ -7,8 +7,11 @@ from dataclasses import FrozenInstanceError, dataclass, field
 from typing import Annotated, ClassVar, Literal, Optional
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from peft_taskmoe.uie.schema import (
+    TASKS,
     EntityType,
     EventType,
     Label,
@@ -265,148 +268,95 @@ def test_pydantic_models():
 # --- what cannot be
 
 
-def class_with_slot():
-    class Rocket(EntityType):
-        weight: str
+def class_of(base, field="span", type_=str, **more):
+    return type("Sale", (base,), {"__annotations__": {field: type_}, **more})
 
 
-def relation_with_role():
-    class Meets(RelationType):
-        head: str
-        tail: str
-        place: str
+class Amount(pydantic.BaseModel):
+    amount: int
 
 
-def number_as_role():
-    class Sale(EventType):
-        amount: int
+class Choices(pydantic.BaseModel):
+    span: str
+    a: Literal["x"]
+    b: Literal["y"]
 
 
-def choice_as_role():
-    class Sale(EventType):
-        amount: Literal["a", "b"]
-
-
-def unnamed_label():
-    class Sale(EventType):
-        label = ""
-
-
-def examples_in_a_string():
-    class Rocket(EntityType):
-        examples = "Ariane"
-
-
-def unknown_metadata():
-    class Sale(EventType):
-        buyer: str = field(metadata={"desc": "who"})
-
-
-def pydantic_number():
-    class Sale(pydantic.BaseModel):
-        amount: int
-
-    Schema.of(Sale)
-
-
-def pydantic_two_choices():
-    class Sale(pydantic.BaseModel):
-        span: str
-        a: Literal["x"]
-        b: Literal["y"]
-
-    Schema.of(Sale)
-
-
-def undefined_name():
-    class Sale(EventType):
-        buyer: "Nobody"  # noqa: F821
-
-    Schema.of(Sale)
+UNKNOWN = field(metadata={"desc": "who"})
+PLACE = r"`Sale.place` has no place.*Write `class Sale\(EventType\):` with `place: str`"
+KEYS = r"event `Die` has the keys `role`. An event takes"
+ROLES = r"event `Die` has roles 'Who'. Write a list of names"
+METADATA = r"metadata of `Sale.x` has the keys `desc`. It takes `description`, `examples`"
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: class_of(EntityType, "place"), PLACE),
+        (lambda: class_of(RelationType, "place"), PLACE),
         (
-            class_with_slot,
-            r"`Rocket.weight` has no place.*Write `class Rocket\(EventType\):` with `weight: str`",
+            lambda: class_of(EventType, "x", int),
+            r"`Sale.x` is annotated `int`.*Write `x: str`, `x: ",
         ),
         (
-            relation_with_role,
-            r"`Meets.place` has no place.*Write `class Meets\(EventType\):` with `place: str`",
+            lambda: class_of(EventType, "x", Literal["a"]),
+            r"`Sale.x` is annotated `.*Literal.*Write",
         ),
+        (lambda: class_of(EventType, label=""), r"`Sale.label` is named ''. Write a name with let"),
         (
-            number_as_role,
-            r"`Sale.amount` is annotated `int`.*Write `amount: str`, `amount: list\[str\]` or",
+            lambda: class_of(EntityType, examples="A"),
+            r'`Sale.examples` is \'A\'. Write a.*: \["A"\]',
         ),
-        (choice_as_role, r"`Sale.amount` is annotated `.*Literal.*Write `amount: str`"),
-        (unnamed_label, r"`Sale.label` is named ''. Write a name with letters"),
+        (lambda: class_of(EventType, "x", x=UNKNOWN), METADATA),
         (
-            examples_in_a_string,
-            r'`Rocket.examples` is \'Ariane\'. Write a list of strings: \["Ariane"\]',
+            lambda: Schema.of(Amount),
+            r"`Amount.amount` is annotated `int`.*Write `amount: list\[str\]`",
         ),
+        (lambda: Schema.of(Choices), r"`Choices` has several fields of fixed choices \(`a`, `b`\)"),
         (
-            unknown_metadata,
-            r"metadata of `Sale.buyer` has the keys `desc`. It takes `description`, `examples` and",
+            lambda: Schema.of(class_of(EventType, "x", "Nobody")),
+            r"`Sale` uses a name that cannot be",
         ),
-        (
-            pydantic_number,
-            r"`Sale.amount` is annotated `int`.*Write `amount: list\[str\]`, or a model with `span`",
-        ),
-        (
-            pydantic_two_choices,
-            r"`Sale` has several fields of fixed choices \(`a`, `b`\). One of them can be the",
-        ),
-        (undefined_name, r"`Sale` uses a name that cannot be found .*Schema.of\(Sale, ...\)"),
         (lambda: Schema.of(), r'The schema has no labels. Write at least one: {"Person"'),
         (lambda: Schema.of(3), r"A schema cannot be read from `3`. Pass classes, Pydantic models"),
-        (
-            lambda: Schema.of(int),
-            r"A schema cannot be read from `int`. Write `class int\(EntityType\):`",
-        ),
-        (
-            lambda: Schema.of(Person, {"Person": "x"}),
-            r"The entity `Person` is defined twice. Keep one of the two",
-        ),
+        (lambda: Schema.of(int), r"cannot be read from `int`. Write `class int\(EntityType\):`"),
+        (lambda: Schema.of(Person, {"Person": "x"}), r"The entity `Person` is defined twice. Keep"),
+        (lambda: Schema((1,)), r"`1` is no `Label`. Build schemas with"),
+        (lambda: Schema.of("no.json"), r"There is no file `no.json`. Pass the path"),
         (lambda: Schema.from_dict("NRE", {}), r"`NRE` is no task. Write one of: `NER`, `RE`"),
         (
             lambda: Schema.from_dict("NER", "PER"),
             r"A schema cannot be read from 'PER'. Write a dict",
         ),
         (
-            lambda: Schema.from_dict("NER", {"PER": 3}),
-            r'The entity `PER` is described by 3. Write a description: {"PER"',
+            lambda: Schema.from_dict("NER", {"P": 3}),
+            r'entity `P` is described by 3. Write .*: {"P"',
         ),
         (
             lambda: Schema.from_dict("NER", {"": "x"}),
-            r"A label of kind `entity` is named ''. Write a name",
+            r"A label of kind `entity` is named ''. Write a",
         ),
+        (lambda: Schema.from_dict("EE", {"Die": {"role": []}}), KEYS),
+        (lambda: Schema.from_dict("EE", {"Die": {"roles": "Who"}}), ROLES),
         (
-            lambda: Schema.from_dict("EE", {"Die": {"role": []}}),
-            r"The event `Die` has the keys `role`. An event takes",
-        ),
-        (
-            lambda: Schema.from_dict("EE", {"Die": {"roles": "Who"}}),
-            r"event `Die` has roles 'Who'. Write a list of names",
-        ),
-        (
-            lambda: Schema.from_dict("EE", {"Die": {"roles": {"Who": 3}}}),
-            r"slot `Who` is described by 3. Write a des",
+            lambda: Schema.from_dict("EE", {"D": {"roles": {"Who": 3}}}),
+            r"slot `Who` is described by 3",
         ),
         (
             lambda: Schema.from_dict("NER", {"A": {"examples": "x"}}),
-            r"`examples` of `A` is 'x'. Write a list",
+            r"`examples` of `A` is 'x'. Write",
         ),
         (
             lambda: Schema.of(ATTACK).to_dict("NER"),
-            r"Task `NER` has no place for `Attack`. Use task `UIE`",
+            r"Task `NER` has no place for `Attack`. Use task",
         ),
         (
             lambda: Label("event", "A", slots=(Slot("x"),)),
-            r"`A` of kind `event` has the slots `x`. Its slots must be",
+            r"`A` of kind `event` has the slots `x`.",
         ),
+        (lambda: Label("event", "A", slots=(Slot("trigger"), *[Slot("x")] * 2)), r"role `x` twice"),
         (lambda: Label("thing", "A"), r"Label `A` has kind `thing`. Write one of: `entity`"),
+        (lambda: Slot("a", types=(1,)), r"Slot `a` has types \(1,\). Write label names"),
     ],
 )
 def test_invalid_schemas_say_what_to_write(make, message):
@@ -414,20 +364,66 @@ def test_invalid_schemas_say_what_to_write(make, message):
         make()
 
 
-def test_a_bad_json_file_is_named(tmp_path):
+BAD_FILES = [
+    *("{", "", "null", "5", '"x"', "[]", "[[]]", '[["a"]]', "[null]", "[{}]", '{"a": []}'),
+    *('{"entities": null}', '{"entities": 5}', '{"entities": [[]]}', '{"a": {"examples": [1]}}'),
+    *('{"events": {"a": {"roles": [[]]}}}', '{"events": {"a": {"roles": [{}]}}}', '{"a": NaN}'),
+    *('{"relations": {"a": {"head": {"types": 5}}}}', '{"a": {"description": []}}', "1" * 5000),
+    *('{"a": "x", "a": "y"}', "[" * 100_000, '{"a": ' + "[" * 200 + "]" * 200 + "}"),
+]
+
+
+@pytest.mark.parametrize("content", BAD_FILES, ids=lambda content: content[:40])
+def test_a_file_that_is_no_schema_is_named(tmp_path, content):
     path = tmp_path / "bad.json"
-    path.write_text("{", encoding="utf-8")
-    with pytest.raises(SchemaError, match=r"bad.json` holds no schema: Expecting property name"):
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(SchemaError, match=r"bad.json` holds no schema: ") as caught:
         Schema.from_json(path)
+    assert len(str(caught.value)) < 600
+    path.write_bytes(b"\xff")
+    with pytest.raises(SchemaError, match=r"bad.json` holds no schema"):
+        Schema.of(str(path))
+
+
+WORDS = ["entities", "relations", "events", "description", "examples", "roles", "trigger", "head"]
+KEY = st.one_of(st.sampled_from([*WORDS, "tail", "types", "Person"]), st.text(max_size=3))
+LEAF = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), KEY)
+JSON = st.recursive(
+    LEAF, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEY, inner, max_size=4)
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(JSON, st.sampled_from([*TASKS, "NRE"]))
+def test_any_value_is_a_schema_or_a_schema_error(value, task):
+    try:
+        schema = Schema.from_dict(task, value)
+    except SchemaError:
+        return
+    assert Schema.from_dict("UIE", json.loads(json.dumps(schema.to_dict()))) == schema
+    assert all(schema.names.label_key(schema.names.class_of(x)) == x.key for x in schema.labels)
+
+
+def test_the_path_of_a_file_is_no_label(tmp_path, monkeypatch):
+    (tmp_path / "schema.json").write_text('{"Person": "people"}', encoding="utf-8-sig")
+    (tmp_path / "Person").write_text("not read", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    expected = Schema.of({"Person": "people"})
+    for path in ("schema.json", str(tmp_path / "schema.json"), ["./schema.json"]):
+        assert Schema.of(path) == expected
+    assert Schema.of("Person", "Life.Die", "a/b") == Schema.of(["Person", "Life.Die", "a/b"])
+    with pytest.raises(SchemaError, match="holds no schema"):
+        Schema.of("./Person")
 
 
 # --- identifiers
 
 HARD_NAMES = [
-    "Life.Die.Unspecified", "creative-work", "creative_work", "creative work", "Ünïcode-Größe", "人物", "الشخص",
-    "class", "None", "match", "Entity", "Entity_", "List", "5G", "🚀", "🛰", "...", "label", "label_2", "ﬁre", "fire",
-    "a\nb", "__debug__", "result", "LABEL_1", "x_nth", "Person", "person", "e\u0301", "é", "\ud800",
-]  # fmt: skip
+    *("Life.Die.Unspecified", "creative-work", "creative_work", "creative work", "Ünïcode-Größe"),
+    *("人物", "الشخص", "class", "None", "match", "Entity", "Entity_", "List", "5G", "🚀", "🛰"),
+    *("...", "label", "label_2", "ﬁre", "fire", "a\nb", "__debug__", "result", "LABEL_1", "x_nth"),
+    *("Person", "person", "e\u0301", "é", "\ud800"),
+]
 
 
 def test_any_label_name_survives():
