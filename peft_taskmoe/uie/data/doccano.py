@@ -1,4 +1,4 @@
-"""JSONL exports of doccano."""
+"""JSONL exports of doccano: sequence labelling, with or without relations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JSON exports of Label Studio."""
+"""JSON exports of Label Studio: text regions with labels, and relations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plain text: a document a line."""
+"""Plain text files: every line is a document without records."""
 
 from __future__ import annotations
 
