@@ -78,6 +78,11 @@ class Tabular:
             *(table.to_rich() for table in self.tables(**options)), *map(escape, self.notes)
         )
 
+    def _repr_html_(self) -> str:
+        from .view import tables_to_html
+
+        return tables_to_html(self.tables(), self.notes)
+
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A table as Markdown; cells may be anything that `str` turns into words."""

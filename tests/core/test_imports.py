@@ -49,7 +49,7 @@ WITHIN = {
 }
 PURE_TORCH = {"router", "experts", "fused", "conditioning"}
 WITHOUT_TORCH = {
-    *("records", "schema", "prompt", "parse", "scoring", "tables"),
+    *("records", "schema", "prompt", "parse", "scoring", "tables", "view"),
     *("extraction/jobs", "extraction/questions", "extraction/results"),
 }
 

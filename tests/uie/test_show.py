@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 from html.parser import HTMLParser
 
@@ -20,12 +19,26 @@ from peft_taskmoe.uie import (
     Relation,
     Span,
 )
-from peft_taskmoe.uie.show import COLOURS, to_html, to_page
+from peft_taskmoe.uie.tables import Table
+from peft_taskmoe.uie.view import tables_to_html, to_html, to_page
+from peft_taskmoe.uie.view.layout import COLOURS
 
 ALLOWED = {
-    "html", "head", "meta", "title", "body", "style", "section", "div", "span", "table", "tbody", "tr", "td",
-    "a", "b", "bdi", "br", "code", "details", "summary", "ul", "li", "p",
-}  # fmt: skip
+    "html",
+    "head",
+    "meta",
+    "title",
+    "body",
+    "style",
+    "section",
+    "div",
+    "span",
+    "table",
+    "tbody",
+    "tr",
+    "td",
+}
+ALLOWED |= {"a", "b", "bdi", "br", "code", "ul", "li", "p"}
 VOID = {"meta", "br"}
 
 
@@ -34,51 +47,59 @@ class Page(HTMLParser):
 
     def __init__(self, html: str) -> None:
         super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[tuple[str, dict[str, str | None]]] = []
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.open: list[tuple[str, dict[str, str]]] = []
         self.texts: list[str] = []
-        self.parts: list[tuple[str, int]] = []  # of the text: words, number of underlines
+        self.parts: list[tuple[str, int]] = []  # of the text: words, number of lines below
         self.marks: list[str] = []  # words of the tags in the text
-        self.under_tags: list[
-            tuple[str, int]
-        ] = []  # of a tag: words, number of underlines that go on below it
-        self.styles = ""
-        self.visible = ""
+        self.under_tags: list[tuple[str, int]] = []  # of a tag: words, lines that go on below it
+        self.legend: list[str] = []
+        self.styles = self.visible = ""
         self.feed(html)
         self.close()
         assert not self.open
 
     def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
+        of = {name: value or "" for name, value in attrs}
+        self.tags.append((tag, of))
         if tag not in VOID:
-            self.open.append((tag, dict(attrs)))
-        if dict(attrs).get("class") == "text":
-            self.texts.append("")
+            self.open.append((tag, of))
+        self.texts += [""] if of.get("class") == "text" else []
+        if "tag" in of.get("class", "").split():
+            if self.inside("text"):
+                self.marks.append("")
+                self.under_tags.append(("", self.open[-2][1].get("style", "").count("-gradient")))
+            if self.inside("legend"):
+                self.legend.append("")
 
     def handle_endtag(self, tag):
         assert self.open.pop()[0] == tag
 
+    def inside(self, name: str) -> bool:
+        return any(name in of.get("class", "").split() for _, of in self.open)
+
     def handle_data(self, data):
-        classes = [(attrs.get("class") or "").split() for _, attrs in self.open]
         if self.open and self.open[-1][0] == "style":
             self.styles += data
             return
         self.visible += data
-        if not any("text" in names for names in classes):
+        if self.inside("legend") and self.inside("tag"):
+            self.legend[-1] += data
+        if not self.inside("text"):
             return
-        if "tag" in classes[-1]:
-            self.marks.append(data)
-            self.under_tags.append(
-                (data, str(self.open[-2][1].get("style")).count("linear-gradient"))
-            )
+        if self.inside("tag"):
+            self.marks[-1] += data
+            self.under_tags[-1] = (self.marks[-1], self.under_tags[-1][1])
             return
         self.texts[-1] += data
-        style = self.open[-1][1].get("style") or ""
-        self.parts.append((data, style.count("linear-gradient")))
+        self.parts.append((data, self.open[-1][1].get("style", "").count("-gradient")))
 
     @property
     def ids(self) -> list[str]:
-        return [attrs["id"] for _, attrs in self.tags if attrs.get("id")]
+        return [of["id"] for _, of in self.tags if of.get("id")]
+
+    def links(self) -> list[str]:
+        return [of["href"].removeprefix("#") for tag, of in self.tags if tag == "a"]
 
 
 def extraction(text: str, *records, problems=()) -> Extraction:
@@ -107,33 +128,38 @@ RECORDS = (
 def test_nested_and_overlapping_mentions_are_all_underlined_and_the_text_is_whole():
     page = Page(to_page([extraction(TEXT, *RECORDS)]))
     assert page.texts == [TEXT]
-    assert page.parts == [
-        ("The ", 0), ("New ", 2), ("York", 3), (" Times", 2), (" said", 1), (" ", 0), ("Ada", 2), (" ", 0),
-        ("met", 1), (" ", 0), ("Bob", 1), (" in ", 0), ("Paris", 1), (".", 0),
-    ]  # fmt: skip
+    assert page.parts[:6] == [
+        *zip(("The ", "New ", "York", " Times", " said", " "), (0, 2, 3, 2, 1, 0), strict=False)
+    ]
+    assert page.parts[6:] == [
+        *(("Ada", 2), (" ", 0), ("met", 1), (" ", 0), ("Bob", 1)),
+        *((" in ", 0), ("Paris", 1), (".", 0)),
+    ]
     assert page.marks[:3] == ["place", "paper", "odd"]
 
 
 def test_relations_and_events_are_listed_and_linked_to_their_mentions():
-    html = to_page([extraction(TEXT, *RECORDS)])
-    page = Page(html)
-    links = [attrs["href"].removeprefix("#") for tag, attrs in page.tags if tag == "a"]
-    assert len(links) == 5 and set(links) <= set(page.ids)
+    page = Page(to_page([extraction(TEXT, *RECORDS)]))
+    assert set(page.links()) <= set(page.ids)
+    assert sum("m" in link[-3:] for link in page.links()) == 5  # from the rows to the mentions
+    assert sum(link.endswith(("R1", "E1")) for link in page.links()) == 5  # and back
     assert {"met: head R1", "met: tail R1", "Meet E1", "who E1", "where E1"} <= set(page.marks)
     assert "0.50" in page.visible and "Ada → Bob" in page.visible
-    (section,) = [i for i in page.ids if "m" not in i]
     for name in ("R1", "E1"):  # pointing at one marks all that belongs to it
-        assert f"#{section}:has(.{name}:hover) .{name}{{" in page.styles
-        assert sum(name in (attrs.get("class") or "").split() for _, attrs in page.tags) >= 5
+        assert f".uie section:has(.{name}:hover) .{name}" in page.styles
+        assert sum(name in of.get("class", "").split() for _, of in page.tags) >= 5
 
 
-def test_the_legend_names_every_label_in_its_colour():
-    page = Page(to_html([extraction(TEXT, *RECORDS)]))
-    legend = page.visible[page.visible.rindex("0.50") :] if "0.50" in page.visible else page.visible
-    for label in ("paper", "place", "odd", "met", "Meet"):
-        assert label in legend
-    colours = {attrs["style"] for _, attrs in page.tags if attrs.get("class") == "tag"}
-    assert len(colours) == 5
+def test_a_label_has_one_colour_on_the_whole_page_and_stands_in_the_legend():
+    other = extraction("Paris", Entity("place", Span("Paris", 0, 5)))
+    page = Page(to_html([other, extraction(TEXT, *RECORDS), other]))
+    assert page.legend == ["place", "paper", "odd", "met", "Meet"]
+    (place,) = {of["style"] for tag, of in page.tags if of.get("title", "").startswith("[0:5]")}
+    (inner,) = {of["style"] for tag, of in page.tags if of.get("title", "").startswith("[4:12]")}
+    assert place == inner == "background:var(--l0);color:var(--i0)"
+    many = [Entity(f"l{i}", Span("Paris", 0, 5)) for i in range(200)]
+    page = Page(to_html([extraction("Paris", *many)]))
+    assert len(set(re.findall(r"--l\d+:(#\w{6});", page.styles.split("@media")[0]))) == 200
 
 
 def test_lines_go_on_below_the_tags_of_inner_mentions():
@@ -147,34 +173,57 @@ def test_lines_go_on_below_the_tags_of_inner_mentions():
 
 def test_lines_of_text_leave_room_for_the_underlines():
     """Nested mentions need more of it; what is reserved is what the deepest of them takes."""
-    text = "abcdefgh"
-    for levels in (1, 3, 8):
-        records = [Entity(f"l{i}", Span(text[: i + 1], 0, i + 1)) for i in range(levels)]
+    text = "abcdefghij"
+    for deep, lines in ((1, 1), (3, 3), (8, 8), (10, 8)):
+        records = [Entity(f"l{i}", Span(text[: i + 1], 0, i + 1)) for i in range(deep)]
         html = to_html([extraction(text, *records)])
-        (room,) = re.findall(r"line-height:calc\(1\.7em \+ (\d+)px\)", html)
-        assert (
-            set(re.findall(r"[^l]padding-bottom:(\d+)px\">[a-h]", html))
-            == {room}
-            == {str(4 * levels)}
-        )
+        assert re.findall(r"line-height:calc\(1\.7em \+ (\d+)px\)", html) == [str(4 * lines)]
+        assert set(re.findall(r"[^l]padding-bottom:(\d+)px\">[a-j]", html)) == {str(4 * lines)}
+        assert ("2 mentions lie deeper than 8 lines" in html) == (deep == 10)
+        assert html.count('title="[0:') == deep  # every one has a tag
 
 
-def test_words_can_be_read_on_every_colour():
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_words_can_be_read_on_every_colour(theme):
     def luminance(colour: str) -> float:
-        shares = [
-            int(colour[i] * 2 if len(colour) == 4 else colour[2 * i - 1 : 2 * i + 1], 16) / 255
-            for i in (1, 2, 3)
-        ]
+        digits = colour[1:] if len(colour) == 7 else "".join(c * 2 for c in colour[1:])
+        shares = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in shares]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
-    text = "abcdefghijkl"
-    html = to_html([extraction(text, *(Entity(c, Span(c, i, i + 1)) for i, c in enumerate(text)))])
-    pairs = set(re.findall(r'style="background:(#\w+);color:(#\w+)', html))
-    assert {background for background, _ in pairs} == set(COLOURS)
-    for pair in pairs:
+    def contrast(*pair: str) -> float:
         low, high = sorted(map(luminance, pair))
-        assert (high + 0.05) / (low + 0.05) >= 4.5  # WCAG AA
+        return (high + 0.05) / (low + 0.05)
+
+    text = "abcdefghijklmnopqrst"
+    records = [Entity(c, Span(c, i, i + 1)) for i, c in enumerate(text)]
+    light, dark = Page(to_html([extraction(text, *records)])).styles.split("@media screen")
+    style = {"light": light, "dark": dark.split("}")[0]}[theme]
+    pairs = re.findall(r"--l\d+:(#\w+);--i\d+:(#\w+);", style)
+    assert len(pairs) == 20 and (theme == "dark" or [line for line, _ in pairs][:12] == [*COLOURS])
+    assert all(contrast(*pair) >= 4.5 for pair in pairs)  # WCAG AA
+    (paper, words) = re.findall(r"--bg:(#\w+);--fg:(#\w+)", style)[0]
+    assert contrast(paper, words) >= 7
+    assert all(contrast(paper, line) >= 1.8 for line, _ in pairs)
+
+
+@pytest.mark.parametrize("shape", ["relations", "one head", "nested", "tags"])
+def test_large_extractions_grow_linearly(shape):
+    """Twice the records, about twice the page; 4,000 nested mentions were 629 MB."""
+
+    def size(n: int) -> int:
+        text = "ab " * n
+        spans = [Span("ab", 3 * i, 3 * i + 2) for i in range(n)]
+        whole = Span(text, 0, len(text))
+        records = {
+            "relations": lambda i: Relation("r", spans[i], spans[7 * i % n]),
+            "one head": lambda i: Relation("r", whole, spans[i]),
+            "nested": lambda i: Entity("e", Span(text[i:-i], i, 3 * n - i)),
+            "tags": lambda i: Entity(f"label {i}", spans[0]),
+        }[shape]
+        return len(to_html([extraction(text, *map(records, range(1, n)))]))
+
+    assert size(800) < 2.3 * size(400)
 
 
 def test_tags_say_where_their_mention_is_and_how_sure():
@@ -290,4 +339,26 @@ def test_a_terminal_gets_no_commands_from_a_text():
     out = printed(extraction(text, Entity("l\x1bl", Span("b", 11, 12))))
     assert not re.search("[\x00-\x09\x0b-\x1f]", out)
     assert "[bold]c[/bold]" in out
-    json.dumps(out)
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "cp850", "ascii", "utf-8"])
+def test_a_terminal_of_any_code_page_is_written_to(encoding):
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="")
+    relation = Relation("met 🚀", Span("Ада", 0, 3), Span("東京", 4, 6))
+    extraction("Ада 東京", relation).show(Console(file=file, width=80))
+    file.flush()
+    shown = file.buffer.getvalue().decode(encoding)
+    assert shown.startswith("Ада 東京" if encoding == "utf-8" else "??? ??")
+
+
+def test_mentions_outside_the_text_are_listed_and_not_marked():
+    records = [Entity("a", Span("x", *place)) for place in ((-3, -1), (2, 2), (1, 99))]
+    page = Page(to_html([extraction("text", *records)]))
+    assert page.texts == ["text"] and page.marks == [] and page.visible.count("x (a)") == 3
+
+
+def test_tables_of_a_report_in_a_notebook():
+    table = Table(HOSTILE, ["name", "F1"], [[HOSTILE, "50.0"]])
+    page = Page(tables_to_html([table], [HOSTILE]))
+    assert {tag for tag, _ in page.tags} == {"table", "caption", "tr", "th", "td", "p"}
+    assert page.visible.count(HOSTILE) == 3 and "50.0" in page.visible

@@ -109,13 +109,13 @@ class Extractions(Sequence[Extraction]):
 
     def show(self, console: Console | None = None) -> None:
         """Print all texts with their records and problems; see `Extraction.show`."""
-        from ..show import show
+        from ..view import show
 
         show(self.items, console)
 
     def save_html(self, path: str | Path) -> None:
         """Write all texts with their records and problems as one HTML file."""
-        from ..show import to_page
+        from ..view import to_page
 
         page = to_page(self.items).encode("utf-8", "backslashreplace")  # lone surrogates
         Path(path).write_bytes(page)
@@ -127,7 +127,7 @@ class Extractions(Sequence[Extraction]):
         return f"Extractions({_count(self.items, 'text')}: {counts}, {self.seconds:.1f} s)"
 
     def _repr_html_(self) -> str:
-        from ..show import to_html
+        from ..view import to_html
 
         left = len(self.items) - _SHOWN_IN_NOTEBOOK
         more = f"<p>{left} more texts are not shown here; <code>save_html</code> writes them all."

@@ -67,8 +67,8 @@ class ScoreReport(Tabular):
         shown = ", ".join(f"{split} {percent(mean)}" for split, mean in means if mean == mean)
         documents = sum(counts.documents for counts in self.answers.values())
         return (
-            f"<ScoreReport: {len(self.answers)} data sets, {documents:,} documents, "
-            f"mean F1 {shown or 'not defined'}; match by {self.match}>"
+            f"ScoreReport({len(self.answers)} data sets, {documents:,} documents: "
+            f"mean F1 {shown or 'not defined'}, match by {self.match})"
         )
 
     def average_f1(self, group: str = "all", split: Split = "all") -> float:
