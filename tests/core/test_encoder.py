@@ -10,9 +10,7 @@ import pickle
 import re
 import shutil
 import signal
-import statistics
 import threading
-import time
 import warnings
 from pathlib import Path
 
@@ -209,43 +207,20 @@ def test_a_vector_does_not_depend_on_the_batch(kind):
     assert torch.cdist(alone, alone).fill_diagonal_(1).min() > 1e-3  # and they are not all the same
 
 
-def test_minilm_gives_the_same_vector_in_any_company(minilm):
-    texts = [
-        "One launcher.",
-        "The crew ate a soft cheese from the hills. " * 9,
-        "",
-        "Gene and disorder " * 400,
-    ]
+def test_minilm_gives_the_masked_mean_in_any_company(minilm):
+    texts = ["A soft cheese.", "The crew ate cheese from the hills. " * 9, "", "word " * 200]
+    batch = minilm.tokenizer(texts, padding=True, truncation=False, return_tensors="pt")
+    with torch.no_grad():
+        h = minilm.model(**batch).last_hidden_state
+    mask = batch["attention_mask"][..., None]
+    vectors = minilm(texts)
+    torch.testing.assert_close(vectors, (h * mask).sum(1) / mask.sum(1), rtol=0, atol=1e-6)
+    texts.append("Gene and disorder " * 400)
     alone = torch.cat([minilm(text) for text in texts])
     assert (minilm(texts) - alone).abs().max() < 1e-6
     assert minilm.window == 512 and minilm.task_dim == 384
     # Its tokenizer.json cuts at 128 tokens by itself.
     assert (minilm("word " * 300 + "cheese") - minilm("word " * 300 + "rocket")).abs().max() > 1e-4
-
-
-def test_minilm_is_the_masked_mean_of_its_own_hidden_states(minilm):
-    batch = minilm.tokenizer(["A soft cheese.", "word " * 200], padding=True, return_tensors="pt")
-    with torch.no_grad():
-        h = minilm.model(**batch).last_hidden_state
-    mask = batch["attention_mask"][..., None]
-    torch.testing.assert_close(
-        minilm(["A soft cheese.", "word " * 200]),
-        (h * mask).sum(1) / mask.sum(1),
-        rtol=0,
-        atol=1e-6,
-    )
-
-
-def test_a_repeated_prompt_costs_a_hundredth_of_a_new_one(minilm):
-    encoder = TaskEncoder(minilm.model, tokenizer=minilm.tokenizer)
-    text = "class Launcher(Entity): a vehicle designed to carry a payload to space. " * 20
-    encoder("warm up")
-    times = []
-    for _ in range(21):
-        start = time.perf_counter()
-        encoder(text)
-        times.append(time.perf_counter() - start)
-    assert times[0] > 100 * statistics.median(times[1:])
 
 
 def test_surroundings_do_not_matter():
@@ -577,8 +552,9 @@ def test_a_pickled_checkpoint_is_read_as_weights_only(folders, tmp_path):
 def test_an_encoder_that_is_not_there(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # an empty name is not the current folder
     Path("config.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(OSError, match=f"`{name}` cannot be loaded: found no such folder, nor can"):
+    with pytest.raises(OSError, match=f"`{name}` cannot be loaded: found no such folder") as error:
         TaskEncoder(name)
+    assert ("a loaded model without a name" in str(error.value)) == (name == "")
     with pytest.raises(OSError, match=f"encoder `{name}` cannot be read .*Pass `task_dim=`"):
         task_dim_of(TaskEncoderConfig(name_or_path=name))
 
