@@ -1,5 +1,5 @@
 # make demo   create an environment, install, train on the embedded corpus, score, reload in a new process, extract from TEXT
-# make smoke  the comparison of examples/benchmark in small, from training to report
+# make smoke  the comparison of experiments/ in small, from training to report
 # make test   create an environment, install, run the tests
 # make check  lint, types and tests, for people who work on it
 
@@ -32,7 +32,7 @@ demo: $(VENV)/models
 
 smoke: $(VENV)/models
 	MODELS="$$($(BIN)/python examples/offline_models.py | tail -n 2)" && \
-	$(BIN)/python examples/benchmark/run.py --config examples/benchmark/smoke.yaml \
+	$(BIN)/python experiments/run.py --config experiments/configs/smoke.yaml \
 		--model_name_or_path "$$(echo "$$MODELS" | head -n 1)" --task_encoder "$$(echo "$$MODELS" | tail -n 1)"
 
 test: $(VENV)/models

@@ -1,12 +1,10 @@
-"""What constrained decoding changes and costs: free and constrained answers of one adapter to the same documents.
+"""Shows what constrained decoding changes and costs: one adapter's free and constrained answers.
 
-It measures `Extractor(..., constrained=True)` against `constrained=False` with the same model, encoder and prompts. Every
-batch is answered both ways, one behind the other, in an order that alternates, so that a busy machine slows both.
+Every batch is answered both ways in an alternating order, so that a busy machine slows both. A free
+answer is "valid" if it is a sentence of the constraint's language (`answer_grammar`); those have to
+come out the same, token for token. An invalid one may still have records.
 
-A free answer is "valid" if it is a sentence of the constraint's language (`answer_grammar`); those have to come out the
-same, token for token. One that is not may have records all the same: the parser recovers what it can.
-
-    python benchmarks/constrained.py --adapter my-adapter --files data/a/test.jsonl data/b/test.jsonl --limit 100
+    python benchmarks/constrained.py --adapter my-adapter --files a.jsonl b.jsonl --limit 100
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from on_adapter import load, measure, parser
+from answering import load, measure, parser
 from rich.console import Console
 from rich.table import Table
 
@@ -39,7 +37,7 @@ def both(args: argparse.Namespace) -> dict[str, Extractor]:
 
 
 def valid(extractor: Extractor, document: Document, extraction: Extraction) -> bool:
-    """Whether every answer to a document is a sentence of the constraint's language, and ended by itself.
+    """Whether every answer to a document is complete and in the constraint's language.
 
     The document has to be one whole window: other answers are about parts of it.
     """
@@ -128,9 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     asked.add_argument("--json", type=Path, help="also write the figures to this file")
     args = asked.parse_args(arguments)
     figures = run(args)
-    table = Table(
-        title=f"{figures['documents']} documents, {args.device}, {args.threads} threads, batches of {args.batch_size}"
-    )
+    how = f"{args.device}, {args.threads} threads, batches of {args.batch_size}"
+    table = Table(title=f"{figures['documents']} documents, {how}")
     for column in ("", *WAYS):
         table.add_column(column, justify="left" if not column else "right")
     for name in figures["free"]["f1"]:
@@ -142,8 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     console = Console(width=100)
     console.print(table)
     console.print(
-        f"{figures['valid_free']} of {figures['judged']} free answers are in the constraint's language; "
-        f"{figures['same_where_valid']} of these come out the same."
+        f"{figures['valid_free']} of {figures['judged']} free answers are in the constraint's "
+        f"language; {figures['same_where_valid']} of these come out the same."
     )
     console.print(
         f"Time, constrained / free: {figures['time_ratio']:.2f} (median of batches "

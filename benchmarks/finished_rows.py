@@ -1,9 +1,9 @@
-"""What it saves that answers which are done leave their batch, instead of waiting for the longest one.
+"""Shows what it saves that finished answers leave their batch before the longest one ends.
 
-With a trained adapter, for it is the lengths of real answers that count. Every batch is answered both ways, one behind the other,
-in an order that alternates; the ratio is the median over batches.
+With a trained adapter, since the lengths of real answers count. Every batch is answered both ways
+in an alternating order; the ratio is the median over batches.
 
-    python benchmarks/finished_rows.py --adapter outputs/demo --files data/crossner_ai/test.jsonl data/conll04/test.jsonl
+    python benchmarks/finished_rows.py --adapter outputs/demo --files a.jsonl b.jsonl
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from on_adapter import load, parser, time_ratio
+from answering import load, parser, time_ratio
 from rich.console import Console
 from rich.table import Table
 
@@ -34,9 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
     leaving = load(args, **options)
     waiting = Waiting(leaving.model, leaving.tokenizer, format=leaving.format, **options)
-    table = Table(
-        title=f"Time with rows that leave / without, batches of {args.batch_size}, {args.threads} threads"
-    )
+    how = f"batches of {args.batch_size}, {args.threads} threads"
+    table = Table(title=f"Time with rows that leave / without, {how}")
     for column in ("data set", "median", "lowest", "highest", "answers that differ"):
         table.add_column(column)
     for name, documents in read_datasets(args.files, split="test", limit=args.limit).items():

@@ -1,9 +1,9 @@
-"""What starting costs: importing the package, and loading an adapter, against PEFT alone and LoRA r=36.
+"""Shows what starting costs: the import and loading an adapter, against PEFT and LoRA r=36.
 
     python benchmarks/loading.py
 
-Imports are timed in fresh processes, one after the other in turn; an adapter is loaded into a Llama of SmolLM2-135M's shape (30
-layers, all seven linears), both kinds in turn. Figures are medians of the ratios of the same round.
+Imports are timed in fresh processes, in turn; an adapter is loaded into a Llama of SmolLM2-135M's
+shape (30 layers, all seven linears), both kinds in turn. Figures are medians of a round's ratios.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tempfile
 import time
 
 import torch
-from adapters import LINEARS, TASK_DIM, base_model
+from methods import LINEARS, TASK_DIM, base_model
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from peft_taskmoe import TaskMoELoraConfig
@@ -34,6 +34,11 @@ def import_seconds(statement: str) -> float:
     )
 
 
+def summary(ratios: list[float]) -> str:
+    """Median, lowest and highest."""
+    return f"{statistics.median(ratios):.3f} ({min(ratios):.3f} .. {max(ratios):.3f})"
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(
@@ -48,9 +53,7 @@ def main() -> None:
     for _ in range(args.rounds):
         peft = import_seconds("import peft")
         ratios.append(import_seconds("import peft, peft_taskmoe") / peft)
-    print(
-        f"import peft, peft_taskmoe / import peft: {statistics.median(ratios):.3f} ({min(ratios):.3f} .. {max(ratios):.3f})"
-    )
+    print(f"import peft, peft_taskmoe / import peft: {summary(ratios)}")
 
     common = {"task_type": "CAUSAL_LM", "target_modules": LINEARS}
     configs = {
@@ -69,10 +72,8 @@ def main() -> None:
                 if round_:  # the first one warms the disk's cache
                     seconds[name].append(time.perf_counter() - start)
     ratios = [ours / lora for ours, lora in zip(seconds["ours"], seconds["LoRA-36"], strict=True)]
-    print(
-        f"loading ours / LoRA-36: {statistics.median(ratios):.3f} ({min(ratios):.3f} .. {max(ratios):.3f}), "
-        f"{1e3 * statistics.median(seconds['ours']):.0f} ms"
-    )
+    middle = statistics.median(seconds["ours"])
+    print(f"loading ours / LoRA-36: {summary(ratios)}, {1e3 * middle:.0f} ms")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""What `Extractor(..., prefix_caching=True)` saves where many texts share a schema.
+"""Shows what `Extractor(..., prefix_caching=True)` saves where many texts share a schema.
 
-A fresh Task-Aware MoELoRA adapter whose encoder reads the schema alone; its experts change nothing yet, so the answers are the
-base model's and the time is that of a trained one. Every batch is answered both ways, one behind the other, in an order that
-alternates; the ratio is the median over batches.
+A fresh adapter whose encoder reads the schema alone; its experts change nothing yet, so the answers
+are the base model's and the time is that of a trained one. Every batch is answered both ways in an
+alternating order; the ratio is the median over batches.
 
-    python benchmarks/prefix_caching.py --model models/SmolLM2-135M-Instruct --task-encoder models/all-MiniLM-L6-v2 \
-        --files data/crossner_ai/test.jsonl data/mit_movie/test.jsonl
+    python benchmarks/prefix_caching.py --model MODEL --task-encoder ENCODER --files a.jsonl b.jsonl
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import argparse
 from collections.abc import Sequence
 
 import torch
-from on_adapter import time_ratio
+from answering import time_ratio
 from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
@@ -52,9 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     model = get_peft_model(base, config).eval().to(args.device)
     sets = read_datasets(args.files, split="test", limit=args.limit)
-    table = Table(
-        title=f"Time with the prefix shared / without, batches of {args.batch_size}, {args.threads} threads"
-    )
+    how = f"batches of {args.batch_size}, {args.threads} threads"
+    table = Table(title=f"Time with the prefix shared / without, {how}")
     for column in ("data set", "style", "median", "lowest", "highest", "answers that differ"):
         table.add_column(column)
     for name, documents in sets.items():

@@ -1,10 +1,10 @@
-"""How the adapter's cost grows with experts, rank, batch, sequence, adapted layers and packed documents.
+"""Shows how the cost grows with experts, rank, batch, sequence, layers and packed documents.
 
     python benchmarks/scaling.py --plot docs/scaling.png
 
-One thing is varied at a time around 8 experts of rank 4, 4 x 256 tokens, 4 layers. Timed in interleaved rounds: the frozen model, LoRA
-of the same rank (E r), ours. The table holds what is counted by hand beside what is measured: operations of the adapter per token, as a
-share of the frozen model's, and the time it adds, as a share of the frozen model's.
+One thing is varied at a time around 8 experts of rank 4, 4 x 256 tokens, 4 layers. Timed in
+interleaved rounds: the frozen model, LoRA of the same rank (E r), ours. Beside the time that each
+adds to the frozen model stands the share of operations, counted by hand.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from adapters import LINEARS, TASK_DIM, build, interleaved, train_step
+from methods import LINEARS, TASK_DIM, build
 from rich.console import Console
 from rich.table import Table
+from timing import interleaved, train_step
 from torch import nn
 
 AXES: dict[str, list[int]] = {
@@ -30,43 +31,47 @@ AXES: dict[str, list[int]] = {
     "layers": [1, 2, 4, 8],
     "documents in a row": [1, 2, 4, 8, 16],
 }
-SHAPES = {"q_proj": (576, 576), "k_proj": (576, 192), "v_proj": (576, 192), "o_proj": (576, 576),
-          "gate_proj": (576, 1536), "up_proj": (576, 1536), "down_proj": (1536, 576)}  # fmt: skip
+SHAPES = dict(
+    zip(
+        LINEARS,
+        [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)],
+        strict=True,
+    )
+)
 
 
 def adapter_operations(num_experts: int, r: int) -> int:
     """Multiply-adds per token of a train step, all seven linears of a layer (in d, out o, R = E r).
 
-    Forward: A d R, router d E, B R o. Backward: dy B and dB, o R each; dA and dz A, d R each; the router's two, d E each. The task's part
-    of the router is one product per document; gates and softmax are O(R) and left out.
+    Forward: A d R, router d E, B R o. Backward: dy B and dB, o R each; dA and dz A, d R each; the
+    router's two, d E each. The task's part of the router, a product per document, is left out.
     """
     return sum(3 * num_experts * r * (d + o) + 3 * num_experts * d for d, o in SHAPES.values())
 
 
 def frozen_operations(length: int) -> int:
-    """Multiply-adds per token of a frozen layer's train step: forward and the gradient of its input, and attention.
+    """Multiply-adds per token of a frozen layer's train step, attention included.
 
-    Attention reads on average half of the row: 2 x 576 x length / 2 forward, twice that backward.
+    Attention reads half of the row on average: 2 x 576 x length / 2 forward, twice that backward.
     """
     return sum(2 * d * o for d, o in SHAPES.values()) + 3 * 576 * length
 
 
 def kept_bytes(num_experts: int) -> dict[str, int]:
-    """Bytes per token that one layer's adapters keep for backward in float32, beside what the frozen model keeps itself.
+    """Bytes per token that a layer's adapters keep for backward in float32, at dropout 0.05.
 
-    Input and mask stand once for q, k, v and once for gate, up; the gates stand for every linear. With dropout 0.05, the mask is 8
-    bytes for each dropped feature.
+    An input is kept once for the linears that read it; gates and mask, 8 bytes for each dropped
+    feature, stand for every linear.
     """
-    features = 576 + 576 + 576 + 1536
     return {
-        "inputs": 4 * features,
+        "inputs": 4 * (576 + 576 + 576 + 1536),
         "gates": 7 * 4 * num_experts,
-        "mask": round(0.05 * 8 * features),
+        "mask": round(0.05 * 8 * sum(d for d, _ in SHAPES.values())),
     }
 
 
 class Packed(nn.Module):
-    """A model that is called with rows of several documents, each with its own positions and task."""
+    """A model called with rows of several documents, each with its own positions and task."""
 
     def __init__(self, model: nn.Module, positions: torch.Tensor) -> None:
         super().__init__()
@@ -78,7 +83,7 @@ class Packed(nn.Module):
 
 
 def measure(axis: str, value: int, args: argparse.Namespace) -> dict[str, float]:
-    """Time one point: median over rounds of the ratios to the frozen model and to LoRA of the same rank."""
+    """Time one point: median ratios to the frozen model and to LoRA of the same rank."""
     now = copy.copy(args)
     experts, r = (value if axis == "experts" else 8), (value if axis == "rank" else 4)
     for name in ("batch", "length", "layers"):
@@ -108,74 +113,59 @@ def measure(axis: str, value: int, args: argparse.Namespace) -> dict[str, float]
     }
 
 
+def tabulate(axis: str, args: argparse.Namespace) -> dict[int, dict[str, float]]:
+    """Measure all points of an axis and print them."""
+    table = Table(title=f"train step by {axis}, float32, dropout {args.dropout}")
+    counted = ("operations added (counted)", "time added", "LoRA's time added")
+    for column in (axis, *counted, "ours / LoRA of rank E r", "ms"):
+        table.add_column(column, justify="right")
+    found = {}
+    for value in AXES[axis]:
+        point = found[value] = measure(axis, value, args)
+        shown = [f"{100 * point[name]:.1f} %" for name in ("counted", "added", "lora_added")]
+        table.add_row(str(value), *shown, f"{point['ratio']:.3f}", f"{1e3 * point['seconds']:.0f}")
+    Console().print(table)
+    return found
+
+
+def draw(found: dict[str, dict[int, dict[str, float]]], path: Path) -> None:
+    """Plot what is added to the frozen model along each axis."""
+    columns = (len(found) + 1) // 2
+    size = (4 * columns, 6)
+    figure, plots = plt.subplots(2, columns, figsize=size, layout="constrained", squeeze=False)
+    lines = (("added", "ours", "o-"), ("lora_added", "LoRA, same rank", "s-"))
+    for (axis, points), plot in zip(found.items(), plots.flat, strict=False):
+        for name, label, style in (*lines, ("counted", "operations, counted", "k--")):
+            values = [100 * point[name] for point in points.values()]
+            plot.plot(list(points), values, style, label=label)
+        plot.set_xscale("log", base=2)
+        plot.set_xlabel(axis)
+        plot.set_ylabel("added to the frozen model, %")
+    plots.flat[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     """Measure, print and plot."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name, default in (
-        ("batch", 4),
-        ("length", 256),
-        ("layers", 4),
-        ("rounds", 7),
-        ("threads", 2),
-        ("vocab", 1024),
-    ):
+    sizes = {"batch": 4, "length": 256, "layers": 4, "rounds": 7, "threads": 2, "vocab": 1024}
+    for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--axes", nargs="+", choices=list(AXES), default=list(AXES))
-    parser.add_argument("--plot", type=Path, default=None, help="write the plot here")
-    parser.add_argument("--output", type=Path, default=None, help="write the figures here as JSON")
+    parser.add_argument("--plot", type=Path, help="write the plot here")
+    parser.add_argument("--output", type=Path, help="write the figures here as JSON")
     args = parser.parse_args()
     args.device, args.dtype, args.autocast = "cpu", "float32", False
     torch.set_num_threads(args.threads)
-    assert set(SHAPES) == set(LINEARS)
-    found: dict[str, dict[int, dict[str, float]]] = {}
-    console = Console()
-    for axis in args.axes:
-        table = Table(title=f"train step by {axis}, float32, dropout {args.dropout}")
-        for column in (
-            axis,
-            "operations added (counted)",
-            "time added",
-            "LoRA's time added",
-            "ours / LoRA of rank E r",
-            "ms",
-        ):
-            table.add_column(column, justify="right")
-        found[axis] = {}
-        for value in AXES[axis]:
-            point = found[axis][value] = measure(axis, value, args)
-            shown = [f"{100 * point[name]:.1f} %" for name in ("counted", "added", "lora_added")]
-            table.add_row(
-                str(value), *shown, f"{point['ratio']:.3f}", f"{1e3 * point['seconds']:.0f}"
-            )
-        console.print(table)
-    console.print(
-        f"Bytes per token and layer kept for backward, counted, 8 experts: {kept_bytes(8)}"
-    )
+    found = {axis: tabulate(axis, args) for axis in args.axes}
+    print(f"Bytes per token and layer kept for backward, counted, 8 experts: {kept_bytes(8)}")
     if args.output is not None:
-        args.output.write_text(json.dumps(found, indent=1) + "\n")
+        args.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if args.plot is not None:
-        columns = (len(found) + 1) // 2
-        figure, axes = plt.subplots(
-            2, columns, figsize=(4 * columns, 6), layout="constrained", squeeze=False
-        )
-        for axis, plot in zip(found, axes.flat, strict=False):
-            values = list(found[axis])
-            for name, label, style in (
-                ("added", "ours", "o-"),
-                ("lora_added", "LoRA, same rank", "s-"),
-                ("counted", "operations, counted", "k--"),
-            ):
-                plot.plot(
-                    values, [100 * found[axis][value][name] for value in values], style, label=label
-                )
-            plot.set_xscale("log", base=2)
-            plot.set_xlabel(axis)
-            plot.set_ylabel("added to the frozen model, %")
-        axes.flat[0].legend(fontsize=8)
-        figure.savefig(args.plot, dpi=110)
+        draw(found, args.plot)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ class TaskMoELoraConfig(PeftConfig):
         task_dim: Dimension of the task embedding, 768 for CodeT5-base.
         task_norm: Scale at which the router reads the task embedding. `"matched"` gives it the norm that the layer's own input
             typically has, `0.25 sqrt(in)`, so that encoders of any scale start out with about the token's say; `"rms"` divides
-            it by its root mean square; `"none"` is the paper's raw vector. Measured by `benchmarks/router_scale.py`.
+            it by its root mean square; `"none"` is the paper's raw vector. Measured by `experiments/router_scale.py`.
         task_encoder: Which frozen encoder made the embeddings (a `TaskEncoderConfig` or its dict). It travels in
             `adapter_config.json`, its weights never do; `attach_task_encoder(model)` reads it.
         target_modules: Names (suffixes), a regex, or `"all-linear"`: every linear layer but the output head.

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 TYPICAL_INPUT_RMS = 0.25
 """Root mean square of a linear layer's input entries in a pretrained transformer: medians of 0.14 to 0.32 over the seven kinds
-of linears of SmolLM2-135M (`benchmarks/router_scale.py`)."""
+of linears of SmolLM2-135M (`experiments/router_scale.py`)."""
 
 
 def normalize_task(task_embeds: torch.Tensor, task_norm: str, in_features: int) -> torch.Tensor:

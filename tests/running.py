@@ -11,10 +11,16 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def run(script: str, *arguments: object, launcher: Sequence[str] = (), **environment: str) -> str:
-    """Run a script of `examples/`, under a launcher if one is named, and return what it printed."""
+def run(
+    script: str,
+    *arguments: object,
+    folder: str = "examples",
+    launcher: Sequence[str] = (),
+    **environment: str,
+) -> str:
+    """Run a script of a folder, under a launcher if one is named, and return what it printed."""
     done = subprocess.run(
-        [sys.executable, *launcher, ROOT / "examples" / script, *map(str, arguments)],
+        [sys.executable, *launcher, ROOT / folder / script, *map(str, arguments)],
         env={
             **os.environ,
             "OMP_NUM_THREADS": "1",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import transformers
@@ -26,3 +29,17 @@ def models(tmp_path) -> tuple[Path, Path]:
     for folder in (language_model, encoder):
         scripted.byte_tokenizer().save_pretrained(folder)
     return language_model, encoder
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """The modules of `experiments`, which find each other as scripts do."""
+    folder = Path(__file__).parents[2] / "experiments"
+    sys.path.insert(0, str(folder))
+    names = {path.stem for path in folder.glob("*.py")}
+    try:
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in sorted(names)})
+    finally:
+        sys.path.remove(str(folder))
+        for name in names:
+            sys.modules.pop(name, None)
