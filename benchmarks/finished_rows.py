@@ -9,19 +9,19 @@ in an alternating order; the ratio is the median over batches.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from answering import load, parser, time_ratio
 from rich.console import Console
 from rich.table import Table
 
 from peft_taskmoe.uie import Extractor, read_datasets
+from peft_taskmoe.uie.extraction.generation import Generator
 
 
-class Waiting(Extractor):
-    """An extractor whose batches last as long as their longest answers."""
+class Waiting(Generator):
+    """Generates batches that last as long as their longest answers."""
 
-    def _rows_may_leave(self, jobs: Any) -> bool:
+    def _rows_may_leave(self, rows: int) -> bool:
         return False
 
 
@@ -33,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = asked.parse_args(arguments)
     options = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
     leaving = load(args, **options)
-    waiting = Waiting(leaving.model, leaving.tokenizer, format=leaving.format, **options)
+    waiting = Extractor(leaving.model, leaving.tokenizer, format=leaving.format, **options)
+    waiting.generator = Waiting(waiting.model, waiting.tokenizer, waiting.generator.ends)
     how = f"batches of {args.batch_size}, {args.threads} threads"
     table = Table(title=f"Time with rows that leave / without, {how}")
     for column in ("data set", "median", "lowest", "highest", "answers that differ"):

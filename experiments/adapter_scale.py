@@ -40,7 +40,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if len(sets) > 1:
             best = at_best(by_scale)
             rows.append([adapter, "best", *cells(best), difference(best, at_best(first))])
-        rows.append([])
     title = f"{sum(map(len, sets.values()))} documents of {len(sets)} data sets"
     show(title, ("adapter", "scale", *sets, "mean", "less the first adapter's"), rows)
     if args.json:

@@ -10,13 +10,13 @@ from typing import Any
 from comparing import over_trainings
 from outcomes import Selection
 
-from peft_taskmoe.uie.score import Difference
+from peft_taskmoe.uie.scoring import Difference
+from peft_taskmoe.uie.tables import markdown_table
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+    """A Markdown table, without the end of its last line."""
+    return markdown_table(header, rows).removesuffix("\n")
 
 
 def spread(values: Sequence[float], form: str = "{:.1f}") -> str:

@@ -16,11 +16,11 @@ from outcomes import Losses, per_token
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from peft_taskmoe import TaskEncoder
 from peft_taskmoe.uie import Extractor
+from peft_taskmoe.uie.tables import Table
 
 ROUTER = ".taskmoe_lora_router."
 
@@ -109,13 +109,5 @@ def difference(a: Losses, b: Losses) -> str:
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; a row of no cells is a line between sections."""
-    table = Table(title=title)
-    for column in columns:
-        table.add_column(column, justify="right")
-    for row in rows:
-        if row:
-            table.add_row(*row)
-        else:
-            table.add_section()
-    Console(width=180).print(table)
+    """Print a table."""
+    Console(width=180).print(Table(title, columns, rows, left=1).to_rich())

@@ -5,7 +5,7 @@
 The data come from the folder `IE-en` of the Hub data set `zjunlp/iepile` (CC BY-NC-SA 4.0, and each
 corpus' own terms where they are stricter). Left out, because a licence has to be bought or asked
 for: ACE 2005 and TACRED, which `zjunlp/iepile` lacks, and OntoNotes 5. Not in it: WNUT 17, DIANN,
-Broad Twitter, E3C. Labels come without guidelines, which may be written into the files' `schema` by hand.
+Broad Twitter, E3C. Labels come without guidelines; write them into the files' `schema` by hand.
 
 Mentions come without offsets: one given n times takes its first n occurrences in the text, and what
 is not in the text is left out and counted.

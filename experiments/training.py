@@ -18,10 +18,10 @@ from documents import Data, count_schemas, training_examples
 from files import versions, write_json
 from settings import ExperimentArguments
 from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
 
 from peft_taskmoe import TaskCollator, TaskEncoder
+from peft_taskmoe.checkpoints import newest_whole_checkpoint
 from peft_taskmoe.uie import save_format
 
 
@@ -50,7 +50,8 @@ def train(
     clock = StepClock(folder / "steps.json")
     trainer = trainer_of(run, args, sft, examples, encoder, tokenizer, folder / "checkpoints")
     trainer.add_callback(clock)
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
+    checkpoint, _ = newest_whole_checkpoint(folder / "checkpoints")
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_model(str(folder / "adapter"))
     PartialState().wait_for_everyone()  # until the main process has written it
     if PartialState().is_main_process:  # so that `Extractor.from_pretrained` asks as in training
@@ -126,12 +127,6 @@ def check_length(tokens: Sequence[int], max_length: int | None) -> None:
             f"than `max_length={max_length}` tokens (the longest has {max(tokens)}). "
             "Raise `max_length`, or take the compact `prompt_style`."
         )
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The last whole checkpoint: one with the trainer's state, which is written last."""
-    whole = [path for path in folder.glob("checkpoint-*") if (path / TRAINER_STATE_NAME).is_file()]
-    return max(map(str, whole), key=lambda path: int(path.rpartition("-")[2]), default=None)
 
 
 class StepClock(TrainerCallback):

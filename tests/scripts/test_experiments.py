@@ -403,16 +403,6 @@ def test_schemas_are_counted_by_their_labels(parts) -> None:
     assert parts.documents.count_schemas({"a": [one, one, other], "b": [one]}) == 3
 
 
-def test_a_half_written_checkpoint_is_not_resumed(parts, tmp_path) -> None:
-    assert parts.training.last_checkpoint(tmp_path / "none") is None
-    for step in (2, 10):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
-    (tmp_path / "checkpoint-12").mkdir()
-    (tmp_path / "checkpoint-12" / "adapter_model.safetensors").write_text("half")
-    assert parts.training.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
-
-
 def test_files_written_at_once_by_many_are_whole(parts, tmp_path) -> None:
     path = tmp_path / "plan.json"
     with ThreadPoolExecutor(8) as pool:
