@@ -152,12 +152,12 @@ def show(folder: Path) -> str:
             "",
             f"{figures['model']} in {figures['dtype']}; {documents} training documents of "
             f"{len(figures['training_documents'])} sets, {figures['training_schemas']} distinct "
-            f"schemas. Measured on {measured_on}. The last run was made with",
+            f"schemas. Measured on {measured_on}. Runs are made with",
             "",
             f"    {figures['command']}",
             "",
-            f"and this page and the plot with `python experiments/study.py show "
-            f"experiments/results/{folder.name}` from `figures.json`.",
+            "(`--only`, `--seeds`, `--measure` for a part), this page and the plot from `figures.json` "
+            f"with `python experiments/study.py show experiments/results/{folder.name}`.",
             "",
             "NLL per token of the gold answers in nats, lower is better; F1 x 100. Unweighted "
             "means over data sets, then over seeds (lowest .. highest).",

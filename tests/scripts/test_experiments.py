@@ -524,61 +524,27 @@ def test_wrong_settings_are_refused(parts) -> None:
 
 
 def test_public_data_become_documents(parts) -> None:
-    rows = {
-        "NER": (
-            {
-                "text": "Ada saw Kourou and Ada .",
-                "entity": [
-                    {"entity": "Ada", "entity_type": "person"},
-                    {"entity": "Ada", "entity_type": "person"},
-                ],
-            },
-            [["person", "place"], [], {}],
-        ),
-        "RE": (
-            {
-                "text": "Ada lives in Kourou .",
-                "relation": [
-                    {"head": "Ada", "relation": "lives in", "tail": "Kourou"},
-                    {"head": "Eve", "relation": "lives in", "tail": "Kourou"},
-                ],
-            },
-            [[], ["lives in"], {}],
-        ),
-        "EE": (
-            {
-                "text": "Ada left Kourou .",
-                "event": [
-                    {
-                        "event_trigger": "left",
-                        "event_type": "leave",
-                        "arguments": [
-                            {"role": "who", "argument": "Ada"},
-                            {"role": "place", "argument": "Kourou"},
-                        ],
-                    }
-                ],
-            },
-            [[], [], {"leave": ["who", "place", "when"]}],
-        ),
-    }
-    found = {}
-    for task, (row, schema) in rows.items():
-        (found[task],), errors = parts.prepare_data.documents(
-            task, parts.prepare_data.instruction_rows(task, [json.dumps(row)], schema)
-        )
-        assert errors == (1 if task == "RE" else 0)  # Eve is not in the text
-    assert [(r.label, r.span.start) for r in found["NER"].records] == [
-        ("person", 0),
-        ("person", 19),
-    ]
-    assert [label.name for label in found["NER"].schema.labels] == ["person", "place"]
-    assert [(r.label, r.head.text, r.tail.text) for r in found["RE"].records] == [
-        ("lives in", "Ada", "Kourou")
-    ]
-    (event,) = found["EE"].records
-    assert (event.label, event.trigger.start, {a.role: a.span.text for a in event.arguments}) == (
-        "leave",
-        4,
-        {"who": "Ada", "place": "Kourou"},
-    )
+    def read(task: str, row: dict, schema: list):
+        rows = parts.prepare_data.instruction_rows(task, [json.dumps(row)], schema)
+        (document,), errors = parts.prepare_data.documents(task, rows)
+        return document, errors
+
+    mentions = [{"entity": "Ada", "entity_type": "person"}] * 2
+    row = {"text": "Ada saw Kourou and Ada .", "entity": mentions}
+    document, errors = read("NER", row, [["person", "place"], [], {}])
+    assert [(r.label, r.span.start) for r in document.records] == [("person", 0), ("person", 19)]
+    assert [label.name for label in document.schema.labels] == ["person", "place"] and not errors
+
+    lives = [{"head": name, "relation": "lives in", "tail": "Kourou"} for name in ("Ada", "Eve")]
+    row = {"text": "Ada lives in Kourou .", "relation": lives}
+    document, errors = read("RE", row, [[], ["lives in"], {}])
+    found = [(r.label, r.head.text, r.tail.text) for r in document.records]
+    assert found == [("lives in", "Ada", "Kourou")] and errors == 1  # Eve is not in the text
+
+    roles = [{"role": "who", "argument": "Ada"}, {"role": "place", "argument": "Kourou"}]
+    event = {"event_trigger": "left", "event_type": "leave", "arguments": roles}
+    row = {"text": "Ada left Kourou .", "event": [event]}
+    document, errors = read("EE", row, [[], [], {"leave": ["who", "place", "when"]}])
+    (event,) = document.records
+    assert (event.label, event.trigger.start, errors) == ("leave", 4, 0)
+    assert {a.role: a.span.text for a in event.arguments} == {"who": "Ada", "place": "Kourou"}
