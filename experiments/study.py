@@ -157,7 +157,9 @@ def show(folder: Path) -> str:
             f"    {figures['command']}",
             "",
             "(`--only`, `--seeds`, `--measure` for a part), this page and the plot from "
-            f"`figures.json` with `python experiments/study.py show experiments/results/{folder.name}`.",
+            "`figures.json` with",
+            "",
+            f"    python experiments/study.py show experiments/results/{folder.name}",
             "",
             "NLL per token of the gold answers in nats, lower is better; F1 x 100. Unweighted "
             "means over data sets, then over seeds (lowest .. highest).",
