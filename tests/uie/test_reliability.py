@@ -1,4 +1,4 @@
-"""Reliability curves: which records are right, bins, the calibration error against other computations, tables and plots."""
+"""Reliability: which records are right, bins, the error against other computations; calibration."""
 
 from __future__ import annotations
 
@@ -13,16 +13,20 @@ import pytest
 
 from peft_taskmoe.uie import (
     Argument,
+    Calibration,
     Document,
     Entity,
     Event,
     Relation,
+    Reliability,
     Schema,
     Span,
+    fit_calibration,
     reliability,
     score,
 )
 from peft_taskmoe.uie.scoring import SeenLabels
+from peft_taskmoe.uie.scoring.reliability import Judged
 
 TEXT = "Ann met Bob and Ann hit Eve"
 SCHEMAS = {
@@ -151,7 +155,7 @@ def test_precision_is_that_of_score(match):
 
 
 def judged(gold, answers) -> tuple[list[float], list[bool]]:
-    """Confidences and whether they are right by offsets, where sets do: every place is named once for each label."""
+    """Confidences and whether they are right by offsets: each place is named once for each label."""
     values, right = [], []
     for name, of_set in gold.items():
         for one in of_set:
@@ -231,7 +235,7 @@ def test_nothing_to_judge_and_wrong_calls():
         curve("NER", [], [], bins=0)
     with pytest.raises(ValueError, match=r'binning="quantile".*"width" or "count"'):
         curve("NER", [], [], binning="quantile")
-    with pytest.raises(ValueError, match="not between 0 and 1"):
+    with pytest.raises(ValueError, match="confidence 1.5, which is no number from 0 to 1"):
         curve("NER", [], [Entity("P", ANN, 1.5)])
     with pytest.raises(ValueError, match="answer to document `9` of `set`, which is not among"):
         reliability({"set": [document("NER")]}, {"set": {"9": []}})
@@ -260,3 +264,98 @@ def test_tables_and_plot(tmp_path):
     found.plot(tmp_path / "curve.svg")
     drawn = (tmp_path / "curve.svg").read_text()
     assert "<svg" in drawn and drawn.count("<use") > 10
+
+
+# The published curve of a small model on its training sets: confidence and share of right records.
+MEASURED = ((0.61, 0.05), (0.73, 0.20), (0.80, 0.33), (0.86, 0.35), (0.93, 0.60))
+
+
+def like_measured(seed: int, documents: int = 60):
+    """Gold documents and records whose confidences promise as much too much."""
+    rng = random.Random(seed)
+    gold, answers = [], {}
+    for i in range(documents):
+        spans = [at(k, k + 1) for k in rng.sample(range(len(TEXT)), 8)]
+        drawn = [(span, *rng.choice(MEASURED)) for span in spans]
+        written = [Entity("P", span, value + rng.uniform(-0.04, 0.04)) for span, value, _ in drawn]
+        truth = [Entity("P", span) for span, _, precision in drawn if rng.random() < precision]
+        gold.append(document("NER", *truth, name=str(i)))
+        answers[str(i)] = written
+    return {"set": gold}, {"set": answers}
+
+
+def calibrated(calibration, answers):
+    return {
+        name: {id_: calibration.apply(records) for id_, records in of.items()}
+        for name, of in answers.items()
+    }
+
+
+def test_calibrated_confidences_hold_on_documents_they_were_not_fitted_on():
+    calibration = fit_calibration(reliability(*like_measured(1), match="offsets"))
+    gold, answers = like_measured(2)
+    before = reliability(gold, answers, match="offsets")
+    after = reliability(gold, calibrated(calibration, answers), match="offsets")
+    assert before.ece > 0.45 and after.ece < 0.12
+    assert after.precision == before.precision and after.count == before.count
+
+
+def test_calibration_keeps_the_order_and_what_has_no_confidence():
+    calibration = fit_calibration(reliability(*like_measured(1), match="offsets"))
+    values = [value / 100 for value in range(101)]
+    records = [Entity("P", ANN, value) for value in values]
+    found = [record.confidence for record in calibration.apply(records)]
+    assert found == sorted(found) and 0 <= found[0] < found[-1] <= 1
+    assert calibration.apply([Entity("P", ANN)]) == (Entity("P", ANN),)
+
+
+def test_each_kind_of_record_has_its_curve_and_rare_ones_share_one():
+    entities = [Judged(i, "entity", 0.9, i % 10 < 8) for i in range(100)]
+    relations = [Judged(i, "relation", 0.9, i % 10 < 2) for i in range(100)]
+    events = [Judged(i, "event", 0.9, True) for i in range(3)]
+    calibration = fit_calibration(Reliability((), 0, None, (*entities, *relations, *events)))
+    assert set(calibration.curves) == {"entity", "relation", "all"}
+    entity, relation, event = calibration.apply(
+        [Entity("P", ANN, 0.5), Relation("R", ANN, BOB, confidence=0.5), Event("E", MET, (), 0.5)]
+    )
+    assert entity.confidence == pytest.approx(0.8) and relation.confidence == pytest.approx(0.2)
+    assert event.confidence == pytest.approx(103 / 203, abs=1e-6)
+    with pytest.raises(ValueError, match="3 records with a confidence, too few"):
+        fit_calibration(Reliability((), 0, None, tuple(events)))
+
+
+def test_a_calibration_is_saved_beside_the_adapter(tmp_path):
+    calibration = fit_calibration(reliability(*like_measured(1), match="offsets"))
+    path = calibration.save(tmp_path)
+    assert path.name == "uie_calibration.json" and set(json.loads(path.read_text())) == {"curves"}
+    assert Calibration.load(tmp_path) == Calibration.load(path) == calibration
+
+
+@pytest.mark.parametrize(
+    ("curve", "found"),
+    [
+        ({"records": 9, "confidence": [0.1, 0.9], "precision": [0.9, 0.1]}, "falls"),
+        ({"records": 9, "confidence": [0.9, 0.1], "precision": [0.1, 0.9]}, "falls"),
+        ({"records": 9, "confidence": [0.1, 0.9], "precision": [0.1]}, "shape"),
+        ({"records": 9, "confidence": [], "precision": []}, "not made of points"),
+        ({"records": 9, "confidence": [0.1], "precision": [1.5]}, "between 0 and 1"),
+        ({"records": 9, "confidence": [float("nan")], "precision": [0.5]}, "`NaN`|between 0 and 1"),
+        ({"records": 9, "confidence": ["x"], "precision": [0.5]}, "x"),
+        ({"confidence": [0.1], "precision": [0.5]}, "records"),
+        ([], "list"),
+    ],
+)
+def test_a_broken_calibration_is_refused_by_name(tmp_path, curve, found):
+    path = tmp_path / "uie_calibration.json"
+    path.write_text(json.dumps({"curves": {"all": curve}}), encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=f"(?s)`.*uie_calibration.json` is no calibration.*({found})"
+    ):
+        Calibration.load(tmp_path)
+
+
+def test_a_file_that_is_no_calibration_is_refused(tmp_path):
+    for content in ("", "[]", '{"curves": {}}', '{"curves": {"entity": 1}}', "[" * 100_000):
+        (tmp_path / "x.json").write_text(content, encoding="utf-8")
+        with pytest.raises(ValueError, match="is no calibration"):
+            Calibration.load(tmp_path / "x.json")

@@ -1,9 +1,10 @@
-"""Scoring, against a brute-force scorer, nervaluate, scipy's bootstrap and figures worked out by hand."""
+"""Scoring, against a brute-force scorer, nervaluate, scipy's bootstrap and figures by hand."""
 
 import io
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -24,6 +25,7 @@ from peft_taskmoe.uie.scoring import (
     bootstrap,
     compare,
     compare_values,
+    reliability,
     score,
 )
 
@@ -73,7 +75,7 @@ def random_record(rng, text, task):
 
 
 def random_case(rng, task, n=12):
-    """Documents over a two-letter text, so that mentions repeat, and answers near to their gold records."""
+    """Documents over a two-letter text, so that mentions repeat, and answers near to gold."""
     documents, answers = [], {}
     for i in range(n):
         text = "".join(rng.choice("ab") for _ in range(6))
@@ -87,7 +89,7 @@ def random_case(rng, task, n=12):
 
 
 def brute_force(documents, answers, task, match, identification=False):
-    """Cross out equal pairs one by one, on lists of JSON-like items; returns (tp, fp, fn) by label."""
+    """Cross out equal pairs one by one, on lists of items; returns (tp, fp, fn) by label."""
 
     def rows(records):
         rows = [record.to_dict() for record in records]
@@ -346,8 +348,9 @@ def test_several_tasks_in_one_document_are_scored_each():
     records = Entity("P", ann), Relation("R", ann, bob), Event("E", hit, (Argument("x", bob),))
     report = one([document("1", text, "UIE", *records, schema=schema)], {"1": records[1:]})
     assert {s.task: s.total() for s in report.scores} == {
-        "NER": Counts(0, 0, 1), "RE": Counts(1, 0, 0), "EE": Counts(1, 0, 0), "EAE": Counts(1, 0, 0),
-    }  # fmt: skip
+        "NER": Counts(0, 0, 1),
+        **dict.fromkeys(("RE", "EE", "EAE"), Counts(1, 0, 0)),
+    }
 
 
 def test_hallucinated_spans_are_dropped_and_counted():
@@ -619,7 +622,73 @@ def test_tables_show_the_figures():
     )  # brackets are no markup
 
 
-# Intervals and tests --------------------------------------------------------------------------------------------------
+def test_tables_fit_a_terminal_of_80_columns():
+    from rich.console import Console
+
+    gold = [document("1", "Ann", "NER", Entity("A", at("Ann", 0, 3)))]
+    report = score({"crossner_literature": gold}, {}, seen=NO_TABLE)
+    both = compare(report, report, n_resamples=10)
+    for shown in (report, report.with_intervals(10), both):
+        assert max(map(len, shown.to_markdown().splitlines())) <= 80
+        console = Console(file=io.StringIO(), width=80)
+        console.print(shown.table())
+        printed = console.file.getvalue()
+        assert "crossner_literature" in printed and "\N{HORIZONTAL ELLIPSIS}" not in printed
+
+
+def test_a_report_is_short_where_python_shows_it_and_a_table_in_a_notebook():
+    gold = [document("1", "Ann", "NER", Entity("A", at("Ann", 0, 3)))]
+    report = one(gold, {"1": gold[0].records})
+    assert repr(report) == "ScoreReport(1 data sets, 1 documents: mean F1 all 100.0, match by text)"
+    assert "<td" in report._repr_html_() and "Strict F1" in report._repr_html_()
+    assert "not defined" in repr(one([document("1", "Ann", "NER")], {}))
+
+
+def test_own_labels_in_a_set_that_is_called_like_a_public_one_are_scored_with_a_note():
+    gold = [document("1", "Ann", "NER", Entity("A", at("Ann", 0, 3)))]
+    report = score({"wnut17": gold}, {"wnut17": {"1": gold[0].records}})
+    assert report.average_f1() == 1 and report.scores[0].seen is None
+    (note,) = report.notes
+    assert "`wnut17` but not its label `A`" in note and note in report.to_markdown()
+    assert ScoreReport.from_dict(json.loads(report.to_json(documents=True))).notes == (note,)
+    with pytest.raises(ValueError, match="`wnut17` but not its label `A`"):  # a table of one's own
+        score({"wnut17": gold}, {}, seen=SeenLabels.load())
+    person = [document("1", "Ann", "NER", Entity("person", at("Ann", 0, 3)), schema={"person": ""})]
+    assert score({"wnut17": person}, {}).scores[0].seen == (True,)
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        (None, "is a NoneType"),
+        ("A", "is a str"),
+        ([{"label": "A"}], "a dict where a record is expected"),
+        ([Entity(["A"], Span("Ann"))], "the label or role ['A'], which is no string"),
+        ([Event("A", Span("Ann"), (Argument(None, Span("Ann")),))], "the label or role None"),
+        ([Entity("A", Span(7))], "the mention 7 with start None"),
+        ([Entity("A", Span("Ann", "0", 3))], "the mention 'Ann' with start '0' and end 3"),
+        ([Entity("A", Span("Ann", 0, None))], "the mention 'Ann' with start 0 and end None"),
+        ([Entity("A", Span("Ann"), "high")], "the confidence 'high', which is no number"),
+    ],
+)
+def test_broken_answers_are_named(answer, found):
+    gold = [document("1", "Ann", "NER", Entity("A", at("Ann", 0, 3)))]
+    for judge in (
+        lambda: one(gold, {"1": answer}),
+        lambda: reliability({"s": gold}, {"s": {"1": answer}}),
+    ):
+        with pytest.raises(ValueError, match=re.escape(found)):
+            judge()
+
+
+def test_half_characters_in_names_reach_every_file():
+    gold = [document("\ud800", "Ann", "NER", Entity("\udfff", at("Ann", 0, 3)), schema={"A": ""})]
+    report = score({"s\ud800": gold}, {}, seen=NO_TABLE).with_intervals(10)
+    figures = json.loads(report.to_json(documents=True).encode("utf-8"))
+    assert ScoreReport.from_dict(figures).values() == report.values()
+
+
+# Intervals and tests
 
 
 def simulated(rng, n, rate, gold=3, noise=0.3):
@@ -645,8 +714,13 @@ def test_intervals_agree_with_scipy():
         return 2 * tp / (2 * tp + fp + fn)
 
     theirs = stats.bootstrap(
-        (np.arange(120),), f1, n_resamples=8000, confidence_level=0.9, method="percentile", vectorized=True,
-    ).confidence_interval  # fmt: skip
+        (np.arange(120),),
+        f1,
+        n_resamples=8000,
+        confidence_level=0.9,
+        method="percentile",
+        vectorized=True,
+    ).confidence_interval
     ours = report.intervals[("set", "NER"), "all"]
     width = theirs.high - theirs.low
     assert abs(ours.low - theirs.low) < 0.05 * width and abs(ours.high - theirs.high) < 0.05 * width
@@ -731,7 +805,7 @@ def test_p_is_uniform_where_there_is_no_difference():
 
 
 def test_comparison_pairs_the_documents():
-    # b makes the same errors as a, and one more: unpaired, the difference would drown in the documents' spread
+    # b makes the same errors as a, and one more: unpaired, it would drown in the spread
     documents, a = simulated(random.Random(9), 200, 0.5, noise=0)
     b = {id_: records[1:] if int(id_) % 20 == 0 else records for id_, records in a.items()}
     line = compare(one(documents, a), one(documents, b), n_resamples=1000)["set", "NER"]
@@ -821,7 +895,7 @@ def repeated(times: int) -> tuple[list[Document], dict, dict]:
 
 
 def test_documents_of_one_cluster_are_drawn_together():
-    """Copies of a document bring nothing new: drawn as clusters they leave every interval as it is."""
+    """Copies of a document bring nothing new: drawn as clusters they change no interval."""
     documents, answers, clusters = repeated(4)
     alone, alone_answers, _ = repeated(1)
     half = {id_: records[:1] for id_, records in answers.items()}
@@ -858,7 +932,7 @@ def test_documents_of_one_cluster_are_drawn_together():
 
 
 def test_a_resample_without_gold_counts_for_no_system():
-    """Else a system that predicts nothing would leave it out, and one that is wrong there would count it as 0."""
+    """Else a system that predicts nothing would leave it out, and a wrong one count it as 0."""
     text = "ab"
     documents = [document("0", text, "NER", Entity("A", at(text, 0, 1)))] + [
         document(str(i), text, "NER", schema={"A": ""}) for i in range(1, 4)
@@ -870,7 +944,7 @@ def test_a_resample_without_gold_counts_for_no_system():
         score(sets, {"x": of_x, "y": {"0": right["0"]}}, seen=NO_TABLE) for of_x in (right, wrong)
     )
     line = compare(a, b, n_resamples=2000, confidence=0.9999)["all"]
-    # With k times the gold document and j times the wrong answer b has 2k / (2k + j) in x, at worst 2 / 5, and 1 in y.
+    # With k gold documents and j wrong answers b has 2k / (2k + j) in x, at worst 2 / 5; 1 in y.
     assert line.low == 0 and line.high == pytest.approx((1 - 2 / 5) / 2)
 
 
@@ -889,7 +963,8 @@ def test_wrong_values_say_what_to_do():
 def test_scoring_imports_no_torch():
     code = (
         "import sys, types; p = types.ModuleType('peft_taskmoe'); p.__path__ = [sys.argv[1]]; "
-        "sys.modules['peft_taskmoe'] = p; import peft_taskmoe.uie.scoring; assert 'torch' not in sys.modules"
+        "sys.modules['peft_taskmoe'] = p; import peft_taskmoe.uie.scoring; "
+        "assert 'torch' not in sys.modules"
     )
     package = Path(__file__).parents[2] / "peft_taskmoe"
     subprocess.run([sys.executable, "-c", code, str(package)], check=True)
@@ -897,7 +972,7 @@ def test_scoring_imports_no_torch():
 
 @pytest.mark.parametrize("style", ["dataclass", "compact"])
 def test_gold_records_written_read_and_scored_give_one_on_every_public_set(style):
-    """Gold -> completion -> parse -> score: F1 of exactly 1 on every document, by text and by offsets."""
+    """Gold -> completion -> parse -> score: F1 of exactly 1 on every document, either match."""
     if not DATA.exists():
         pytest.skip("needs the data sets in ../shared/data/uie")
     documents, answers = {}, {}

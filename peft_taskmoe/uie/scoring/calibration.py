@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from ..optional import needed
 from ..records import Record
+from ..strict_json import parse_json
 from ..tables import json_text
 from .reliability import Judged, Reliability
 
@@ -81,8 +82,8 @@ class Calibration:
         """
         path = Path(path) / CALIBRATION_FILE if Path(path).is_dir() else Path(path)
         try:
-            return cls._from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            return cls._from_dict(parse_json(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
                 f"`{path}` is no calibration ({type(error).__name__}: {error}). "
                 f"Write it with `fit_calibration(...).save(folder)`: {_SHAPE}."
@@ -129,14 +130,9 @@ def fit_calibration(report: Reliability, min_records: int = 100) -> Calibration:
 
 
 def _fit(judged: Iterable[Judged]) -> Curve:
-    try:
-        from sklearn.isotonic import IsotonicRegression
-    except ImportError as error:
-        raise ImportError(
-            "Fitting a calibration needs `scikit-learn`. Run `pip install 'peft_taskmoe[uie]'`."
-        ) from error
+    isotonic = needed("sklearn.isotonic", "uie")
     judged = list(judged)
-    fitted = IsotonicRegression(y_min=0, y_max=1).fit(
+    fitted = isotonic.IsotonicRegression(y_min=0, y_max=1).fit(
         [one.confidence for one in judged], [float(one.right) for one in judged]
     )
     points = (np.round(fitted.X_thresholds_, 6), np.round(fitted.y_thresholds_, 6))

@@ -231,10 +231,6 @@ def _binned(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The bins' edges, and (documents, bins, 3): count, sum of confidences, right ones."""
     values = np.array([one.confidence for one in judged], dtype=np.float64)
-    if not ((values >= 0) & (values <= 1)).all():
-        raise ValueError(
-            "There are confidences that are not between 0 and 1, which are no probabilities."
-        )
     edges = np.linspace(0.0, 1.0, bins + 1)
     if binning == "count" and len(values):
         edges = np.unique([0.0, *np.quantile(values, edges[1:-1]), 1.0])
