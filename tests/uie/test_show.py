@@ -18,27 +18,16 @@ from peft_taskmoe.uie import (
     Problem,
     Relation,
     Span,
+    read_jsonl,
 )
 from peft_taskmoe.uie.tables import Table
 from peft_taskmoe.uie.view import tables_to_html, to_html, to_page
 from peft_taskmoe.uie.view.layout import COLOURS
 
 ALLOWED = {
-    "html",
-    "head",
-    "meta",
-    "title",
-    "body",
-    "style",
-    "section",
-    "div",
-    "span",
-    "table",
-    "tbody",
-    "tr",
-    "td",
+    *("html", "head", "meta", "title", "body", "style", "section", "div", "span", "table"),
+    *("tbody", "tr", "td", "a", "b", "bdi", "br", "code", "ul", "li", "p"),
 }
-ALLOWED |= {"a", "b", "bdi", "br", "code", "ul", "li", "p"}
 VOID = {"meta", "br"}
 
 
@@ -362,3 +351,13 @@ def test_tables_of_a_report_in_a_notebook():
     page = Page(tables_to_html([table], [HOSTILE]))
     assert {tag for tag, _ in page.tags} == {"table", "caption", "tr", "th", "td", "p"}
     assert page.visible.count(HOSTILE) == 3 and "50.0" in page.visible
+
+
+def test_what_a_reader_found_is_short_where_python_shows_it(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("<b>\n" * 25, encoding="utf-8")
+    report = read_jsonl(path, on_error="collect")
+    assert repr(report) == "ReadReport(0 documents, 25 problems: 25 json)"
+    page = Page(report._repr_html_())
+    assert sum(tag == "tr" for tag, _ in page.tags) == 21
+    assert "5 more problems are not shown." in page.visible

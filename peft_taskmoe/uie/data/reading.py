@@ -81,7 +81,7 @@ class ReadError(ValueError):
         self.problem = problem
 
 
-@dataclass
+@dataclass(repr=False)
 class ReadReport:
     """What a reader found: the documents, in the order of the file, and the problems."""
 
@@ -101,6 +101,19 @@ class ReadReport:
         kinds = ", ".join(f"{n} {kind}" for kind, n in self.counts().items())
         found = f"{len(self.documents)} documents, {len(self.problems)} problems"
         return f"{found}: {kinds}" if kinds else found
+
+    def __repr__(self) -> str:
+        return f"ReadReport({self})"
+
+    def _repr_html_(self) -> str:
+        from peft_taskmoe.uie.tables import Table
+        from peft_taskmoe.uie.view import tables_to_html
+
+        rows = [[str(p.file), str(p.line or ""), p.kind, p.message] for p in self.problems[:20]]
+        more = len(self.problems) - len(rows)
+        notes = [f"{more} more problems are not shown."] if more else []
+        header = ["file", "line", "problem", "message"]
+        return tables_to_html([Table(str(self), header, rows, left=4)], notes)
 
 
 class Reading:
