@@ -1,4 +1,4 @@
-"""Readers, writers and training examples, on made-up files, and on the public sets where they are."""
+"""Readers, writers and training examples, on made-up files and on public sets."""
 
 import json
 import random
@@ -29,9 +29,12 @@ from peft_taskmoe.uie.schema import Schema
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data" / "uie"
 
 NER = {
-    "id": "n1", "text": "Zoë flew to 東京 🚀.", "task": "NER", "schema": {"Person": "people", "creative-work": ""},
+    "id": "n1",
+    "text": "Zoë flew to 東京 🚀.",
+    "task": "NER",
+    "schema": {"Person": "people", "creative-work": ""},
     "annotations": [{"label": "Person", "text": "Zoë", "start": 0, "end": 3}],
-}  # fmt: skip
+}
 RE = {
     "id": "r1", "text": "Ann works for Acme.", "task": "RE", "schema": {"Work_For": "employment"},
     "annotations": [{
@@ -78,7 +81,7 @@ def places(report):
     return [(problem.kind, problem.line) for problem in report.problems]
 
 
-# JSONL ----------------------------------------------------------------------------------------------------------------
+# --- JSONL
 
 
 def test_jsonl_is_read_and_written_back(tmp_path):
@@ -113,60 +116,65 @@ def test_writing_leaves_the_old_file_where_it_fails(tmp_path):
     assert target.read_bytes() == before and list(tmp_path.iterdir()) == [target]
 
 
-BAD_ROWS = {
-    "not an object": ("[1]", "row", "which is no JSON object"),
-    "no JSON": ('{"id": ', "json", "The line is no JSON"),
-    "key twice": ('{"id": "a", "id": "b"}', "json", "the key `id` is given twice in one object"),
-    "too deep": ("[" * 100_000, "json", "nested too deeply"),
-    "no number": (json.dumps(changed(NER, score=float("nan"))), "json", "`NaN` is no value of JSON"),
-    "no text": (changed(NER, text=None), "row", "The key `text` is missing \\(keys: id, task, schema, annotations\\)"),
-    "number as id": (changed(NER, id=1.5), "row", "The id is 1.5. Write a string or a whole number"),
-    "empty id": (changed(NER, id=""), "row", "The id is ''"),
-    "unknown task": (changed(NER, task="NRE"), "task", "`NRE` is no task"),
-    "empty schema": (changed(NER, schema={}), "schema", "The schema has no labels"),
-    "annotations are no list": (changed(NER, annotations={}), "row", "The value of `annotations` is `{}`; it has to be a list"),
-    "annotation is no object": (changed(NER, annotations__0="x"), "row", "`annotations\\[0\\]` is `'x'`, not an object"),
-    "unknown label": (changed(NER, annotations__0__label="Place"), "label", "`annotations\\[0\\]` has the label `Place`.* Its own: `Person`, `creative-work`"),
-    "no label": (changed(NER, annotations__0__label=None), "row", "`annotations\\[0\\]` has no `label` \\(keys: text, start, end\\)"),
-    "shifted": (changed(NER, annotations__0__start=1, annotations__0__end=4), "offsets", "says `'Zoë'`, but text\\[1:4\\] is `'oë '`. The mention stands at 0"),
-    "other words": (changed(NER, annotations__0__text="Zoe"), "offsets", "says `'Zoe'`, but text\\[0:3\\] is `'Zoë'`"),
-    "outside": (changed(NER, annotations__0__end=99), "offsets", "`annotations\\[0\\]` is at \\[0:99\\], outside of the text of 17 characters"),
-    "negative": (changed(NER, annotations__0__start=-17), "offsets", "is at \\[-17:3\\]"),
-    "no offsets": (changed(NER, annotations__0__start=None), "row", "needs a text and two integers"),
-    "bool": (changed(NER, annotations__0__start=False), "row", "needs a text and two integers"),
-    "lone surrogate": (json.dumps(changed(NER, text="\ud800 Zoë")), "encoding", "There is half a character \\(a lone surrogate\\) in"),
-    "relation label": (changed(RE, annotations__0__relation="Kill"), "label", "has the relation `Kill`"),
-    "tail missing": (changed(RE, annotations__0__tail=None), "row", "`annotations\\[0\\].tail` is `None`, not an object"),
-    "tail shifted": (changed(RE, annotations__0__tail__start=13), "offsets", "`annotations\\[0\\].tail` says"),
-    "entity shifted": (changed(RE, entities__0__end=4), "offsets", "`entities\\[0\\]` says"),
-    "entities no list": (changed(RE, entities=3), "row", "The value of `entities` is `3`; it has to be a list"),
-    "trigger shifted": (changed(EE, annotations__0__trigger__start=8), "offsets", "`annotations\\[0\\].trigger` says"),
-    "unknown role": (changed(EE, annotations__0__arguments__0__role="Tool"), "label", "has the role `Tool`, which `Conflict.Attack` does not have. Its own: `Attacker`, `Place`"),
-    "no role": (changed(EE, annotations__0__arguments__0__role=None), "row", "`annotations\\[0\\].arguments\\[0\\]` has no `role`"),
-    "argument shifted": (changed(EE, annotations__0__arguments__0__end=5), "offsets", "`annotations\\[0\\].arguments\\[0\\]` says"),
-    "arguments no list": (changed(EE, annotations__0__arguments="x"), "row", "`annotations\\[0\\].arguments` is `'x'`, not a list"),
-    "type is a number": (
-        changed(RE, annotations__0__head__type=3),
-        "row",
-        r"`annotations\[0\].head` needs a string as type",
+ARGUMENT = "annotations__0__arguments__0__"
+
+
+def ner(**changes):
+    return changed(NER, **{f"annotations__0__{key}": value for key, value in changes.items()})
+
+
+BAD_ROWS = [
+    ("[1]", "row", "which is no JSON object"),
+    ('{"id": ', "json", "The line is no JSON"),
+    ('{"id": "a", "id": "b"}', "json", "the key `id` is given twice in one object"),
+    ("[" * 100_000, "json", "nested too deeply"),
+    (json.dumps(changed(NER, score=float("nan"))), "json", "`NaN` is no value of JSON"),
+    (changed(NER, text=None), "row", r"The key `text` is missing \(keys: id, task, schema, anno"),
+    (changed(NER, id=1.5), "row", "The id is 1.5. Write a string or a whole number"),
+    (changed(NER, id=""), "row", "The id is ''"),
+    (changed(NER, task="NRE"), "task", "`NRE` is no task"),
+    (changed(NER, schema={}), "schema", "The schema has no labels"),
+    (changed(NER, annotations={}), "row", "`annotations` is `{}`; it has to be a list"),
+    (changed(NER, annotations__0="x"), "row", r"`annotations\[0\]` is `'x'`, not an object"),
+    (ner(label="Place"), "label", r"has the label `Place`.* Its own: `Person`, `creative-work`"),
+    (ner(label=None), "row", r"`annotations\[0\]` has no `label` \(keys: text, start, end\)"),
+    (ner(start=1, end=4), "offsets", r"but text\[1:4\] is `'oë '`. The mention stands at 0"),
+    (ner(text="Zoe"), "offsets", r"says `'Zoe'`, but text\[0:3\] is `'Zoë'`"),
+    (ner(end=99), "offsets", r"is at \[0:99\], outside of the text of 17 characters"),
+    (ner(start=-17), "offsets", r"is at \[-17:3\]"),
+    (ner(start=None), "row", "needs a text and two integers"),
+    (ner(start=False), "row", "needs a text and two integers"),
+    (json.dumps(changed(NER, text="\ud800 Zoë")), "encoding", "half a character .a lone surrogate"),
+    (changed(RE, annotations__0__relation="Kill"), "label", "has the relation `Kill`"),
+    (changed(RE, annotations__0__tail=None), "row", r"`annotations\[0\].tail` is `None`, not an"),
+    (changed(RE, annotations__0__tail__start=13), "offsets", r"`annotations\[0\].tail` says"),
+    (changed(RE, annotations__0__head__type=3), "row", "needs a string as type"),
+    (changed(RE, entities__0__end=4), "offsets", r"`entities\[0\]` says"),
+    (changed(RE, entities=3), "row", "The value of `entities` is `3`; it has to be a list"),
+    (changed(EE, annotations__0__trigger__start=8), "offsets", r"`annotations\[0\].trigger` says"),
+    (
+        changed(EE, **{ARGUMENT + "role": "Tool"}),
+        "label",
+        "role `Tool`, which `Conflict.Attack` do",
     ),
-    "nothing given": (changed(EAE, annotations=[]), "row", "An EAE document needs the event"),
-    "same id": (NER, "duplicate_id", "The id `n1` is that of line 1"),
-}  # fmt: skip
+    (changed(EE, **{ARGUMENT + "role": None}), "row", r"`annotations\[0\].arguments\[0\]` has no"),
+    (changed(EE, **{ARGUMENT + "end": 5}), "offsets", r"`annotations\[0\].arguments\[0\]` says"),
+    (changed(EE, annotations__0__arguments="x"), "row", r"arguments` is `'x'`, not a list"),
+    (changed(EAE, annotations=[]), "row", "An EAE document needs the event"),
+    (NER, "duplicate_id", "The id `n1` is that of line 1"),
+]
 
 
-@pytest.mark.parametrize("case", BAD_ROWS)
-def test_bad_lines_are_reported_by_number(tmp_path, case):
-    row, kind, message = BAD_ROWS[case]
+@pytest.mark.parametrize(("row", "kind", "message"), BAD_ROWS, ids=range(len(BAD_ROWS)))
+def test_bad_lines_are_reported_by_number(tmp_path, row, kind, message):
     path = jsonl(tmp_path / "in.jsonl", NER, row, RE | {"id": "last"})
     report = read_jsonl(path, on_error="collect")
     assert [document.id for document in report.documents] == ["n1", "last"]
     assert places(report) == [(kind, 2)] and report.counts() == {kind: 1}
     with pytest.raises(ReadError, match=message) as caught:
         read_jsonl(path)
-    assert str(caught.value).startswith(f"{path}:2: {kind}: ") and 'Pass on_error="collect"' in str(
-        caught.value
-    )
+    said = str(caught.value)
+    assert said.startswith(f"{path}:2: {kind}: ") and 'Pass on_error="collect"' in said
     assert caught.value.problem == report.problems[0]
 
 
@@ -204,21 +212,10 @@ def test_all_faults_of_a_row_are_reported(tmp_path):
     )
 
 
-def test_encodings(tmp_path):
-    path = tmp_path / "in.jsonl"
-    line = json.dumps(NER, ensure_ascii=False).encode()
-    path.write_bytes(b"\xef\xbb\xbf" + line + b"\r\n")  # a byte order mark and Windows line ends
-    assert read_jsonl(path).documents == [Document.from_dict(NER)]
-    path.write_bytes(line + b"\n" + line.replace("Zoë".encode(), b"Zo\xeb") + b"\n")
-    report = read_jsonl(path, on_error="collect")
-    assert (
-        places(report) == [("encoding", 2)]
-        and "(0xeb) is no UTF-8. Save the file as UTF-8." in report.problems[0].message
-    )
-    assert len(report.documents) == 1
-    # characters that Python, but not JSON, takes for line ends
+def test_characters_that_only_python_takes_for_line_ends(tmp_path):
     row = changed(NER, text="Zoë\u2028\x85\x0b.")
-    assert read_jsonl(jsonl(path, row)).documents[0].text == "Zoë\u2028\x85\x0b."
+    (document,) = read_jsonl(jsonl(tmp_path / "in.jsonl", row)).documents
+    assert document.text == "Zoë\u2028\x85\x0b."
 
 
 def test_empty_files_and_blank_lines(tmp_path):
@@ -255,9 +252,12 @@ def test_keys_that_no_record_holds_are_noted(tmp_path):
 
 def test_several_tasks_in_one_schema(tmp_path):
     row = {
-        "id": "u", "text": RE["text"], "task": "UIE", "schema": {"entities": {"Person": ""}, "relations": RE["schema"]},
+        "id": "u",
+        "text": RE["text"],
+        "task": "UIE",
+        "schema": {"entities": {"Person": ""}, "relations": RE["schema"]},
         "annotations": [RE["annotations"][0], RE["entities"][0]],
-    }  # fmt: skip
+    }
     assert [
         type(record)
         for record in read_jsonl(jsonl(tmp_path / "in.jsonl", row)).documents[0].records
@@ -269,7 +269,7 @@ def test_several_tasks_in_one_schema(tmp_path):
     assert report.counts() == {"label": 1}
 
 
-# CoNLL ----------------------------------------------------------------------------------------------------------------
+# --- CoNLL
 
 TOKENS = ["Ann", "Lee", "Bob", "saw", "New", "York"]
 SPANS = [("PER", "Ann Lee"), ("PER", "Bob"), ("LOC", "New York")]
@@ -307,62 +307,29 @@ def test_conll_schemes(tmp_path, tags):
     assert report.documents[0].schema == Schema.from_dict("NER", {"PER": "", "LOC": ""})
 
 
+CONTINUES = "The tag `{}` continues no entity in {}"
+NO_END = "The entity `PER` does not end with E- or S-"
+
+
 @pytest.mark.parametrize(
     ("scheme", "tags", "line", "message", "expected"),
     [
-        (
-            "IOB2",
-            ["O", "I-PER", "I-PER"],
-            2,
-            "The tag `I-PER` continues no entity in IOB2",
-            [("PER", "Lee Bob")],
-        ),
-        (
-            "IOB2",
-            ["B-PER", "I-LOC", "O"],
-            2,
-            "The tag `I-LOC` continues no entity",
-            [("PER", "Ann"), ("LOC", "Lee")],
-        ),
-        (
-            "IOB2",
-            ["B-PER", "X-PER", "O"],
-            2,
-            "The tag `X-PER` is none of IOB2. It is read as O",
-            [("PER", "Ann")],
-        ),
-        ("IOB2", ["B-PER", "B-", "O"], 2, "The tag `B-` is none of IOB2", [("PER", "Ann")]),
-        ("IOB2", ["B-PER", "E-PER", "O"], 2, "The tag `E-PER` is none of IOB2", [("PER", "Ann")]),
-        (
-            "BIOES",
-            ["B-PER", "I-PER", "O"],
-            2,
-            "The entity `PER` does not end with E- or S-",
-            [("PER", "Ann Lee")],
-        ),
-        (
-            "BIOES",
-            ["O", "E-PER", "O"],
-            2,
-            "The tag `E-PER` continues no entity in BIOES",
-            [("PER", "Lee")],
-        ),
-        (
-            "BIOES",
-            ["S-PER", "O", "B-PER"],
-            3,
-            "The entity `PER` does not end",
-            [("PER", "Ann"), ("PER", "Bob")],
-        ),
+        ("IOB2", "O I-PER I-PER", 2, CONTINUES.format("I-PER", "IOB2"), ["PER Lee Bob"]),
+        ("IOB2", "B-PER I-LOC O", 2, CONTINUES.format("I-LOC", "IOB2"), ["PER Ann", "LOC Lee"]),
+        ("IOB2", "B-PER X-PER O", 2, "`X-PER` is none of IOB2. It is read as O", ["PER Ann"]),
+        ("IOB2", "B-PER B- O", 2, "The tag `B-` is none of IOB2", ["PER Ann"]),
+        ("IOB2", "B-PER E-PER O", 2, "The tag `E-PER` is none of IOB2", ["PER Ann"]),
+        ("BIOES", "B-PER I-PER O", 2, NO_END, ["PER Ann Lee"]),
+        ("BIOES", "O E-PER O", 2, CONTINUES.format("E-PER", "BIOES"), ["PER Lee"]),
+        ("BIOES", "S-PER O B-PER", 3, NO_END, ["PER Ann", "PER Bob"]),
     ],
 )
 def test_conll_tags_that_break_the_scheme(tmp_path, scheme, tags, line, message, expected):
-    path = conll(
-        tmp_path / "a.conll", [f"{token}\t{tag}" for token, tag in zip(TOKENS, tags, strict=False)]
-    )
-    schema = {"PER": "", "LOC": ""}
+    lines = [f"{token}\t{tag}" for token, tag in zip(TOKENS, tags.split(), strict=False)]
+    path, schema = conll(tmp_path / "a.conll", lines), {"PER": "", "LOC": ""}
     report = read_conll(path, schema=schema, scheme=scheme, on_error="collect")
-    assert places(report) == [("tags", line)] and found(report.documents[0]) == expected
+    assert places(report) == [("tags", line)]
+    assert [" ".join(mention) for mention in found(report.documents[0])] == expected
     with pytest.raises(ReadError, match=message):
         read_conll(path, schema=schema, scheme=scheme)
 
@@ -370,7 +337,8 @@ def test_conll_tags_that_break_the_scheme(tmp_path, scheme, tags, line, message,
 def test_conll_columns_and_documents(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text(
-        "# id 1\n1\tNew York\tB-creative-work\n2\tTimes\tI-creative-work\n\n1\t#\tO\n-DOCSTART-\n\n1\tAnn\tB-PER\n",
+        "# id 1\n1\tNew York\tB-creative-work\n2\tTimes\tI-creative-work\n\n1\t#\tO\n"
+        "-DOCSTART-\n\n1\tAnn\tB-PER\n",
         "utf-8",
     )
     options = {"token_column": 1, "separator": "\t", "comment": "# id"}
@@ -417,7 +385,7 @@ def test_conll_without_documents_or_labels(tmp_path):
     )
 
 
-# BRAT -----------------------------------------------------------------------------------------------------------------
+# --- BRAT
 
 BRAT_TEXT = "Ann joined Acme\nCorp. The move hit Bob."
 BRAT_ANN = """T1\tPerson 0 3\tAnn
@@ -481,19 +449,11 @@ def test_brat_events(tmp_path):
         (
             "T6\tPerson 0 3;35 38\tAnn Bob",
             "discontinuous",
-            r"The mention `T6` has several pieces \(0 3;35 38\)",
+            r"`T6` has several pieces \(0 3;35 38\)",
         ),
-        (
-            "T6\tPerson 1 4\tAnn",
-            "offsets",
-            r"The mention `T6` says `'Ann'`, but text\[1:4\] is `'nn '`",
-        ),
+        ("T6\tPerson 1 4\tAnn", "offsets", r"`T6` says `'Ann'`, but text\[1:4\] is `'nn '`"),
         ("T6\tPerson 90 93\tAnn", "offsets", "but text.90:93. is `''`"),
-        (
-            "T6 Person 0 3 Ann",
-            "brat",
-            "Cannot read `'T6 Person 0 3 Ann'`. Expected a T, R or E line",
-        ),
+        ("T6 Person 0 3 Ann", "brat", "Cannot read `'T6 Person 0 3 Ann'`. Expected a T, R or E"),
         ("R2\tWorkFor Arg1:T1 Arg2:T9", "reference", "There is no usable mention `T9`"),
         ("X1\twhat", "brat", "Cannot read"),
     ],
@@ -530,15 +490,7 @@ def test_brat_folders(tmp_path):
         read_brat(tmp_path, "EAE")
 
 
-def test_brat_keeps_the_characters_that_offsets_count(tmp_path):
-    text = "Ann\r\n🚀 Bob"
-    document = read_brat(brat(tmp_path, text=text, ann="T1\tPerson 7 10\tBob\n"), "NER").documents[
-        0
-    ]
-    assert document.text == text and found(document) == [("Person", "Bob")]
-
-
-# IEPile ---------------------------------------------------------------------------------------------------------------
+# --- IEPile
 
 
 def iepile(task, schema, text, output, as_strings=True, **more):
@@ -556,14 +508,37 @@ def iepile(task, schema, text, output, as_strings=True, **more):
 def test_iepile_tasks(tmp_path, as_strings):
     text = "Ann Lee hired Ann at Acme"
     rows = [
-        iepile("NER", ["person", "place"], text, {"person": ["Ann", "Ann", "Ann Lee"], "place": []}, as_strings),
-        iepile("RE", ["works for"], text, {"works for": [{"subject": "Ann", "object": "Acme"}]}, as_strings, id="r"),
         iepile(
-            "EE", [{"event_type": "hire", "trigger": True, "arguments": ["who", "whom", "when"]}], text,
-            {"hire": [{"trigger": "hired", "arguments": {"who": "Ann Lee", "whom": ["Ann"], "when": "NAN"}}]}, as_strings,
+            "NER",
+            ["person", "place"],
+            text,
+            {"person": ["Ann", "Ann", "Ann Lee"], "place": []},
+            as_strings,
+        ),
+        iepile(
+            "RE",
+            ["works for"],
+            text,
+            {"works for": [{"subject": "Ann", "object": "Acme"}]},
+            as_strings,
+            id="r",
+        ),
+        iepile(
+            "EE",
+            [{"event_type": "hire", "trigger": True, "arguments": ["who", "whom", "when"]}],
+            text,
+            {
+                "hire": [
+                    {
+                        "trigger": "hired",
+                        "arguments": {"who": "Ann Lee", "whom": ["Ann"], "when": "NAN"},
+                    }
+                ]
+            },
+            as_strings,
         ),
         iepile("EET", ["hire", "fire"], text, {"hire": ["hired"], "fire": []}, as_strings),
-    ]  # fmt: skip
+    ]
     ner, re_, ee, eet = read_iepile(jsonl(tmp_path / "in.json", *rows)).documents
     assert [(r.span.start, r.span.text) for r in ner.records] == [
         (0, "Ann"),
@@ -582,7 +557,7 @@ def test_iepile_tasks(tmp_path, as_strings):
 
 
 def test_iepile_lines_as_they_are_published(tmp_path):
-    """Every field and every task, with what occurs in the files: blanks at the end of a mention, no trigger, a list for one role."""
+    """What occurs in the files: blanks at the end of a mention, no trigger, a list for one role."""
     text = "The  board dismissed Ann Lee in May; Bo quit ."
     hire = {
         "event_type": "end position",
@@ -597,15 +572,38 @@ def test_iepile_lines_as_they_are_published(tmp_path):
     two = {"event_type": "quit", "trigger": ["dismissed", "quit"], "arguments": ["Person"]}
     arguments = {"Person": ["Ann Lee ", "Bo"], "Time.Point": "May", "agent": "NAN"}
     rows = [
-        iepile("EE", [hire], text, {"end position": [{"trigger": "dismissed ", "arguments": arguments}]}, split="train"),
-        iepile("EE", [hire | {"trigger": False}], text, {"end position": [{"arguments": {"Person": "Bo"}}]}),
+        iepile(
+            "EE",
+            [hire],
+            text,
+            {"end position": [{"trigger": "dismissed ", "arguments": arguments}]},
+            split="train",
+        ),
+        iepile(
+            "EE",
+            [hire | {"trigger": False}],
+            text,
+            {"end position": [{"arguments": {"Person": "Bo"}}]},
+        ),
         iepile("EE", [hire], text, {"end position": [{"trigger": "NAN", "arguments": {}}]}),
-        iepile("EEA", [given], text, {"end position": [{"Person": "Ann Lee", "Time.Point": "NAN"}]}),
+        iepile(
+            "EEA", [given], text, {"end position": [{"Person": "Ann Lee", "Time.Point": "NAN"}]}
+        ),
         iepile("EEA", [given], text, {"end position": []}),
-        iepile("EEA", [given, two], text, {"end position": [{"Person": "Ann Lee"}], "quit": [{"Person": "Bo"}]}),
+        iepile(
+            "EEA",
+            [given, two],
+            text,
+            {"end position": [{"Person": "Ann Lee"}], "quit": [{"Person": "Bo"}]},
+        ),
         iepile("EEA", [two], text, {"quit": [{"Person": "Bo"}, {"Person": "Ann Lee"}]}),
-        iepile("NER", ["人物", "地点"], "王小明住在北京，北京很大。", {"人物": ["王小明"], "地点": ["北京", "北京"]}),
-    ]  # fmt: skip
+        iepile(
+            "NER",
+            ["人物", "地点"],
+            "王小明住在北京，北京很大。",
+            {"人物": ["王小明"], "地点": ["北京", "北京"]},
+        ),
+    ]
     report = read_iepile(jsonl(tmp_path / "in.json", *rows), on_error="collect")
     assert places(report) == [("no_trigger", n) for n in (2, 3, 6, 7)]
     assert "`end position` has no trigger" in report.problems[0].message
@@ -677,7 +675,7 @@ def test_iepile_problems(tmp_path):
         read_iepile(path)
 
 
-# Hub ------------------------------------------------------------------------------------------------------------------
+# --- Hub
 
 CONLL_ROWS = [
     {"id": str(i), "tokens": ["Ann", f"Lee{i}", "saw"], "ner_tags": [1, 2, 0]} for i in range(6)
@@ -787,7 +785,7 @@ def test_datasets_of_the_hub(tmp_path, monkeypatch):
     }
 
 
-# Conversion and training examples -------------------------------------------------------------------------------------
+# --- Conversion and training examples
 
 
 def test_conversion(tmp_path):

@@ -143,13 +143,16 @@ def test_completions():
         Entity("creative-work", span(text, "Rosetta")),
     ]
     assert completion_text(records, text, SCHEMA) == (
-        ' [Launcher(span="Ariane 5", span_nth=2), carries(head="Ariane 5", tail="Rosetta", head_nth=2), '
-        'Launch(trigger="carried", Vehicle=["Ariane 5"], Launch_Site=["Kourou"], Launch_Site_nth=2), '
+        ' [Launcher(span="Ariane 5", span_nth=2), '
+        'carries(head="Ariane 5", tail="Rosetta", head_nth=2), '
+        'Launch(trigger="carried", Vehicle=["Ariane 5"], '
+        'Launch_Site=["Kourou"], Launch_Site_nth=2), '
         'creative_work(span="Rosetta")]'
     )
     assert completion_text(records, text, SCHEMA, format=COMPACT) == (
         ' [Launcher("Ariane 5", span_nth=2), carries("Ariane 5", "Rosetta", head_nth=2), '
-        'Launch("carried", Vehicle="Ariane 5", Launch_Site="Kourou", Launch_Site_nth=2), creative_work("Rosetta")]'
+        'Launch("carried", Vehicle="Ariane 5", Launch_Site="Kourou", Launch_Site_nth=2), '
+        'creative_work("Rosetta")]'
     )
     plain = completion_text(
         records, text, SCHEMA, format=PromptFormat("compact", occurrences=False)
@@ -180,16 +183,33 @@ def test_given_events_are_shown_without_their_arguments():
     assert parsed.records == (event,)
     long = build_example(document).prompt
     assert (
-        '# These events are given; list each with its arguments\ngiven = [Launch(trigger="flew", trigger_nth=2)]'
-        in long
+        "# These events are given; list each with its arguments\n"
+        'given = [Launch(trigger="flew", trigger_nth=2)]' in long
     )
 
 
 ANY_TEXT = [
-    "", "plain", 'quotes " \' \"\"\" \'\'\'', "back\\slash \\n \\", "a\nb\r\nc\rd", "tab\there", "NUL \0 here",
-    "x = 'code'  # result = [A()]\nresult =", "שלום עולם", "‮right-to-left‬", "👩‍🚀 emoji ❤️", "é e\u0301", "\u2028\u2029\x85",
-    "lone \ud83d surrogate", "\ufeffbom", "日本語", "\x7f\x80\x1b[0m", "f'{x}' %s {0}", "\\N{DASH}", "\U0010ffff",
-]  # fmt: skip
+    "",
+    "plain",
+    "quotes \" ' \"\"\" '''",
+    "back\\slash \\n \\",
+    "a\nb\r\nc\rd",
+    "tab\there",
+    "NUL \0 here",
+    "x = 'code'  # result = [A()]\nresult =",
+    "שלום עולם",
+    "‮right-to-left‬",
+    "👩‍🚀 emoji ❤️",
+    "é e\u0301",
+    "\u2028\u2029\x85",
+    "lone \ud83d surrogate",
+    "\ufeffbom",
+    "日本語",
+    "\x7f\x80\x1b[0m",
+    "f'{x}' %s {0}",
+    "\\N{DASH}",
+    "\U0010ffff",
+]
 
 
 @pytest.mark.parametrize("text", ANY_TEXT)
@@ -277,7 +297,8 @@ def test_they_do_not_depend_on_the_hash_seed():
         "    module = sys.modules[name] = types.ModuleType(name)\n"
         "    module.__path__ = [name.replace('.', '/')]\n"
         "import test_prompt as t\n"
-        "for i in range(20): print(t.build_example(t.document(i), t.COMPACT, t.ALL, 3, t.POOL, t.NEGATIVES))"
+        "given = (t.COMPACT, t.ALL, 3, t.POOL, t.NEGATIVES)\n"
+        "for i in range(20): print(t.build_example(t.document(i), *given))"
     )
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     outputs = {
@@ -321,7 +342,7 @@ def test_what_is_shown_does_not_depend_on_the_gold_records(regularisers):
 
 
 def test_class_order_does_not_leak_the_answer():
-    # With the number of negatives limited, positives are always there; their place must tell nothing.
+    # With negatives limited, positives are always there; their place must tell nothing.
     places = Counter()
     for number in range(2_000):
         shown, _ = regularise(

@@ -1,12 +1,16 @@
 """Records and documents as JSON, both ways, and the errors of rows that cannot be read."""
 
+import contextlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from peft_taskmoe.uie.data.rows import check_row
 from peft_taskmoe.uie.records import (
     Argument,
     Document,
@@ -31,7 +35,10 @@ ROWS = [
         "text": TEXT,
         "task": "NER",
         "schema": {"PER": "people", "x-y": ""},
-        "annotations": [{"label": "PER", **ADA}, {"label": "x-y", **BOB, "alignment": "normalised", "confidence": 0.5}],
+        "annotations": [
+            {"label": "PER", **ADA},
+            {"label": "x-y", **BOB, "alignment": "normalised", "confidence": 0.5},
+        ],
         "split": "test",
         "meta": {"k": [1]},
     },
@@ -40,7 +47,9 @@ ROWS = [
         "text": TEXT,
         "task": "RE",
         "schema": {"knows": "knows"},
-        "annotations": [{"relation": "knows", "head": {"type": "PER", **ADA}, "tail": BOB, "confidence": 1.0}],
+        "annotations": [
+            {"relation": "knows", "head": {"type": "PER", **ADA}, "tail": BOB, "confidence": 1.0}
+        ],
         "entities": [{"label": "PER", **ADA}],
     },
     {
@@ -48,7 +57,13 @@ ROWS = [
         "text": TEXT,
         "task": "EE",
         "schema": {"Meet": {"description": "meets", "roles": ["Who", "Where"]}},
-        "annotations": [{"type": "Meet", "trigger": MET, "arguments": [{"role": "Who", **ADA}, {"role": "Who", **BOB}]}],
+        "annotations": [
+            {
+                "type": "Meet",
+                "trigger": MET,
+                "arguments": [{"role": "Who", **ADA}, {"role": "Who", **BOB}],
+            }
+        ],
     },
     {
         "id": "d",
@@ -61,14 +76,18 @@ ROWS = [
         "id": "e",
         "text": TEXT,
         "task": "UIE",
-        "schema": {"entities": {"PER": "people"}, "relations": {"knows": ""}, "events": {"Meet": {"description": "", "roles": []}}},
+        "schema": {
+            "entities": {"PER": "people"},
+            "relations": {"knows": ""},
+            "events": {"Meet": {"description": "", "roles": []}},
+        },
         "annotations": [
             {"label": "PER", **ADA},
             {"relation": "knows", "head": ADA, "tail": {"text": "Eve", "start": None, "end": None}},
             {"type": "Meet", "trigger": MET, "arguments": []},
         ],
     },
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["task"])
@@ -134,17 +153,29 @@ def test_shifted_records():
         ({"text": None}, r"`text` is a NoneType. Write it as one string"),
         ({"task": "NRE"}, r"`NRE` is no task. Write one of: `NER`"),
         ({"schema": {}}, r"The schema has no labels"),
-        ({"annotations": [{"label": "PER"}]}, r"An entity has no `text` \(keys: `label`\). Add what is missing"),
+        (
+            {"annotations": [{"label": "PER"}]},
+            r"An entity has no `text` \(keys: `label`\). Add what is missing",
+        ),
         ({"annotations": ["Ada"]}, r"An entity is written as 'Ada'. Write it as a JSON object"),
         (
             {"annotations": [{"label": "PER", "text": "Ada", "start": 1, "end": 4}]},
             r"'Ada' is said to stand at 1:4, where the text has 'da '. Offsets count characters",
         ),
-        ({"annotations": [{"label": "PER", "text": "Ada", "start": -20, "end": 3}]}, r"stand at -20:3, where the text has ''"),
-        ({"annotations": [{"label": "PER", "text": "Ada", "start": 0}]}, r"start 0 and end None. Write both as integers"),
-        ({"annotations": [{"label": "PER", "text": "", "start": 0, "end": 0}]}, r"The mention '' has no words"),
+        (
+            {"annotations": [{"label": "PER", "text": "Ada", "start": -20, "end": 3}]},
+            r"stand at -20:3, where the text has ''",
+        ),
+        (
+            {"annotations": [{"label": "PER", "text": "Ada", "start": 0}]},
+            r"start 0 and end None. Write both as integers",
+        ),
+        (
+            {"annotations": [{"label": "PER", "text": "", "start": 0, "end": 0}]},
+            r"The mention '' has no words",
+        ),
     ],
-)  # fmt: skip
+)
 def test_rows_that_cannot_be_read(change, message):
     with pytest.raises(ValueError, match=message):
         Document.from_dict(ROWS[0] | change)
@@ -159,6 +190,25 @@ def test_missing_keys_and_unknown_tasks():
         record_from_dict("X", {})
     with pytest.raises(ValueError, match=r"Document `a` has task `X`. Write one of: `NER`"):
         Document("a", "", "X", Document.from_dict(ROWS[0]).schema)
+
+
+KEYS = "id text task schema annotations entities label start end head tail relation type trigger"
+KEY = st.sampled_from([*KEYS.split(), "arguments", "role", "alignment", "confidence"])
+LEAF = st.sampled_from([None, True, 0, 3, float("nan"), "", "PER", "Ada", "UIE", "\ud800"])
+JSON = st.recursive(
+    LEAF, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEY, inner, max_size=5)
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.sampled_from(ROWS), st.dictionaries(KEY, JSON, max_size=3), JSON)
+@pytest.mark.filterwarnings("ignore:An? .* has the keys")
+def test_any_row_is_a_document_or_a_value_error(row, changes, record):
+    for changed in (row | changes, row | {"annotations": [record]}):
+        with contextlib.suppress(ValueError):
+            assert Document.from_dict(changed).to_dict()["text"] == changed["text"]
+        if not check_row(changed)[0]:
+            Document.from_dict(changed)
 
 
 def test_keys_that_are_not_kept_are_said():
@@ -176,7 +226,8 @@ def test_reading_and_writing_answers_needs_no_torch():
         "    module = sys.modules[name] = types.ModuleType(name)\n"
         "    module.__path__ = [name.replace('.', '/')]\n"
         f"for name in {names!r}: __import__('peft_taskmoe.uie.' + name)\n"
-        "print(sorted({'torch', 'transformers', 'peft', 'pydantic', 'datasets'} & set(sys.modules)))"
+        "heavy = {'torch', 'transformers', 'peft', 'pydantic', 'datasets'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=root, check=True, capture_output=True, text=True

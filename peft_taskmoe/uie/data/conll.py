@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -62,14 +62,7 @@ def read_conll(
         )
     path, reading = Path(path), Reading(path, on_error)
     columns = _Columns(reading, scheme, token_column, tag_column, separator, comment)
-    documents: list[list[list[_Token]]] = []
-    new = True
-    for sentence in columns.sentences(path):
-        if sentence and (new or unit == "sentence"):
-            documents.append([sentence])
-        elif sentence:
-            documents[-1].append(sentence)
-        new = not sentence
+    documents = _documents(columns.sentences(path), unit)
     rows = [_row(sentences, scheme, detokenize, reading) for sentences in documents]
     described = schema_of_file("NER", schema, rows, reading)
     if described is not None:
@@ -85,6 +78,19 @@ class _Token(NamedTuple):
     line: int
     word: str
     tag: str
+
+
+def _documents(sentences: Iterable[list[_Token]], unit: str) -> list[list[list[_Token]]]:
+    """The sentences of each document; an empty one says that a document begins."""
+    documents: list[list[list[_Token]]] = []
+    new = True
+    for sentence in sentences:
+        if sentence and (new or unit == "sentence"):
+            documents.append([sentence])
+        elif sentence:
+            documents[-1].append(sentence)
+        new = not sentence
+    return documents
 
 
 class _Columns:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from peft_taskmoe.uie.data.reading import OnError, Reading, ReadReport
@@ -58,22 +59,9 @@ def read_hub(
         load_options["name"] = load_options.pop("subset")
     load = needed("datasets", "uie").load_dataset
     rows = load(name, split=split, streaming=streaming, **load_options)
-    mapped: Iterable[Mapping[str, Any]]
-    if streaming:
-        progress = needed("tqdm.auto", "uie").tqdm
-        rows = rows if limit is None else rows.take(limit)
-        mapped = (_mapped(row, mapping) for row in progress(rows, f"Reading {name}", limit))
-    else:
-        rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
-        mapped = rows.map(
-            _mapped,
-            fn_kwargs={"mapping": mapping},
-            remove_columns=rows.column_names,
-            num_proc=num_proc,
-            desc=f"Mapping {name}",
-        )
+    read = _streamed if streaming else partial(_loaded, num_proc=num_proc)
     number = 0
-    for number, outcome in enumerate(mapped, 1):
+    for number, outcome in enumerate(read(rows, name, mapping, limit), 1):
         if outcome["error"]:
             reading.error("mapping", outcome["error"], number)
         elif outcome["row"] == "null":
@@ -84,6 +72,27 @@ def read_hub(
     if not number:
         reading.empty()
     return reading.report
+
+
+def _streamed(
+    rows: Any, name: str, mapping: RowMapping | None, limit: int | None
+) -> Iterable[Mapping[str, Any]]:
+    progress = needed("tqdm.auto", "uie").tqdm
+    rows = rows if limit is None else rows.take(limit)
+    return (_mapped(row, mapping) for row in progress(rows, f"Reading {name}", limit))
+
+
+def _loaded(
+    rows: Any, name: str, mapping: RowMapping | None, limit: int | None, num_proc: int | None
+) -> Iterable[Mapping[str, Any]]:
+    rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
+    return rows.map(
+        _mapped,
+        fn_kwargs={"mapping": mapping},
+        remove_columns=rows.column_names,
+        num_proc=num_proc,
+        desc=f"Mapping {name}",
+    )
 
 
 def _mapped(row: Mapping[str, Any], mapping: RowMapping | None) -> dict[str, str]:
