@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import islice
 from typing import Any, TypeAlias
 
 from peft_taskmoe.uie.records import Alignment, Span
@@ -22,8 +24,11 @@ Place: TypeAlias = tuple[int, int]
 MAX_OCCURRENCES = 10_000
 """Occurrences of one mention that are looked at; where a text has more, the first ones count."""
 
-_SEARCH_BUDGET = 5_000_000
+_PLACES_BUDGET = 5_000_000
 _MOST_BEYOND_BUDGET = 100
+_SCAN_BUDGET = 5_000_000_000  # characters
+_SCANS = 2_000  # of the whole text, that are always within the budget
+_MOST_TIMES_TEXT = 8  # a mention that is longer than the text by more than this is not in it
 
 _PLAIN = str.maketrans(
     dict.fromkeys("‘’‚‛′`´", "'") | dict.fromkeys("“”„‟″«»", '"') | dict.fromkeys("‐‑‒–—―−", "-")
@@ -35,6 +40,9 @@ _UNSPACED = re.compile(
     "\uff66-\uff9f\U00020000-\U0003ffff]"
 )
 
+# Hangul words are followed by their particles without a space, so another word may end there.
+_PARTICLES = re.compile("[\u1100-\u11ff\u3130-\u318f\uac00-\ud7a3]")
+
 
 @dataclass(frozen=True, slots=True)
 class Occurrences:
@@ -44,11 +52,13 @@ class Occurrences:
         alignment: `"exact"`, `"normalised"`, or `"not_found"` with no places.
         places: `(start, end)` of each occurrence.
         alone: How many of them, at the front, stand as words of their own.
+        searched: Whether the mention was looked for; see `TextIndex.occurrences`.
     """
 
     alignment: Alignment
     places: tuple[Place, ...]
     alone: int = 0
+    searched: bool = True
 
 
 class TextIndex:
@@ -71,29 +81,36 @@ class TextIndex:
         self.text = text
         self._found: dict[str, Occurrences] = {}
         self._folded: _Folded | None = None
-        self._budget = _SEARCH_BUDGET
+        self._places_left = _PLACES_BUDGET
+        self._scan_left = _SCAN_BUDGET + _SCANS * len(text)
         self._numbers: dict[str, dict[Place, int]] = {}
 
     def occurrences(self, mention: str) -> Occurrences:
         """All places of a mention, up to `MAX_OCCURRENCES`.
 
-        So that no text and answer can make it slow, there is a budget: once the places found so far, weighed by the
-        length of their mentions, exceed 5,000,000 characters, 100 places of each further mention are looked at.
+        So that no text and answer can make it slow, there are budgets. Once the places found so
+        far, weighed by the length of their mentions, exceed 5,000,000 characters, 100 places of
+        each further mention are looked at. Once 5,000,000,000 characters and the whole text 2,000
+        times were searched through, further mentions are not looked for (`searched` is false).
         """
         if mention not in self._found:
             weight = len(mention) + 16
-            most = min(MAX_OCCURRENCES, max(self._budget // weight, _MOST_BEYOND_BUDGET))
+            most = min(MAX_OCCURRENCES, max(self._places_left // weight, _MOST_BEYOND_BUDGET))
             found = self._found[mention] = self._search(mention, most)
-            self._budget -= len(found.places) * weight
+            self._places_left -= len(found.places) * weight
         return self._found[mention]
 
     def _search(self, mention: str, most: int) -> Occurrences:
-        if not mention:
+        if not mention or len(mention) > _MOST_TIMES_TEXT * len(self.text) + 1000:
             return Occurrences("not_found", ())
+        if self._scan_left < 0:
+            return Occurrences("not_found", (), searched=False)
+        self._scan_left -= len(self.text)
         if exact := _find_all(mention, self.text, most):
             return self._ordered("exact", [(start, start + len(mention)) for start in exact])
         if wanted := normalise(mention):
             self._folded = self._folded or _Folded(self.text)
+            self._scan_left -= len(self._folded.form)
             if places := self._folded.places(wanted, most):
                 return self._ordered("normalised", places)
         return Occurrences("not_found", ())
@@ -126,22 +143,24 @@ class Aligner:
 
     The rules, by which a record takes the first place of its kind that no earlier one has taken:
 
-    - An entity's span, an event's trigger: the k-th record with the same words under the same label takes the k-th
-      occurrence.
+    - An entity's span, an event's trigger: the k-th record with the same words under the same label
+      takes the k-th occurrence. Places inside a longer mention that an earlier record has taken,
+      under whatever label, come behind all others of their kind.
     - A relation: the k-th with the same head and tail under the same label takes the k-th occurrence of both; a side
       with fewer occurrences stays at its last one. Where head and tail are the same words, the tail is the
       occurrence behind the head's. Where one side's occurrence is said, the other takes its own in order.
     - An argument: the occurrence nearest to its event's trigger, then the next nearest, for the same words in the
       same role of the same event; at equal distance the earlier one.
 
-    Occurrences inside longer words come last under each rule. `free_...` looks, `take` takes; both what the default
-    finds and what an occurrence number says is taken.
+    Occurrences inside longer words come last under each rule. `free_...` looks, `take...` takes; both
+    what the default finds and what an occurrence number says is taken.
     """
 
     def __init__(self, index: TextIndex) -> None:
         self.index = index
         self._taken: set[tuple[Hashable, Hashable]] = set()
-        self._queues: dict[Hashable, list[Any]] = {}
+        self._queues: dict[Hashable, _Queue] = {}
+        self._longest = LongestSpans()
 
     def take(self, group: Hashable, place: Hashable) -> bool:
         """Mark a place (or a pair of places) as taken within a group; `False` if it was already."""
@@ -149,11 +168,21 @@ class Aligner:
         self._taken.add((group, place))
         return len(self._taken) > size
 
+    def take_mention(self, group: Hashable, place: Place) -> None:
+        """Mark the place of a span or trigger as taken within a group."""
+        self.take(group, place)
+        self._longest.add(place)
+
     def free_place(self, group: Hashable, mention: str) -> Place | None:
-        """The place that the next span or trigger with these words takes; `None` where none is left."""
-        return self._first_free(
-            group, mention, lambda: iter(self.index.occurrences(mention).places)
-        )
+        """The place that the next span or trigger with these words takes; `None` if none is left."""
+        found = self.index.occurrences(mention)
+        for first, behind in ((0, found.alone), (found.alone, len(found.places))):
+            candidates = partial(islice, found.places, first, behind)
+            key = (mention, first)
+            place: Place | None = self._first_free(group, key, candidates, self._longest.covers)
+            if place is not None:
+                return place
+        return None
 
     def free_pair(
         self,
@@ -190,15 +219,59 @@ class Aligner:
                 yield heads[min(k, len(heads) - 1)], tails[min(k, len(tails) - 1)]
 
     def _first_free(
-        self, group: Hashable, key: Hashable, candidates: Callable[[], Iterator[Any]]
+        self,
+        group: Hashable,
+        key: Hashable,
+        candidates: Callable[[], Iterator[Any]],
+        rather_not: Callable[[Any], bool] = lambda place: False,
     ) -> Any:
         queue = self._queues.get((group, key))
         if queue is None:
-            found = candidates()
-            queue = self._queues[group, key] = [found, next(found, None)]
-        while queue[1] is not None and (group, queue[1]) in self._taken:
-            queue[1] = next(queue[0], None)
-        return queue[1]
+            queue = self._queues[group, key] = _Queue(candidates())
+        return queue.first(lambda place: (group, place) in self._taken, rather_not)
+
+
+class _Queue:
+    """Candidates in their order, each looked at once: what is taken, or put back, stays so."""
+
+    def __init__(self, candidates: Iterator[Any]) -> None:
+        self.candidates = candidates
+        self.current = next(candidates, None)
+        self.put_back: deque[Any] = deque()
+
+    def first(self, taken: Callable[[Any], bool], rather_not: Callable[[Any], bool]) -> Any:
+        while self.current is not None and (taken(self.current) or rather_not(self.current)):
+            self.put_back.append(self.current)
+            self.current = next(self.candidates, None)
+        if self.current is not None:
+            return self.current
+        while self.put_back and taken(self.put_back[0]):
+            self.put_back.popleft()
+        return self.put_back[0] if self.put_back else None
+
+
+class LongestSpans:
+    """Spans of which none lies inside another, in their order."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+
+    def add(self, place: Place) -> None:
+        """Take a span in, and leave out those inside it."""
+        start, end = place
+        if self.covers(place):
+            return
+        first = bisect_left(self._starts, start)
+        behind = bisect_right(self._ends, end)
+        self._starts[first:behind] = [start]
+        self._ends[first:behind] = [end]
+
+    def covers(self, place: Place) -> bool:
+        """Whether a longer span has this place inside."""
+        start, end = place
+        at = bisect_right(self._starts, start) - 1
+        return at >= 0 and end <= self._ends[at] and place != (self._starts[at], self._ends[at])
 
 
 def _nearest(occurrences: Occurrences, to: Place | None) -> Iterator[Place]:
@@ -224,7 +297,9 @@ def _nearest(occurrences: Occurrences, to: Place | None) -> Iterator[Place]:
 
 def stands_alone(text: str, start: int, end: int) -> bool:
     """Whether `text[start:end]` is not a part of a longer word."""
-    return not _joined(text, start) and not _joined(text, end)
+    if _joined(text, start):
+        return False
+    return not _joined(text, end) or bool(_PARTICLES.match(text, end))
 
 
 def normalise(words: str) -> str:

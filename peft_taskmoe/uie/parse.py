@@ -34,6 +34,9 @@ MAX_DEPTH = 8
 MAX_TOKENS = 10_000
 """Strings, names, numbers and signs that one record may have."""
 
+MAX_NUMBER = 100
+"""Characters of a number; Python cannot print the longest that it can read."""
+
 
 @dataclass(frozen=True, slots=True)
 class ParsedAnswer:
@@ -245,7 +248,7 @@ class _Scanner:
                     "comma*",
                 )  # another string may follow: they are one
             elif expected in ("item", "value", "operand") and (
-                kind == "number" or token in _CONSTANTS
+                (kind == "number" and len(token) <= MAX_NUMBER) or token in _CONSTANTS
             ):
                 following = "comma"
             elif kind == "name" and expected == "item" and len(brackets) == 1:
@@ -382,7 +385,7 @@ class _Reader:
         self.records.append((record, where))
 
     def typed_records(self) -> list[Record]:
-        """The records; relations with the types of their ends, from the schema or from entities at the same places."""
+        """The records; relations with the types that entities at the same places have."""
         labels: dict[tuple[int | None, int | None], dict[str, None]] = {}
         for record, _ in self.records:
             if isinstance(record, Entity):
@@ -394,11 +397,7 @@ class _Reader:
                 assert label is not None  # it was read by this label
                 types = []
                 for slot, span in zip(label.slots, (record.head, record.tail), strict=True):
-                    found = (
-                        slot.types
-                        if len(slot.types) == 1
-                        else tuple(labels.get((span.start, span.end), ()))
-                    )
+                    found = labels.get((span.start, span.end), ())
                     fitting = [type_ for type_ in found if not slot.types or type_ in slot.types]
                     types.append(fitting[0] if len(fitting) == 1 else None)
                 record = replace(record, head_type=types[0], tail_type=types[1])
@@ -484,10 +483,13 @@ class _Reader:
         return place
 
     def found(self, mention: str, consequence: str = "the record is left out") -> bool:
-        if self.index.occurrences(mention).places:
-            return True
-        self.note("not_in_text", f"The text does not have {mention[:80]!r}; {consequence}.")
-        return False
+        found = self.index.occurrences(mention)
+        if not found.places:
+            why = f"The text does not have {mention[:80]!r}"
+            if not found.searched:
+                why = f"{mention[:80]!r} was not looked for after so many others in so long a text"
+            self.note("not_in_text", f"{why}; {consequence}.")
+        return bool(found.places)
 
     def repeated(self, consequence: str = "this one is left out") -> None:
         self.note("repeated", f"The text does not have these words once more; {consequence}.")
@@ -510,7 +512,7 @@ class _Reader:
         if place is None:
             self.repeated()
             return None
-        self.aligner.take(label.key, place)
+        self.aligner.take_mention(label.key, place)
         return self.span(words, place)
 
     def entity(self, label: Label, slots: dict[str, _Filled]) -> Entity | None:
@@ -589,18 +591,15 @@ class _Reader:
             return None
         words, place = filled
         same_label = [event for event in self.given if event.label == label.name]
-        for same in (
-            lambda event: event.trigger.text == words,
-            lambda e: normalise(e.trigger.text) == normalise(words),
-        ):
-            fitting = [event for event in same_label if same(event)]
-            exact = [
-                event for event in fitting if place == (event.trigger.start, event.trigger.end)
-            ]
-            if fitting:
-                event = (exact or fitting)[0]
-                self.given.remove(event)
-                return event.trigger
+        fitting = [event for event in same_label if event.trigger.text == words]
+        if not fitting:
+            form = normalise(words)
+            fitting = [event for event in same_label if normalise(event.trigger.text) == form]
+        if fitting:
+            exact = (e for e in fitting if place == (e.trigger.start, e.trigger.end))
+            event = next(exact, fitting[0])
+            self.given.remove(event)
+            return event.trigger
         self.note(
             "not_given",
             f"No given event `{label.name}` with trigger {words[:80]!r} is left; it is left out.",

@@ -337,7 +337,8 @@ class _Writer:
     def place(self, label: Label, slot: str, span: Span) -> list[str]:
         default = self.aligner.free_place(label.key, span.text)
         wanted = _place(span) or default
-        self.aligner.take(label.key, wanted)
+        if wanted is not None:
+            self.aligner.take_mention(label.key, wanted)
         return self.number(slot, span) if wanted != default else []
 
     def pair(self, label: Label, record: Relation) -> list[str]:
