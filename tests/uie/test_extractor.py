@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -13,10 +14,13 @@ import sys
 import warnings
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tokenizers import decoders, processors
 
 from loopback_hub import LoopbackHub
 from peft_taskmoe import (
@@ -33,6 +37,8 @@ from peft_taskmoe.uie import (
     Entity,
     EntityType,
     Event,
+    Extraction,
+    Extractions,
     Extractor,
     PromptFormat,
     Relation,
@@ -43,11 +49,24 @@ from peft_taskmoe.uie import (
     save_format,
     score,
 )
+from peft_taskmoe.uie.extraction import extractor as extractor_module
 from peft_taskmoe.uie.extraction import prefix, stopping
 from peft_taskmoe.uie.extraction.format_file import FORMAT_FILE, load_format
 from peft_taskmoe.uie.extraction.generation import Generator
+from peft_taskmoe.uie.extraction.placement import placement
 from peft_taskmoe.uie.extraction.questions import Question
-from scripted import EOS, PAD, VOCAB, Scripted, byte_tokenizer, probability, text_in, tiny_llama
+from peft_taskmoe.uie.extraction.reading import token_ends
+from scripted import (
+    BOS,
+    EOS,
+    PAD,
+    VOCAB,
+    Scripted,
+    byte_tokenizer,
+    probability,
+    text_in,
+    tiny_llama,
+)
 
 WORDS = Schema.from_dict("NER", {"Capital": "words with a capital letter"})
 EVENTS = Schema.from_dict("EE", {"Attack": {"description": "", "roles": ["attacker"]}})
@@ -106,6 +125,17 @@ def test_the_prompt_is_that_of_the_format_and_the_tokens_are_the_texts_own():
     assert extractor.model.prompts == [expected]
     # What looks like a special token is words: one token a byte, and no end of sequence inside the prompt.
     assert extractor.model.batches == [[len(expected.encode())]]
+
+
+def test_an_end_token_that_the_tokenizer_adds_does_not_part_prompt_and_answer():
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)]
+    )
+    extractor = Extractor(Scripted(capitals, tokenizer), tokenizer, max_new_tokens=3)
+    ids = extractor.generator.ids("text </s>\nresult =")
+    assert ids[0] == BOS and tokenizer.decode(ids[1:]) == "text </s>\nresult ="
+    assert EOS not in ids
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
@@ -692,6 +722,23 @@ def test_lengths_that_cannot_be_are_refused(options, message):
         scripted(**options)
 
 
+def test_one_record_of_a_mention_can_stand_for_every_place_of_it():
+    text = "Ada met Ada Lovelace. Adalbert and ADA saw Ada." + " x" * 80 + " Ada"
+    answers = {True: ' [Capital(span="Ada"), Capital(span="Ada Lovelace")]', False: " []"}
+    prompt = len(prompt_text("", WORDS).encode())
+    for options in ({}, {"max_prompt_tokens": prompt + 90, "overlap": 10}):
+        extractor = scripted(
+            lambda prompt: answers["Lovelace" in prompt], all_occurrences=True, **options
+        )
+        (found,) = extractor([text], WORDS)
+        assert spans(found) == [
+            ("Ada", 0, 3), ("Ada Lovelace", 8, 20), ("Ada", 43, 46), ("Ada", len(text) - 3, len(text))
+        ]  # fmt: skip
+        assert len({record.confidence for record in found.records}) == 2
+    once = scripted(lambda prompt: answers[True])
+    assert len(once([text], WORDS)[0].records) == 2
+
+
 # --- given events and several schemas ------------------------------------------------------------------------------
 
 
@@ -842,6 +889,40 @@ def test_confidence_of_answers_with_tokens_of_several_bytes_and_in_windows():
         assert record.confidence == pytest.approx(by_hand, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    "decoder", [decoders.ByteLevel(), decoders.Metaspace(), decoders.WordPiece()]
+)
+def test_ends_of_tokens_are_those_of_whole_prefixes_and_cost_linear_time(decoder):
+    rng = random.Random(8)
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.decoder = decoder
+    read = 0
+
+    def decode(tokens):
+        nonlocal read
+        read += len(tokens)
+        return tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+
+    for length in (0, 1, 15, 16, 17, 200):
+        text = "".join(rng.choice(["a", " ", "é", "🚀", "日本", '"']) for _ in range(length))
+        tokens = tokenizer(text).input_ids + rng.choices(range(3, 259), k=length // 9)
+        whole = [len(decode(tokens[: i + 1])) for i in range(len(tokens))]
+        read = 0
+        assert token_ends(tokens, decode) == [max(whole[: i + 1]) for i in range(len(whole))]
+        assert read <= 40 * len(tokens)
+
+
+def test_records_whose_probabilities_are_no_numbers_have_no_confidence():
+    extractor = scripted()
+    process = extractor.generator.generate
+    extractor.generator.generate = lambda *args: [
+        one._replace(log_probs=[math.nan] * len(one.log_probs)) for one in process(*args)
+    ]
+    found = extractor(["Ada met Bob."], WORDS, thresholds=0.9)
+    assert [record.confidence for record in found[0].records] == [None, None]
+    assert "NaN" not in found.to_json()
+
+
 def test_records_below_a_threshold_become_problems():
     extractor = scripted()
     (free,) = extractor(["Ada met Bob."], WORDS)
@@ -854,8 +935,13 @@ def test_records_below_a_threshold_become_problems():
         assert json.loads(problem.source)["confidence"] == low
     with pytest.raises(ValueError, match="threshold for `Captial`, which is no label"):
         extractor(["Ada"], WORDS, thresholds={"Captial": 0.5})
-    with pytest.raises(ValueError, match="threshold 50 is no probability"):
-        extractor(["Ada"], WORDS, thresholds=50)
+    for wrong in (50, math.nan, "0.5", {"Capital": -1}):
+        for ask in (
+            lambda t: extractor(["Ada"], WORDS, thresholds=t),
+            lambda t: extractor.answer([], thresholds=t),
+        ):
+            with pytest.raises(ValueError, match=r"threshold .* is no probability"):
+                ask(wrong)
 
 
 # --- answers that end, and that do not -----------------------------------------------------------------------------
@@ -954,7 +1040,7 @@ def test_hostile_answers_are_kept_raw_with_their_problems(answer):
 # --- input of every form -------------------------------------------------------------------------------------------
 
 
-def test_an_endless_iterable_is_read_as_it_is_needed():
+def test_the_first_result_comes_after_one_batch_and_an_endless_iterable_is_read_as_needed():
     extractor = scripted(batch_size=2)
     taken = []
 
@@ -964,8 +1050,15 @@ def test_an_endless_iterable_is_read_as_it_is_needed():
             yield f"text {i} Ada"
 
     found = extractor.iterate(endless(), WORDS, progress=False)
-    assert [next(found).text for _ in range(70)] == [f"text {i} Ada" for i in range(70)]
-    assert len(taken) <= 128  # two looks ahead of 32 batches
+    assert next(found).text == "text 0 Ada"
+    assert (len(taken), len(extractor.model.batches)) == (2, 1)
+    assert [next(found).text for _ in range(69)] == [f"text {i} Ada" for i in range(1, 70)]
+    assert len(taken) <= 128  # reading ahead doubles
+    # A long text is not waited for by a short one before it.
+    short = len(prompt_text("", WORDS).encode())
+    windows = scripted(batch_size=2, max_prompt_tokens=short + 40, overlap=5)
+    assert next(windows.iterate(["Ada", "Bob " * 100], WORDS)).text == "Ada"
+    assert len(windows.model.prompts) <= 2 + 40
 
 
 def test_progress_is_shown_for_long_work_only(capsys):
@@ -1034,6 +1127,11 @@ def test_tables_and_json():
     table = found.to_dataframe()
     assert list(table["mention"]) == ["Ada", "Bob", "In", "Kourou", "Ariane", "Ada", "Ünal", "Zoe"]
     assert list(table["text"]) == [0, 0, 2, 2, 2, 2, 3, 4] and set(table["kind"]) == {"entity"}
+    assert repr(found)[:-7] == "Extractions(5 texts: 8 records, 0 problems,"
+    assert repr(found[0]) == "Extraction('Ada met Bob.': 2 records, 0 problems)"
+    assert len(repr(scripted()("a b " * 500, WORDS)[0])) < 110
+    broken = Extraction("a\ud800", (Entity("p", Span("a\ud800", 0, 2)),), (), (), 0.0)
+    assert list(Extractions([broken], 0.0).to_dataframe()["mention"]) == ["a\\ud800"]
     assert found[1:3][0].text == TEXTS[1] and len(found[1:3]) == 2
     assert list(scripted()([], WORDS).to_dataframe().columns) == list(table.columns)
 
@@ -1160,6 +1258,110 @@ def test_the_extractor_asks_for_nothing_from_the_hub_when_all_is_local(saved, mo
     save_format(PromptFormat(), saved)
     assert Extractor.from_pretrained(saved).format == PromptFormat()
     assert FORMAT_FILE == "uie_config.json"
+
+
+@pytest.mark.parametrize("trained", [["embed_tokens", "lm_head"], None])
+@pytest.mark.parametrize(("added", "multiple"), [(20, 64), (0, 1)], ids=["padded", "shrunk"])
+def test_a_base_is_made_as_large_as_it_was_when_the_adapter_was_saved(
+    saved, tokenizer, trained, added, multiple
+):
+    base = transformers.AutoModelForCausalLM.from_pretrained(saved.parent / "base")
+    tokenizer.add_tokens([f"<<{i}>>" for i in range(added)])
+    base.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=multiple)
+    assert len(base.get_input_embeddings().weight) == {20: 320, 0: 259}[added]
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=trained)
+    adapter = saved.parent / "resized"
+    model = get_peft_model(base, config).eval()
+    model.save_pretrained(adapter)
+    tokenizer.save_pretrained(adapter)
+    loaded = Extractor.from_pretrained(adapter, format=PromptFormat()).model
+    ids = torch.tensor([[5, 70, 8]])
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+
+
+def renamed(weights):
+    return {f"z.{name}": value for name, value in weights.items()}
+
+
+def without_b(weights):
+    return {name: value for name, value in weights.items() if "lora_B" not in name}
+
+
+def times(factor):
+    return lambda weights: {n: v * factor if "layers.1.mlp" in n else v for n, v in weights.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (renamed, r"lack `base_model\.model\.\S+`, .* others that fit nowhere: `z\.base_model"),
+        (without_b, r"lack `base_model\.model\.\S+taskmoe_lora_B\.weight`, .* and 11 more"),
+        (times(math.nan), r"NaN or infinite: `base_model\S+layers\.1\.mlp\S+`"),
+        (times(math.inf), r"NaN or infinite: `base_model\S+layers\.1\.mlp\S+`"),
+        (lambda weights: {}, r"lack `base_model"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+def test_broken_weights_are_refused_by_name(saved, change, message):
+    path = saved / "adapter_model.safetensors"
+    save_file(change(load_file(path)), path)
+    with pytest.raises(ValueError, match=message):
+        Extractor.from_pretrained(saved, format=PromptFormat())
+
+
+def test_a_trained_head_that_is_not_in_the_file_is_refused(saved):
+    base = transformers.AutoModelForCausalLM.from_pretrained(saved.parent / "base")
+    config = LoraConfig(
+        task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["lm_head"]
+    )
+    get_peft_model(base, config).save_pretrained(saved)
+    path = saved / "adapter_model.safetensors"
+    save_file({n: v for n, v in load_file(path).items() if "lm_head" not in n}, path)
+    with pytest.raises(ValueError, match=r"lack `.*lm_head\.weight`"):
+        Extractor.from_pretrained(saved, format=PromptFormat())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "bf17"}, "The dtype 'bf17' is no precision"),
+        ({"dtype": "int8"}, "The dtype 'int8' is no precision"),
+        ({"model_kwargs": {"dtype": "float99"}}, "The dtype 'float99' is no precision"),
+        ({"device": "nowhere"}, "The device 'nowhere' cannot be used"),
+        ({"device": "xla"}, "The device 'xla' cannot be used"),
+        ({"model_kwargs": {"device_map": "xla"}}, "The device 'xla' cannot be used"),
+    ],
+)
+def test_devices_and_precisions_that_are_not_there_are_refused_at_once(
+    monkeypatch, options, message
+):
+    monkeypatch.setattr(extractor_module, "load_model", None)  # nothing is loaded
+    with pytest.raises(ValueError, match=message):
+        Extractor.from_pretrained("an adapter", **options)
+
+
+def test_the_accelerator_that_is_there_is_taken_unless_told_otherwise(saved, monkeypatch):
+    found = Extractor.from_pretrained(saved, format=PromptFormat(), device="cpu", dtype="bfloat16")
+    assert {p.dtype for n, p in found.model.named_parameters() if "lora_" not in n} == {
+        torch.bfloat16
+    }
+    there = torch.device("meta")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: there)
+    assert placement(None, None, None) == {"device_map": {"": there}}
+    assert placement("cpu", None, None) == {}
+    assert placement(None, None, {"device_map": "auto"}) == {"device_map": "auto"}
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("part", ["all", "embeddings"])
+def test_models_that_are_offloaded_answer_as_others_do(tmp_path, tokenizer, adapter, part):
+    model = moe_model(router_inputs="token") if adapter else tiny_llama()
+    expected = Extractor(model, tokenizer, max_new_tokens=8)(TEXTS[:2], WORDS)
+    offloaded = model if part == "all" else model.get_input_embeddings()
+    accelerate.disk_offload(offloaded, tmp_path, execution_device="cpu")
+    assert model.get_input_embeddings().weight.is_meta
+    found = Extractor(model, tokenizer, max_new_tokens=8)(TEXTS[:2], WORDS)
+    assert [one.answers for one in found] == [one.answers for one in expected]
 
 
 FROM_HUB = """

@@ -148,8 +148,9 @@ def change_weights(one: Extractor) -> Extractor:
         lambda path: extractor(max_new_tokens=90).to_jsonl(TEXTS, WORDS, path),
         lambda path: extractor(format=PromptFormat(style="compact")).to_jsonl(TEXTS, WORDS, path),
         lambda path: change_weights(extractor()).to_jsonl(TEXTS, WORDS, path),
+        lambda path: extractor(all_occurrences=True).to_jsonl(TEXTS, WORDS, path),
+        lambda path: extractor(overlap=7).to_jsonl(TEXTS, WORDS, path),
     ],
-    ids=["schema", "schemas", "threshold", "answer length", "format", "weights"],
 )
 def test_a_file_of_another_schema_setting_or_model_is_not_continued(tmp_path, whole, other):
     path = tmp_path / "whole.jsonl"
@@ -179,6 +180,60 @@ def test_other_texts_ids_or_files_are_not_continued_and_can_be_overwritten(tmp_p
         extractor().to_jsonl(TEXTS, WORDS, path)
     assert extractor().to_jsonl(texts, WORDS, path, overwrite=True, progress=False) == 9
     assert rows(path)[2]["text"] == "another"
+
+
+def test_what_is_overwritten_stays_until_the_first_new_line_is_there(tmp_path, whole):
+    path = tmp_path / "whole.jsonl"
+    before = path.read_bytes()
+
+    def broken(prompt):
+        raise RuntimeError("the model broke")
+
+    def seen(prompt):
+        assert path.read_bytes() == before  # while the first batch is answered
+        return capitals(prompt)
+
+    with pytest.raises(ValueError, match="before any text"):
+        extractor(max_prompt_tokens=5).to_jsonl(TEXTS, WORDS, path, overwrite=True)
+    with pytest.raises(RuntimeError, match="the model broke"):
+        extractor(broken).to_jsonl(TEXTS, WORDS, path, overwrite=True)
+    assert path.read_bytes() == before
+    assert extractor(seen).to_jsonl(TEXTS[:1], WORDS, path, overwrite=True) == 1
+    assert rows(path) == whole[:1]
+    assert extractor().to_jsonl([], WORDS, path, overwrite=True) == 0 and rows(path) == []
+    assert [one.name for one in tmp_path.glob("*new*")] == []
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from peft_taskmoe.uie.extraction.jobs import Item, write_lines
+class Waits:
+    def answer(self, asked, **options):
+        print("writing", flush=True)
+        sys.stdin.read()
+        yield from ()
+write_lines(Waits(), [], Path(sys.argv[1]), "run")
+"""
+
+
+def test_a_second_writer_is_refused_until_the_first_is_gone(tmp_path, whole):
+    path = tmp_path / "whole.jsonl"
+    path.write_bytes(b"")
+    first = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(path)],
+        cwd=Path(__file__).parents[2],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert first.stdout.readline() == b"writing\n"
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=r"Another process is writing `.*whole.jsonl`"):
+            extractor().to_jsonl(TEXTS, WORDS, path, overwrite=overwrite)
+    first.kill()
+    first.wait()
+    assert extractor().to_jsonl(TEXTS, WORDS, path, progress=False) == len(TEXTS)
+    assert rows(path) == whole
 
 
 def test_names_make_the_lines_answers_to_documents(tmp_path):

@@ -1,6 +1,7 @@
 """Texts cut into windows and records put together again, with the offsets of the whole text."""
 
 import random
+import time
 from itertools import pairwise
 
 import pytest
@@ -193,6 +194,38 @@ def test_mentions_that_an_edge_cuts_are_left_out():
         "Word", Span("York", 4, 8)
     )  # not at an edge of its window, so it is a mention of its own
     assert len(merge_windows([(Window("New York.", 0, 9), [whole, inner])])) == 2
+
+
+def test_merging_is_linear_and_agrees_with_its_definition():
+    rng = random.Random(4)
+    for _ in range(200):
+        found = []
+        for start in range(0, 30, 10):
+            spans = {(a, a + rng.randrange(1, 12)) for a in rng.choices(range(0, 15), k=6)}
+            inside = [
+                Entity(rng.choice("XY"), Span("x" * (b - a), a, b)) for a, b in spans if b < 16
+            ]
+            found.append((Window("x" * 15, start, start + 15), inside))
+        places = {
+            (r.label, r.span.start + w.start, r.span.end + w.start) for w, rs in found for r in rs
+        }
+        inner = {  # found in the middle of a window
+            (r.label, r.span.start + w.start, r.span.end + w.start)
+            for w, rs in found for r in rs if r.span.start and r.span.end < 15
+        }  # fmt: skip
+        cut = {
+            one for one in places - inner
+            if any(o[0] == one[0] and o[1] <= one[1] and one[2] <= o[2] and o != one for o in places)
+        }  # fmt: skip
+        kept = {(r.label, r.span.start, r.span.end) for r in merge_windows(found)}
+        assert kept == places - cut
+    many = [
+        (Window("x" * 20, 10 * i, 10 * i + 20), [Entity("X", Span("x" * 9, 0, 9)), Entity("X", Span("x", 19, 20))])
+        for i in range(8_000)
+    ]  # fmt: skip
+    start = time.process_time()
+    assert len(merge_windows(many)) > 8_000
+    assert time.process_time() - start < 4  # 23 s where every pair is looked at
 
 
 def test_each_given_event_is_asked_about_once():

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from ..records import Event, Problem, Record, record_key, shift_record
 from .questions import Question, Thresholds
 from .results import Answer, Extraction
-from .windows import PromptWindow, Window, merge_windows
+from .windows import PromptWindow, Window, every_place, merge_windows
 
 _MOST_BATCHES = 32  # that are read ahead, so that prompts of like length share a generation
 
@@ -46,13 +46,15 @@ class TextJobs:
         """Whether every prompt is answered."""
         return all(job.answer is not None for job in self.jobs)
 
-    def extraction(self, thresholds: Thresholds) -> Extraction:
+    def extraction(self, thresholds: Thresholds, *, all_occurrences: bool = False) -> Extraction:
         """What its answers say, put together."""
         answers = tuple(job.answer for job in self.jobs if job.answer is not None)
         found = [(_window(answer, self.text), answer.parsed.records) for answer in answers]
         merged = merge_windows(found)
         problems = [*self.problems, *(one for answer in answers for one in answer.parsed.problems)]
         problems += _cut_by_windows(found, merged)
+        if all_occurrences:
+            merged = every_place(self.text, merged)
         kept = []
         for record in merged:
             least = (

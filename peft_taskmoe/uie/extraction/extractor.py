@@ -53,6 +53,7 @@ class Extractor:
         max_prompt_tokens: Longer prompts are cut into overlapping windows. None: the model's
             context less the answer.
         overlap: Characters that neighbouring windows share.
+        all_occurrences: Make of one entity an entity at every place of its words in the text.
         constrained: Constrain decoding to the schema's grammar: its labels and slots, and mentions
             that are substrings of the text. Needs `pip install 'peft_taskmoe[constrained]'` and a
             fast tokenizer.
@@ -85,6 +86,7 @@ class Extractor:
         max_new_tokens: int = 256,
         max_prompt_tokens: int | None = None,
         overlap: int = 100,
+        all_occurrences: bool = False,
         constrained: bool = False,
         prefix_caching: bool = False,
     ) -> None:
@@ -113,6 +115,7 @@ class Extractor:
         self.max_new_tokens = max_new_tokens
         self.max_prompt_tokens = max_prompt_tokens
         self.overlap = overlap
+        self.all_occurrences = all_occurrences
         self.prefix_caching = prefix_caching
         self.generator = Generator(model, tokenizer, AnswerEnds(model, tokenizer))
         if constrained:
@@ -377,7 +380,7 @@ class Extractor:
                 [one.fingerprint() for one in schemas],
                 dict(thresholds) if isinstance(thresholds, Mapping) else thresholds,
                 asdict(self.format),
-                *(self.max_new_tokens, self.max_prompt_tokens, self.overlap),
+                *(self.max_new_tokens, self.max_prompt_tokens, self.overlap, self.all_occurrences),
                 self.generator.constraint is not None,
                 weights_checksum(self.model),
                 None if reader is None else reader.encoder.fingerprint(),
@@ -420,7 +423,7 @@ class Extractor:
                     self._answer_batch(batch)
                     while text is not None and text.done:  # and so are those before it
                         bar.update()
-                        yield text.extraction(thresholds)
+                        yield text.extraction(thresholds, all_occurrences=self.all_occurrences)
                         text = next(waiting, None)
 
     def _prompts(self, questions: Sequence[Question]) -> TextJobs:

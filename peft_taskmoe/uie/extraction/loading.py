@@ -51,7 +51,10 @@ def load_model(
     elif tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, **access)
     _fit_embeddings(base, weights, len(tokenizer))
-    model = PeftModel.from_pretrained(base, str(adapter), config=config, **where).eval()
+    try:
+        model = PeftModel.from_pretrained(base, str(adapter), config=config, **where).eval()
+    except KeyError as error:  # of `modules_to_save`
+        raise ValueError(f"The weights of {str(adapter)!r} lack `{error.args[0]}`.") from error
     _check_complete(adapter, model, weights)
     return model, tokenizer
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's ways to place layers
+
 
 def device_of(model: Any) -> torch.device:
     """Where a model takes its input; a layer that is offloaded names where it is executed."""
@@ -35,11 +37,14 @@ def placement(
         ValueError: There is no such device or precision.
     """
     own = dict(model_kwargs or {})
-    if dtype is not None:
-        own["dtype"] = _dtype(dtype)
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if device is None:
-        device = None if "device_map" in own else accelerator
+    for precision in (own.get("dtype"), dtype):
+        if precision is not None:
+            own["dtype"] = _dtype(precision)
+    device_map = own.get("device_map")
+    if isinstance(device_map, str) and device_map not in _MAPS:
+        own["device_map"] = {"": _device(device_map)}
+    if device is None and device_map is None:
+        device = torch.accelerator.current_accelerator(check_available=True)
     if device is None:
         return own
     chosen = _device(device)

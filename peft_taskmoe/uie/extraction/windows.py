@@ -9,7 +9,9 @@ import json
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+from ..alignment import LongestSpans, TextIndex
 from ..prompt import PromptFormat, prompt_text
 from ..records import (
     Argument,
@@ -213,8 +215,8 @@ def merge_windows(found: Iterable[tuple[Window, Sequence[Record]]]) -> tuple[Rec
     Returns:
         The records, in the order of the text.
     """
-    merged: dict[object, Record] = {}
-    at_edge: set[object] = set()
+    merged: dict[tuple[Any, ...], Record] = {}
+    at_edge: set[tuple[Any, ...]] = set()
     for window, records in found:
         for record in (shift_record(record, window.start) for record in records):
             key = record_key(replace(record, arguments=()) if isinstance(record, Event) else record)
@@ -233,22 +235,53 @@ def merge_windows(found: Iterable[tuple[Window, Sequence[Record]]]) -> tuple[Rec
             if isinstance(record, Event) and isinstance(earlier, Event):
                 arguments = dict.fromkeys((*earlier.arguments, *record.arguments))
                 merged[key] = replace(earlier, arguments=_distinct(arguments))
-    entities = [record for record in merged.values() if isinstance(record, Entity)]
+    longest: dict[str, LongestSpans] = {}
+    for key in merged:
+        if key[0] == "entity" and len(key[2]) == 2:
+            longest.setdefault(key[1], LongestSpans()).add(key[2])
     kept = [
         record
         for key, record in merged.items()
-        if not (
-            key in at_edge
-            and isinstance(record, Entity)
-            and any(_covers(other, record) for other in entities)
-        )
+        if key not in at_edge or not longest[key[1]].covers(key[2])
     ]
-    return tuple(
-        sorted(
-            kept,
-            key=lambda record: (spans_of(record)[0].start is None, spans_of(record)[0].start or 0),
-        )
-    )
+    return tuple(sorted(kept, key=_first_place))
+
+
+def every_place(text: str, records: Sequence[Record]) -> tuple[Record, ...]:
+    """For each entity an entity at every place of its words.
+
+    Only whole words count where the words stand alone anywhere, and no place inside a longer
+    mention. What is added has the confidence of the first record with these words.
+
+    Args:
+        text: The text.
+        records: Its records, as `merge_windows` returns them.
+
+    Returns:
+        The records, in the order of the text.
+    """
+    index, longest = TextIndex(text), LongestSpans()
+    entities = [one for one in records if isinstance(one, Entity) and one.span.start is not None]
+    for entity in entities:
+        longest.add((entity.span.start or 0, entity.span.end or 0))
+    found = {record_key(record): record for record in records}
+    asked: set[tuple[str, str]] = set()
+    for entity in entities:
+        if (entity.label, entity.span.text) in asked:
+            continue
+        asked.add((entity.label, entity.span.text))
+        places = index.occurrences(entity.span.text)
+        for place in places.places[: places.alone] or places.places:
+            if not longest.covers(place):
+                span = index.span(entity.span.text, place)
+                added = Entity(entity.label, span, entity.confidence)
+                found.setdefault(record_key(added), added)
+    return tuple(sorted(found.values(), key=_first_place))
+
+
+def _first_place(record: Record) -> tuple[bool, int]:
+    start = spans_of(record)[0].start
+    return start is None, start or 0
 
 
 def split_document(
@@ -412,19 +445,6 @@ def _inside(record: Record, window: Window) -> bool:
         and s.end <= window.end
         for s in spans
     )
-
-
-def _covers(longer: Entity, record: Entity) -> bool:
-    a, b = longer.span, record.span
-    if (
-        a.start is None
-        or a.end is None
-        or b.start is None
-        or b.end is None
-        or longer.label != record.label
-    ):
-        return False
-    return a.start <= b.start and b.end <= a.end and (a.start, a.end) != (b.start, b.end)
 
 
 def _distinct(arguments: Iterable[Argument]) -> tuple[Argument, ...]:
