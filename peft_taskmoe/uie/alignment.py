@@ -178,7 +178,7 @@ class Aligner:
         found = self.index.occurrences(mention)
         for first, behind in ((0, found.alone), (found.alone, len(found.places))):
             candidates = partial(islice, found.places, first, behind)
-            key = (mention, first)
+            key = (mention, first, behind)
             place: Place | None = self._first_free(group, key, candidates, self._longest.covers)
             if place is not None:
                 return place

@@ -165,6 +165,7 @@ def test_relations_get_the_types_that_the_answer_says_and_no_others():
         ("서울에서 열린 회의. 서울 시장은", "a(서울) a(서울)", [0, 12]),
         ("东京在日本。东京很大", "a(东京) a(东京)", [0, 6]),
         ("partying is no art", "a(art) a(art)", [15, 1]),
+        ("nothing", "a(n) a(n)", [0, 5]),
     ],
 )  # fmt: skip
 def test_successive_mentions_take_free_places_before_those_inside_longer_ones(text, answer, starts):

@@ -6,10 +6,10 @@ from itertools import pairwise
 
 import pytest
 
+from peft_taskmoe.uie.extraction.prompts import prompt_windows
 from peft_taskmoe.uie.extraction.windows import (
     Window,
     merge_windows,
-    prompt_windows,
     split_document,
     split_windows,
 )

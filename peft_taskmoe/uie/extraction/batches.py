@@ -7,9 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..records import Event, Problem, Record, record_key, shift_record
+from .prompts import PromptWindow
 from .questions import Question, Thresholds
 from .results import Answer, Extraction
-from .windows import PromptWindow, Window, every_place, merge_windows
+from .windows import Window, every_place, merge_windows
 
 _MOST_BATCHES = 32  # that are read ahead, so that prompts of like length share a generation
 

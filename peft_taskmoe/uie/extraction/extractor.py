@@ -30,12 +30,12 @@ from .jobs import Item, checksum, write_lines
 from .loading import load_model
 from .placement import placement
 from .prefix import PrefixCache
+from .prompts import PromptWindow, prompt_windows
 from .questions import Question, Thresholds, check_thresholds, question_of, questions_of, schemas_of
 from .reading import read_answer
 from .results import Extraction, Extractions
 from .routing import attach_encoder, reader_of
 from .stopping import AnswerEnds
-from .windows import PromptWindow, prompt_windows
 
 
 class Extractor:

@@ -14,9 +14,9 @@ from ..parse import ParsedAnswer, parse_answer
 from ..records import Problem
 from ..schema import Schema
 from .generation import Written
+from .prompts import PromptWindow
 from .results import Answer
 from .stopping import AnswerEnds, repeats
-from .windows import PromptWindow
 
 _STEP = 16  # tokens that are decoded at a time, with as many before them
 

@@ -5,26 +5,22 @@ Knows texts, records and any measure of length that a caller passes; does not kn
 
 from __future__ import annotations
 
-import json
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ..alignment import LongestSpans, TextIndex
-from ..prompt import PromptFormat, prompt_text
 from ..records import (
     Argument,
     Document,
     Entity,
     Event,
-    Problem,
     Record,
     record_key,
     shift_record,
     spans_of,
 )
-from ..schema import Names, Schema
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +30,6 @@ class Window:
     text: str
     start: int
     end: int
-
-
-@dataclass(frozen=True, slots=True)
-class PromptWindow:
-    """A window and its prompt. `given` are the events asked about in it, with offsets of the window."""
-
-    window: Window
-    prompt: str
-    given: tuple[Event, ...] = ()
 
 
 def split_windows(
@@ -85,121 +72,6 @@ def split_windows(
             return tuple(windows)
         reached = end
         start = _restart(text, start, end, min(overlap, (end - start) // 2))
-
-
-def prompt_windows(
-    text: str,
-    schema: Schema,
-    max_length: int,
-    *,
-    length: Callable[[str], int] = len,
-    names: Names | None = None,
-    given: Sequence[Event] = (),
-    format: PromptFormat | None = None,
-    overlap: int = 100,
-    problems: list[Problem] | None = None,
-) -> tuple[PromptWindow, ...]:
-    """The prompts that ask about a whole text, each within a budget.
-
-    Args:
-        text: The text.
-        schema: The labels to ask for; every prompt shows all of them.
-        max_length: The most that `length` may say of a prompt: the context less what the answer needs.
-        length: Length of a prompt, for instance `lambda prompt: len(tokenizer(prompt).input_ids)`.
-        names: As for `prompt_text`.
-        given: Events whose arguments are asked for. Each is asked about once, in the window in whose middle its
-            trigger stands, or in one of its own where no window has it whole; windows without one are left out.
-        format: As for `prompt_text`.
-        overlap: As for `split_windows`.
-        problems: Takes a `not_asked` problem for each given event that cannot be asked about: the text does not have
-            its trigger where it is said to be, or the trigger alone is too long. `None`: such an event is an error.
-
-    Returns:
-        The windows with their prompts, in the order of the text.
-
-    Raises:
-        ValueError: The schema alone does not fit, or a given event cannot be asked about and `problems` is `None`.
-    """
-
-    def prompt(part: str, events: Sequence[Event] = ()) -> str:
-        return prompt_text(part, schema, names, events, format)
-
-    empty = length(prompt(""))
-    if empty >= max_length:
-        raise ValueError(
-            f"The prompt has a length of {empty} before any text, and {max_length} is allowed. Allow more, ask for "
-            'fewer labels at once, shorten their guidelines, or use `PromptFormat(style="compact")`.'
-        )
-    if not given:
-        windows = split_windows(
-            text, max_length, length=lambda part: length(prompt(part)), overlap=overlap
-        )
-        return tuple(PromptWindow(window, prompt(window.text)) for window in windows)
-
-    def around(event: Event, window: Window) -> PromptWindow:
-        moved = _into(event, window)
-        return PromptWindow(window, prompt(window.text, [moved]), (moved,))
-
-    places: dict[Event, tuple[int, int]] = {}
-    for event in given:
-        place, why_not = _place_of(event, text)
-        if not why_not:
-            shortest = length(around(event, Window(text[slice(*place)], *place)).prompt)
-            why_not = (
-                f"Its trigger of {place[1] - place[0]} characters makes a prompt of {shortest}, and {max_length} is "
-                "allowed. Allow more, or give a shorter trigger."
-                if shortest > max_length
-                else ""
-            )
-        if not why_not:
-            places[event] = place
-            continue
-        message = f"The given event `{event.label}` cannot be asked about. {why_not}"
-        if problems is None:
-            raise ValueError(message)
-        problems.append(
-            Problem("not_asked", message, json.dumps(event.to_dict(), ensure_ascii=False))
-        )
-
-    def ask(events: Sequence[Event]) -> list[PromptWindow]:
-        # Any window may have to show all of them.
-        worst = [
-            Event(event.label, replace(event.trigger, start=None, end=None)) for event in events
-        ]
-        if len(events) > 1 and length(prompt("", worst)) >= max_length:
-            middle = len(events) // 2
-            return ask(events[:middle]) + ask(events[middle:])
-        try:
-            windows = split_windows(
-                text, max_length, length=lambda part: length(prompt(part, worst)), overlap=overlap
-            )
-        except ValueError:  # a trigger leaves no room for more than itself
-            windows = ()
-        asked: dict[Window, list[Event]] = {}
-        alone: list[Event] = []
-        for event in events:
-            window = _window_around(places[event], windows)
-            if window is None:
-                alone.append(event)
-            else:
-                asked.setdefault(window, []).append(event)
-        parts = []
-        for window, inside in asked.items():
-            moved = tuple(_into(event, window) for event in inside)
-            part = PromptWindow(window, prompt(window.text, moved), moved)
-            if length(part.prompt) <= max_length:
-                parts.append(part)
-            else:  # the numbers of repeated triggers were not reckoned with
-                alone += inside
-        for event in alone:
-
-            def fits(window: Window, event: Event = event) -> bool:
-                return length(around(event, window).prompt) <= max_length
-
-            parts.append(around(event, _own_window(text, *places[event], fits)))
-        return parts
-
-    return tuple(sorted(ask(list(places)), key=lambda part: part.window.start)) if places else ()
 
 
 def merge_windows(found: Iterable[tuple[Window, Sequence[Record]]]) -> tuple[Record, ...]:
@@ -354,9 +226,9 @@ def _cut(text: str, half: int, end: int, least: int) -> int:
         if found:
             return max(found)
     for at in range(end, behind, -1):
-        if text[at - 1].isspace() and not _glued(text, at):
+        if text[at - 1].isspace() and not glued(text, at):
             return at
-    return next((at for at in range(end, least - 1, -1) if not _glued(text, at)), end)
+    return next((at for at in range(end, least - 1, -1) if not glued(text, at)), end)
 
 
 def _restart(text: str, start: int, end: int, overlap: int) -> int:
@@ -369,12 +241,12 @@ def _restart(text: str, start: int, end: int, overlap: int) -> int:
     ):  # back to the beginning of a word, if one is near
         if text[at - 1].isspace() and not text[at].isspace():
             return at
-    while latest > start + 1 and _glued(text, latest):
+    while latest > start + 1 and glued(text, latest):
         latest -= 1
     return latest
 
 
-def _glued(text: str, at: int) -> bool:
+def glued(text: str, at: int) -> bool:
     """Whether a cut at `at` would part what is one character to a reader."""
     before, after = text[at - 1 : at], text[at : at + 1]
     return (
@@ -383,57 +255,6 @@ def _glued(text: str, at: int) -> bool:
         or after == "\u200d"
         or (after != "" and unicodedata.category(after)[0] == "M")
     )
-
-
-def _place_of(event: Event, text: str) -> tuple[tuple[int, int], str]:
-    """Where the trigger of a given event stands, or why it does not."""
-    trigger = event.trigger
-    if trigger.start is None or trigger.end is None:
-        start = text.find(trigger.text)
-        return (
-            start,
-            start + len(trigger.text),
-        ), "" if start >= 0 else f"The text has no {trigger.text!r}."
-    found = text[trigger.start : trigger.end] if trigger.start >= 0 else ""
-    reason = f"The text has {found!r} at {trigger.start}:{trigger.end}, where the trigger is said to be {trigger.text!r}."
-    return (trigger.start, trigger.end), "" if found == trigger.text else reason
-
-
-def _into(event: Event, window: Window) -> Event:
-    """A given event with offsets of the window and without arguments."""
-    moved = shift_record(replace(event, arguments=()), -window.start)
-    assert isinstance(moved, Event)  # what is shifted stays what it is
-    return moved
-
-
-def _window_around(place: tuple[int, int], windows: Sequence[Window]) -> Window | None:
-    """The window in whose middle a place is, if one has it whole."""
-    whole = [window for window in windows if window.start <= place[0] and place[1] <= window.end]
-    return min(whole, key=lambda window: abs(window.start + window.end - sum(place)), default=None)
-
-
-def _own_window(text: str, start: int, end: int, fits: Callable[[Window], bool]) -> Window:
-    """The widest window with a place in its middle that fits; the place alone does."""
-
-    def window(margin: int) -> Window:
-        first, last = max(start - margin, 0), min(end + margin, len(text))
-        while first < start and _glued(text, first):
-            first += 1
-        while last > end and _glued(text, last):
-            last -= 1
-        return Window(text[first:last], first, last)
-
-    fitting, step = 0, 1
-    while step < len(text) and fits(window(step)):  # gallop, as in `_furthest`
-        fitting, step = step, 2 * step
-    limit = min(step, len(text))
-    while fitting < limit:
-        middle = (fitting + limit + 1) // 2
-        if fits(window(middle)):
-            fitting = middle
-        else:
-            limit = middle - 1
-    return window(fitting)
 
 
 def _inside(record: Record, window: Window) -> bool:
