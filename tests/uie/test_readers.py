@@ -307,6 +307,10 @@ def test_spacy_doc_bins(tmp_path):
     assert found(document) == [
         ("Launcher", "Ariane 5"), ("Firm", "Arianespace"), ("built", "Arianespace", "Ariane 5"),
     ]  # fmt: skip
+    doc.user_data["._.", "rel", None, None] = [3]
+    DocBin(docs=[doc], store_user_data=True).to_disk(tmp_path / "a.spacy")
+    report = read_spacy(tmp_path / "a.spacy")
+    assert kinds(report) == [("unsupported", 1)] and len(report.documents[0].records) == 2
     with pytest.raises(ValueError, match="is no DocBin"):
         read_spacy(write(tmp_path / "b.spacy", "x"))
 
@@ -328,6 +332,8 @@ def test_plain_text_is_a_document_a_line(tmp_path):
         ("a-1", "Ann met Bob."), ("a-3", "Zoë ran."),
     ]  # fmt: skip
     assert kinds(report) == [("unsupported", 2)] and report.documents[0].records == ()
+    with pytest.raises(ValueError, match="A text file has no labels"):
+        convert(path, tmp_path / "out.jsonl", "text")
 
 
 ROW = {"text": "Ann", "task": "NER", "schema": {"P": ""}, "annotations": []}

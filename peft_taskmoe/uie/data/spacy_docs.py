@@ -42,8 +42,8 @@ def read_spacy(
     """
     if Path(path).suffix != ".spacy":
         return read_export(path, _graph, task, schema, on_error)
-    graphs = [_doc_graph(doc, n, path) for n, doc in enumerate(_docs(Path(path)), 1)]
     reading = Reading(path, on_error)
+    graphs = [_doc_graph(doc, n, reading) for n, doc in enumerate(_docs(Path(path)), 1)]
     add_graphs(graphs, task, schema, reading)
     return reading.report
 
@@ -76,15 +76,18 @@ def _docs(path: Path) -> Any:
         raise ValueError(f"`{path}` is no DocBin: {error}") from error
 
 
-def _doc_graph(doc: Any, number: int, path: str | Path) -> Graph:
-    graph = Graph(f"{Path(path).stem}-{number}", doc.text, line=number)
+def _doc_graph(doc: Any, number: int, reading: Reading) -> Graph:
+    graph = Graph(f"{Path(reading.source).stem}-{number}", doc.text, line=number)
     for span in doc.ents:
         place = {"text": span.text, "start": span.start_char, "end": span.end_char}
         graph.mentions[str(span.start)] = {"label": span.label_} | place
-    for (head, tail), scores in (doc.user_data.get(_RELATIONS) or {}).items():
-        graph.links += [
+    try:
+        graph.links = [
             Link(label, str(head), str(tail), number)
+            for (head, tail), scores in (doc.user_data.get(_RELATIONS) or {}).items()
             for label, score in scores.items()
             if score >= 0.5
         ]
+    except (AttributeError, TypeError, ValueError):
+        reading.note("The extension `rel` has another form; it is not read.", number)
     return graph
