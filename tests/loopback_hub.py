@@ -169,6 +169,7 @@ _REVISION = r"(?P<revision>[^/]+)"
 _HUB_ROUTES = {
     "GET whoami": r"/api/whoami-v2",
     "POST create": r"/api/repos/create",
+    "GET auth-check": rf"/api/models/{_REPO}/auth-check/write",
     "POST validate-yaml": r"/api/validate-yaml",
     "POST branch": rf"/api/models/{_REPO}/branch/(?P<branch>[^/]+)",
     "POST preupload": rf"/api/models/{_REPO}/preupload/{_REVISION}",
@@ -333,6 +334,10 @@ class LoopbackHub:
     def _get_whoami(self, request: Request) -> Reply:
         self._require_token(request)
         return Reply.of({"type": "user", "name": self.user, "orgs": []})
+
+    def _get_auth_check(self, request: Request, repo_id: str) -> Reply:
+        self._writable(request, repo_id)
+        return Reply()
 
     def _post_create(self, request: Request) -> Reply:
         self._require_token(request)

@@ -1,0 +1,208 @@
+"""What `sft_uie.py` shows and writes: progress, scores, results.json, a model card, a page."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from rich.console import Console
+from rich.table import Table
+from sft_checks import ADAPTER_FILES, PAGE, Documents, fail, first_line
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+import peft_taskmoe
+from peft_taskmoe.uie import (
+    Extraction,
+    Extractions,
+    Extractor,
+    PromptFormat,
+    ScoreReport,
+    save_format,
+    score,
+)
+
+LOSSES = {"loss", "router_aux_loss", "eval_loss", "train_loss"}
+Answers = dict[str, dict[str, Extraction]]  # by data set and id
+
+CARD = """---
+{header}
+---
+
+# Task-Aware MoELoRA adapter for information extraction
+
+{num_experts} experts of rank {r} on every adapted layer of `{base_model}`, routed by
+`{router_inputs}`. The task embedding comes from the frozen encoder `{encoder}`,
+which reads the {encoder_text}.
+
+## Load it
+
+```python
+import peft_taskmoe  # registers the method: without it, PEFT stops with KeyError: 'TASKMOE_LORA'
+from peft_taskmoe.uie import Extractor
+
+extractor = Extractor.from_pretrained("{repository}")
+extractor("Ariane 5 lifted off.", {{"Launcher": "a vehicle that carries payloads to space"}})
+```
+
+## Data
+
+Trained on {data}.
+
+## Scores
+
+{scores}
+
+Made with peft_taskmoe {version}, seed {seed}.
+"""
+
+
+class PlainProgress(TrainerCallback):
+    """Prints losses as lines, where the Trainer prints dictionaries."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Print what was measured."""
+        found = [f"{name} {float(logs[name]):.4g}" for name in logs or () if name in LOSSES]
+        if state.is_world_process_zero and found:
+            at = f"step {state.global_step} of {state.max_steps}"
+            print(f"{at}: {', '.join(found)}", flush=True)
+
+
+def answer(
+    trainer: SFTTrainer, documents: Documents, format: PromptFormat, data: Any, when: str
+) -> Answers:
+    """Ask the model about every document."""
+    count = sum(map(len, documents.values()))
+    print(f"Asking the model about {count} documents {when}.", flush=True)
+    extractor = Extractor(
+        trainer.accelerator.unwrap_model(trainer.model),
+        trainer.processing_class,
+        format=format,
+        batch_size=data.eval_batch_size,
+        max_new_tokens=data.max_new_tokens,
+    )
+    bar = sys.stderr.isatty()
+    return {name: extractor.documents(part, progress=bar) for name, part in documents.items()}
+
+
+def score_answers(documents: Documents, answers: Answers) -> ScoreReport:
+    """Compare answers with the gold records; the answer to a single question as it was parsed."""
+    parsed = {
+        name: {
+            id_: one.answers[0].parsed if len(one.answers) == 1 else one
+            for id_, one in found.items()
+        }
+        for name, found in answers.items()
+    }
+    return score(documents, parsed)
+
+
+def score_rows(before: ScoreReport | None, after: ScoreReport) -> list[list[str]]:
+    """F1 by data set and task: the rows of a table, its header first."""
+    reports = [after] if before is None else [before, after]
+    rows = [["data set", "task", *(["F1"] if before is None else ["before", "after"])]]
+    for name in after.answers:
+        for group in after.select([name]).groups():
+            if group == "all" or "+" not in group:
+                figures = [report.select([name]).average_f1(group) for report in reports]
+                task = "mean" if group == "all" else group
+                rows.append([name, task, *(f"{100 * figure:.1f}" for figure in figures)])
+    return rows
+
+
+def print_scores(rows: list[list[str]]) -> None:
+    """Print the table, no wider than 80 columns."""
+    table = Table(title="Strict micro F1")
+    for column in rows[0]:
+        kept = {} if column in ("data set", "task") else {"justify": "right", "no_wrap": True}
+        table.add_column(column, overflow="fold", **kept)
+    for row in rows[1:]:
+        table.add_row(*row)
+    console = Console()
+    console.print(table, width=min(80, console.width), markup=False)
+
+
+def write_page(folder: Path, rows: list[list[str]], answers: Answers) -> None:
+    """One HTML page with the scores and the first extractions of every data set."""
+    shown = [one for found in answers.values() for one in list(found.values())[:25]]
+    Extractions(shown, 0.0).save_html(folder / PAGE)
+    cells = (f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    table = f"<h1>Strict micro F1</h1><table>{''.join(cells)}</table><h1>Extractions</h1>"
+    page = (folder / PAGE).read_text(encoding="utf-8")
+    page = re.sub(r"<body[^>]*>", lambda body: body[0] + table, page, count=1)
+    (folder / PAGE).write_text(page, encoding="utf-8")
+
+
+def write_results(
+    trainer: SFTTrainer,
+    format: PromptFormat,
+    data: Any,
+    documents: Documents,
+    before: ScoreReport | None,
+    results: dict[str, Any],
+) -> None:
+    """Score, and write the prompt format, a page, the card, and last of all results.json."""
+    folder = Path(trainer.args.output_dir)
+    save_format(format, folder)
+    scores = "Not scored."
+    if documents:
+        answers = answer(trainer, documents, format, data, "after training")
+        after = score_answers(documents, answers)
+        rows = score_rows(before, after)
+        print_scores(rows)
+        write_page(folder, rows, answers)
+        print(f"The scores and extractions as a page: {folder / PAGE}")
+        scores = after.to_markdown()
+        results["scores"] = after.to_dict()
+        results["scores_before"] = None if before is None else before.to_dict()
+    results["prompt_format"] = asdict(format)
+    results["versions"] = {"peft_taskmoe": peft_taskmoe.__version__, "torch": torch.__version__}
+    write_card(folder, results, scores)
+    text = json.dumps(results, indent=2, ensure_ascii=False, default=sorted) + "\n"  # sets
+    (folder / "results.json").write_text(text, encoding="utf-8")
+
+
+def write_card(folder: Path, results: dict[str, Any], scores: str) -> None:
+    """The model card: base, encoder, how to load (with the import), data, scores."""
+    adapter, encoder = results["adapter"], results["adapter"]["task_encoder"]
+    tags = ["peft_taskmoe", "information-extraction", "lora"]
+    header = ModelCardData(base_model=results["base_model"], library_name="peft", tags=tags)
+    trained = (f"{name} ({n} documents)" for name, n in results["train_documents"].items())
+    card = CARD.format(
+        header=header.to_yaml(),
+        **{name: adapter[name] for name in ("num_experts", "r", "router_inputs")},
+        **{name: results[name] for name in ("base_model", "repository", "seed")},
+        encoder=encoder["name_or_path"],
+        encoder_text=encoder["text"],
+        data=", ".join(trained),
+        scores=scores,
+        version=peft_taskmoe.__version__,
+    )
+    ModelCard(card).save(folder / "README.md")
+
+
+def push(folder: Path, repository: str, training: SFTConfig) -> None:
+    """Push the adapter; if that fails, say what to type."""
+    try:
+        commit = HfApi(token=training.hub_token).upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            allow_patterns=ADAPTER_FILES,
+            revision=training.hub_revision,
+        )
+    except Exception as error:  # whatever the client raises: the adapter is on the disk
+        command = ["hf", "upload", repository, str(folder), "."]
+        command += [part for name in ADAPTER_FILES for part in ("--include", name)]
+        fail(
+            f"The push to {repository} failed: {first_line(error)}\n"
+            f"The adapter in {folder} is whole. To push it, type:\n{shlex.join(command)}"
+        )
+    print(f"Pushed to {commit.commit_url}.")
