@@ -18,8 +18,8 @@ are taken as well. The same command again resumes an interrupted run.
 
 from __future__ import annotations
 
+import io
 import logging
-import os
 import sys
 import time
 from collections import Counter
@@ -240,7 +240,7 @@ def main(
     """Check, train, score, save, and push if asked."""
     start, is_main = time.perf_counter(), training.process_index == 0
     if not is_main:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # one process tells it
+        sys.stdout = io.StringIO()  # one process tells it
     output, seed = Path(training.output_dir), training.seed
     check_options(data, training, model)
     pushes, repository = training.push_to_hub, training.hub_model_id or str(output)

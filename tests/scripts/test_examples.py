@@ -384,7 +384,7 @@ def test_hub_access_is_checked_before_training(train, tmp_path, monkeypatch) -> 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="for machines without accelerators")
 def test_two_processes_without_accelerators_need_use_cpu(tmp_path, arguments) -> None:
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     errors = run("sft_uie.py", *arguments, launcher=launcher, fails=True)
     assert "Pass `--use_cpu`" in errors and not (tmp_path / "out").exists()
     printed = run("sft_uie.py", *arguments, "--use_cpu", launcher=launcher)
