@@ -155,7 +155,7 @@ def test_precision_is_that_of_score(match):
 
 
 def judged(gold, answers) -> tuple[list[float], list[bool]]:
-    """Confidences and whether they are right by offsets: each place is named once for each label."""
+    """Confidences and whether they are right by offsets: each place once for a label."""
     values, right = [], []
     for name, of_set in gold.items():
         for one in of_set:
@@ -235,7 +235,7 @@ def test_nothing_to_judge_and_wrong_calls():
         curve("NER", [], [], bins=0)
     with pytest.raises(ValueError, match=r'binning="quantile".*"width" or "count"'):
         curve("NER", [], [], binning="quantile")
-    with pytest.raises(ValueError, match="confidence 1.5, which is no number from 0 to 1"):
+    with pytest.raises(ValueError, match=r"confidence 1\.5, which is no number from 0 to 1"):
         curve("NER", [], [Entity("P", ANN, 1.5)])
     with pytest.raises(ValueError, match="answer to document `9` of `set`, which is not among"):
         reliability({"set": [document("NER")]}, {"set": {"9": []}})

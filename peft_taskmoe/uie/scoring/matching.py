@@ -151,11 +151,7 @@ def usable(
 
 
 def items_of(
-    records: Iterable[Record],
-    task: str,
-    match: Match,
-    document: str,
-    identification: bool = False,
+    records: Iterable[Record], task: str, match: Match, document: str, identification: bool = False
 ) -> Items:
     """The multiset of items of a task, each place once.
 
