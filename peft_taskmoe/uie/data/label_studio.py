@@ -26,14 +26,7 @@ def read_label_studio(
     left is turned round. Offsets that count UTF-16 units, as a browser does, are converted. A
     region without offsets is placed where the text has its words. JSON-MIN has no relations.
 
-    Args:
-        path: The file.
-        task: What to read; `None`: NER, or UIE where there are relations.
-        schema: As in the JSONL format; `None`: the labels of the file, without descriptions.
-        on_error: "raise" at the first error, or "collect" them all.
-
-    Raises:
-        ReadError: At the first error, where asked to.
+    Arguments and errors are those of `read_doccano`.
     """
     return read_export(path, _graph, task, schema, on_error)
 

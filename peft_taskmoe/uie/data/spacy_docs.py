@@ -30,14 +30,9 @@ def read_spacy(
     with a score of at least 0.5 are read. A JSONL line is `Doc.to_json()`, a training example
     `[text, {"entities": [[start, end, label]]}]` or a task of Prodigy, read if it was accepted.
 
-    Args:
-        path: The file.
-        task: What to read; `None`: NER, or UIE where there are relations.
-        schema: As in the JSONL format; `None`: the labels of the file, without descriptions.
-        on_error: "raise" at the first error, or "collect" them all.
+    Arguments and errors are those of `read_doccano`.
 
     Raises:
-        ReadError: At the first error, where asked to.
         ImportError: The file is a `DocBin` and spaCy is not installed.
     """
     if Path(path).suffix != ".spacy":
