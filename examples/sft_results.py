@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import re
 import shlex
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from rich.console import Console
-from rich.table import Table
 from sft_checks import ADAPTER_FILES, PAGE, Documents, fail, first_line
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -29,6 +27,8 @@ from peft_taskmoe.uie import (
     save_format,
     score,
 )
+from peft_taskmoe.uie.tables import Table
+from peft_taskmoe.uie.view import tables_to_html
 
 LOSSES = {"loss", "router_aux_loss", "eval_loss", "train_loss"}
 Answers = dict[str, dict[str, Extraction]]  # by data set and id
@@ -105,39 +105,27 @@ def score_answers(documents: Documents, answers: Answers) -> ScoreReport:
     return score(documents, parsed)
 
 
-def score_rows(before: ScoreReport | None, after: ScoreReport) -> list[list[str]]:
-    """F1 by data set and task: the rows of a table, its header first."""
+def score_table(before: ScoreReport | None, after: ScoreReport) -> Table:
+    """F1 by data set and task."""
     reports = [after] if before is None else [before, after]
-    rows = [["data set", "task", *(["F1"] if before is None else ["before", "after"])]]
+    header = ["data set", "task", *(["F1"] if before is None else ["before", "after"])]
+    rows = []
     for name in after.answers:
         for group in after.select([name]).groups():
             if group == "all" or "+" not in group:
                 figures = [report.select([name]).average_f1(group) for report in reports]
                 task = "mean" if group == "all" else group
                 rows.append([name, task, *(f"{100 * figure:.1f}" for figure in figures)])
-    return rows
+    return Table("Strict micro F1", header, rows)
 
 
-def print_scores(rows: list[list[str]]) -> None:
-    """Print the table, no wider than 80 columns."""
-    table = Table(title="Strict micro F1")
-    for column in rows[0]:
-        kept = {} if column in ("data set", "task") else {"justify": "right", "no_wrap": True}
-        table.add_column(column, overflow="fold", **kept)
-    for row in rows[1:]:
-        table.add_row(*row)
-    console = Console()
-    console.print(table, width=min(80, console.width), markup=False)
-
-
-def write_page(folder: Path, rows: list[list[str]], answers: Answers) -> None:
+def write_page(folder: Path, table: Table, answers: Answers) -> None:
     """One HTML page with the scores and the first extractions of every data set."""
     shown = [one for found in answers.values() for one in list(found.values())[:25]]
     Extractions(shown, 0.0).save_html(folder / PAGE)
-    cells = (f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    table = f"<h1>Strict micro F1</h1><table>{''.join(cells)}</table><h1>Extractions</h1>"
     page = (folder / PAGE).read_text(encoding="utf-8")
-    page = re.sub(r"<body[^>]*>", lambda body: body[0] + table, page, count=1)
+    scores = tables_to_html([table])
+    page = re.sub(r"<body[^>]*>", lambda body: f"{body[0]}\n{scores}", page, count=1)
     (folder / PAGE).write_text(page, encoding="utf-8")
 
 
@@ -156,9 +144,9 @@ def write_results(
     if documents:
         answers = answer(trainer, documents, format, data, "after training")
         after = score_answers(documents, answers)
-        rows = score_rows(before, after)
-        print_scores(rows)
-        write_page(folder, rows, answers)
+        table = score_table(before, after)
+        Console(width=min(80, Console().width)).print(table.to_rich())
+        write_page(folder, table, answers)
         print(f"The scores and extractions as a page: {folder / PAGE}")
         scores = after.to_markdown()
         results["scores"] = after.to_dict()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import shlex
@@ -304,7 +305,9 @@ def test_tables_fit_into_80_columns(train, tmp_path, capsys, monkeypatch) -> Non
     table = [line for line in capsys.readouterr().out.splitlines() if line[:1] in "┏┃┡│└"]
     assert table and all(len(line) <= 80 for line in table) and "before" in "".join(table)
     page = (output / "report.html").read_text(encoding="utf-8")
-    assert "Strict micro F1" in page and data.stem in page and "Extractions" in page
+    texts = [json.loads(line)["text"] for line in data.read_text(encoding="utf-8").splitlines()]
+    assert "Strict micro F1" in page and data.stem in page
+    assert sum(html.escape(text) in page for text in texts) == 2
 
 
 # Processes: the Hub, torchrun, the command line --------------------------------------------------
