@@ -931,6 +931,7 @@ def test_scoring_imports_no_torch():
     subprocess.run([sys.executable, "-c", code, str(package)], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", ["dataclass", "compact"])
 def test_gold_records_written_read_and_scored_give_one_on_every_public_set(style):
     """Gold -> completion -> parse -> score: F1 of exactly 1 on every document, either match."""
