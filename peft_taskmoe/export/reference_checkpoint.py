@@ -87,40 +87,43 @@ def from_reference_checkpoint(
     else:
         tensors, theirs = _read_folder(Path(checkpoint), Path(output_folder))
     layers = _layers(tensors)
-    experts, r, task_dim = _common_size(layers)
     if base_model is not None:
         _check_against_base(base_model, layers)
+    experts, r, task_dim = _common_size(layers)
     _check_against_config(theirs, layers, r)
-    lora_alpha = theirs.get("lora_alpha") if lora_alpha is None else lora_alpha
-    if lora_alpha is None:
+    given: dict[str, Any] = {"lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
+    given["base_model_name_or_path"] = base_model_name_or_path
+    said = {"lora_dropout": 0.05} | theirs | {k: v for k, v in given.items() if v is not None}
+    if "lora_alpha" not in said:
         raise ValueError(
             "The checkpoint does not say its `lora_alpha` (no `adapter_config.json` with it). Pass "
             "the one it was trained with, e.g. the paper's `lora_alpha=32`."
         )
     config = TaskMoELoraConfig(
         task_type=task_type,
-        base_model_name_or_path=base_model_name_or_path or theirs.get("base_model_name_or_path"),
+        **{name: said[name] for name in given if name in said},
         inference_mode=True,
         num_experts=experts,
         r=r,
-        lora_alpha=lora_alpha,
-        lora_dropout=theirs.get("lora_dropout", 0.05) if lora_dropout is None else lora_dropout,
         router_inputs="token+task" if task_dim else "token",
         task_norm="none",
         task_encoder=task_encoder,
         target_modules=list(layers),
         task_dim=task_dim or TaskMoELoraConfig.task_dim,
     )
+    _save(config, layers, Path(output_folder))
+    return config
+
+
+def _save(config: TaskMoELoraConfig, layers: Mapping[str, _Layer], folder: Path) -> None:
     state_dict = {
         f"{_PEFT_PREFIX}{name}.{PREFIX}{part}.weight": weight
         for name, layer in layers.items()
         for part, weight in layer.as_ours().items()
     }
-    folder = Path(output_folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state_dict, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     config.save_pretrained(str(folder))
-    return config
 
 
 def _read_folder(path: Path, output_folder: Path) -> tuple[Mapping[Any, Any], dict[str, Any]]:

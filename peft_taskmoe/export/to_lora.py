@@ -23,6 +23,11 @@ from .calibration import average_gates, calibration_batches, measure_difference
 from .chosen import ChosenAdapter, choose_adapter
 
 _REPORT_NAME = "export_report.json"
+_SHARED = (  # settings that mean the same for a LoRA
+    "task_type base_model_name_or_path revision auto_mapping lora_dropout use_rslora "
+    "fan_in_fan_out target_modules exclude_modules layers_to_transform layers_pattern "
+    "modules_to_save trainable_token_indices"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,30 +124,25 @@ def to_lora(
         ```
     """
     adapter = choose_adapter(model, adapter_name)
-    config = adapter.config
-    exact = "token" not in config.router_inputs
-    if task_embeds is not None:
-        task_embeds = _one_task(adapter, task_embeds)
-    elif exact:
-        raise ValueError(
-            f'The router of adapter "{adapter.name}" reads the task, and a plain LoRA is the '
-            "adapter for one task. Pass its embedding: `to_lora(model, encoder([prompt]))`."
-        )
+    exact = "token" not in adapter.config.router_inputs
+    task_embeds = _one_task(adapter, task_embeds)
     if calibration is None and not exact:
         raise ValueError(
             f'The router of adapter "{adapter.name}" reads the token '
-            f'(`router_inputs="{config.router_inputs}"`), so its gates can only be averaged over '
-            "some text. Pass `calibration=[...]`: batches, or texts together with `tokenizer=...`."
+            f'(`router_inputs="{adapter.config.router_inputs}"`), so its gates can only be '
+            "averaged over some text. Pass `calibration=[...]`: batches, or texts together with "
+            "`tokenizer=...`."
         )
     batches = []
     if calibration is not None:
         batches = calibration_batches(adapter, calibration, tokenizer, task_embeds)
     gates = _task_gates(adapter, task_embeds) if exact else average_gates(adapter, batches)
     measured = measure_difference(adapter, gates, batches) if batches else {}
-    report = ExportReport(adapter.name, exact, config.num_experts * config.r, **measured)
+    rank = adapter.config.num_experts * adapter.config.r
+    report = ExportReport(adapter.name, exact, rank, **measured)
     if not exact:
         warnings.warn(_approximation_message(report), stacklevel=2)
-    return LoraExport(_lora_config(config), _lora_state_dict(adapter, gates), report)
+    return LoraExport(_lora_config(adapter.config), _lora_state_dict(adapter, gates), report)
 
 
 def _approximation_message(report: ExportReport) -> str:
@@ -157,9 +157,17 @@ def _approximation_message(report: ExportReport) -> str:
     )
 
 
-def _one_task(adapter: ChosenAdapter, task_embeds: torch.Tensor) -> torch.Tensor:
-    """`task_embeds` as `(1, task_dim)`, checked."""
-    if "task" not in adapter.config.router_inputs:
+def _one_task(adapter: ChosenAdapter, task_embeds: torch.Tensor | None) -> torch.Tensor | None:
+    """`task_embeds` as `(1, task_dim)`, checked; None where calibration batches bring their own."""
+    reads = adapter.config.router_inputs
+    if task_embeds is None:
+        if reads != "task":
+            return None
+        raise ValueError(
+            f'The router of adapter "{adapter.name}" reads the task, and a plain LoRA is the '
+            "adapter for one task. Pass its embedding: `to_lora(model, encoder([prompt]))`."
+        )
+    if "task" not in reads:
         raise ValueError(
             f'The router of adapter "{adapter.name}" reads the token only, so `task_embeds` would '
             "have no effect. Leave it out."
@@ -197,24 +205,12 @@ def _lora_config(config: TaskMoELoraConfig) -> LoraConfig:
     experts = config.num_experts
     factor = math.sqrt(experts) if config.use_rslora else experts
     return LoraConfig(
-        task_type=config.task_type,
-        base_model_name_or_path=config.base_model_name_or_path,
-        revision=config.revision,
-        auto_mapping=config.auto_mapping,
+        **{name: getattr(config, name) for name in _SHARED.split()},
         inference_mode=True,
         r=experts * config.r,
         lora_alpha=_number(factor * config.lora_alpha),
         rank_pattern={name: experts * r for name, r in (config.rank_pattern or {}).items()},
         alpha_pattern={n: _number(factor * a) for n, a in (config.alpha_pattern or {}).items()},
-        lora_dropout=config.lora_dropout,
-        use_rslora=config.use_rslora,
-        fan_in_fan_out=config.fan_in_fan_out,
-        target_modules=config.target_modules,
-        exclude_modules=config.exclude_modules,
-        layers_to_transform=config.layers_to_transform,
-        layers_pattern=config.layers_pattern,
-        modules_to_save=config.modules_to_save,
-        trainable_token_indices=config.trainable_token_indices,
         bias="lora_only" if config.bias == "taskmoe_lora_only" else config.bias,
     )
 

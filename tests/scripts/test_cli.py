@@ -695,7 +695,7 @@ def test_a_closed_pipe_is_no_error(tmp_path):
 def test_torchrun_and_a_killed_process(job, tmp_path):
     whole, several, killed = (tmp_path / f"{name}.jsonl" for name in ("whole", "two", "killed"))
     ended(start("-m", "peft_taskmoe", *job, f"--output={whole}"))
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     _, err = ended(start(*launch, "-m", "peft_taskmoe", *job, f"--output={several}"))
     assert timeless(rows(several)) == timeless(rows(whole))
     assert err.count(b"Extracting: 100%") == 1
