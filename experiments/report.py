@@ -1,6 +1,6 @@
 """From the runs of a results folder to tables and plots, without models.
 
-python experiments/report.py outputs/experiments/results/small
+python experiments/report.py outputs/experiments/small-results
 """
 
 from __future__ import annotations

@@ -1,13 +1,11 @@
 """The small files that are kept of a study: `figures.json`, and the table and plot made from it.
 
-    python experiments/study.py slim outputs/experiments/results/small somewhere/small
-    python experiments/study.py keep outputs/experiments/results/small experiments/results/small
+    python experiments/study.py keep outputs/experiments/small-results experiments/results/small
     python experiments/study.py show experiments/results/small
     python experiments/study.py against experiments/results/small_bf16 experiments/results/other
 
-`slim` copies the runs without answers, gates and superfluous digits, so that a study can go on
-elsewhere. `keep` reads raw or slim runs, `show` and `against` what was kept. `against` draws the
-differences of several studies against the number of their training schemas, into the last folder.
+`keep` reads the raw runs, `show` and `against` only what was kept. `against` draws the differences
+of several studies against the number of their training schemas, into the last one's folder.
 """
 
 from __future__ import annotations
@@ -22,7 +20,6 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from comparing import by_seed, compare_likelihood, over_trainings
-from files import write_json
 from formats import bounds, signed, spread, table
 from outcomes import Outcome, measured, pair, pairs, selections
 from report import planned
@@ -61,28 +58,6 @@ def keep(results: Path, folder: Path, training_schemas: int | None = None) -> No
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "figures.json").write_text(_as_json(figures), encoding="utf-8")
     show(folder)
-
-
-def slim(results: Path, folder: Path) -> None:
-    """Copy a results folder with no more of each run than comparisons of likelihood need."""
-    plan = json.loads((results / "plan.json").read_text(encoding="utf-8"))
-    write_json(folder / "plan.json", plan)
-    for path in sorted((results / "runs").glob("*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        figures = content["figures"]
-        training = {k: value for k, value in figures["training"].items() if k != "adapter"}
-        likelihoods = {
-            part: {
-                name: {key: [float(f"{loss:.6g}"), n] for key, (loss, n) in losses.items()}
-                for name, losses in sets.items()
-            }
-            for part, sets in figures.items()
-            if part.startswith("nll_")
-        }
-        write_json(
-            folder / "runs" / path.name,
-            {**content, "figures": {"training": training, **likelihoods}},
-        )
 
 
 def _as_json(figures: dict[str, Any]) -> str:
@@ -290,7 +265,7 @@ def against(folders: Sequence[Path], a_and_b: Sequence[tuple[str, str]]) -> Path
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one of the commands."""
+    """Run one of the three commands."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -299,17 +274,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     keeping.add_argument("results", type=Path)
     keeping.add_argument("folder", type=Path)
     keeping.add_argument("--training-schemas", type=int, help="where the runs do not say it")
-    slimming = commands.add_parser("slim", help="from raw runs to small ones")
-    slimming.add_argument("results", type=Path)
-    slimming.add_argument("folder", type=Path)
     showing = commands.add_parser("show", help="table and plot from figures.json")
     showing.add_argument("folder", type=Path)
     drawing = commands.add_parser("against", help="several studies by their training schemas")
     drawing.add_argument("folders", type=Path, nargs="+")
     args = parser.parse_args(arguments)
-    if args.command == "slim":
-        slim(args.results, args.folder)
-    elif args.command == "keep":
+    if args.command == "keep":
         keep(args.results, args.folder, args.training_schemas)
     elif args.command == "show":
         print(show(args.folder))

@@ -7,20 +7,22 @@ __version__ = "0.1.0"
 if not is_help_only():  # `peft-taskmoe --help` answers at once: torch and PEFT take seconds
     from .registration import register
 
-    register()  # before the imports below, which other versions of PEFT would fail in, unexplained
+    register()  # first: its error explains what another version of PEFT lacks
 
+    from .attach import attach_task_encoder
+    from .callback import RoutingCallback, log_routing
     from .checkpoints import ChecksumCallback, checkpoint_fault, newest_whole_checkpoint
     from .collator import TaskCollator
-    from .conditioning import task_context
     from .config import TaskMoELoraConfig
     from .encoder import TaskEncoder, TaskEncoderConfig
     from .export import experts_from_loras, from_reference_checkpoint, to_lora
     from .inspection import heat_map, record_gates
-    from .model import TaskMoELoraModel, attach_task_encoder
-    from .training_log import log_routing
+    from .model import TaskMoELoraModel
+    from .task_scope import task_context
 
 __all__ = [
     "ChecksumCallback",
+    "RoutingCallback",
     "TaskCollator",
     "TaskEncoder",
     "TaskEncoderConfig",

@@ -1,330 +1,281 @@
-"""The task of the running forward: where it is kept, and how it reaches what runs later.
-
-Adapted layers sit deep inside models that were not written for them, so the task embedding does not travel through arguments.
-It stands in a scope: set while one forward (or one whole `generate`) runs, visible to that thread alone, restored afterwards.
-Nothing is left on a module. Recomputation in backward runs after the scope has closed, so a checkpointed function takes the
-state it was called with along (`carry_into_recompute`).
-
-This file knows no layer, no encoder and no PEFT.
-"""
+"""Wraps `forward` and `generate` of one model instance: where the task of a call comes from."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import nn
 
-from .router import normalize_task
+from .adapters import TaskMoELoraLayer, missing_task_message, wrong_dimension_message
+from .aux_loss import AuxLossLog
+from .base_layers import mark_positions
+from .call_arguments import answers_are_in_input, aux_loss_of, bind, note_shape
+from .config import TaskMoELoraConfig
+from .prompts import packed_documents
+from .task_encoders import TaskEncoders
+from .task_scope import (
+    GateRecorder,
+    TaskState,
+    carry_into_recompute,
+    check_task_embeds,
+    current_state,
+    entered,
+)
+from .wrapping import ConditionedMethod
+
+_CHECKPOINT_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
+_KEY = "_taskmoe_conditioner"
 
 
-class GateRecorder(Protocol):
-    """What `inspection.py` passes into the scope to see gates."""
+class Conditioner:
+    """The adapted layers of one model, its encoders and its load-balancing loss.
 
-    def __call__(
-        self, layer: Any, adapter: str, gates: torch.Tensor, token_tasks: torch.Tensor | None
-    ) -> None:
-        """Take the gates `(tokens, e)` of one layer."""
+    A plain attribute of the model, no module.
 
-
-@dataclass(slots=True)
-class AuxLoss:
-    """The load-balancing loss of one forward, collected over the adapted layers.
-
-    The layers of a checkpointed model run again in backward, and under reentrant checkpointing only that second run has a
-    graph. So the loss is not summed through the graph: `weight` reaches the layers' backward from the loss's own backward (where
-    it carries the Trainer's division by accumulation steps and any loss scale), and each layer adds its share there.
-
-    Attributes:
-        token_mask: `(tokens,)` bool, False for padding; None if every token counts.
-        num_layers: Number of adapted layers per adapter, which the mean runs over.
-        value: Sum of coefficient x loss / layers over the layers that ran; read when the forward ends, so that what a recomputation
-            adds counts nowhere.
-        weight: Gradient of the final loss with respect to `value`; None until backward reached it.
-        decoder_mask: Of an encoder-decoder, `(tokens,)` of the decoder; None if every token counts.
-        share: Which part of the labels that the loss is divided by (`num_items_in_batch`, over all accumulated batches) is this
-            forward's, so that the weights of accumulated batches sum to 1.
+    Args:
+        model: The base model, with adapters injected.
     """
 
-    token_mask: torch.Tensor | None
-    num_layers: dict[str, int]
-    value: torch.Tensor | float = 0.0
-    weight: torch.Tensor | None = None
-    decoder_mask: torch.Tensor | None = None
-    share: torch.Tensor | float = 1.0
+    def __init__(self, model: nn.Module) -> None:
+        self.encoders = TaskEncoders()
+        self.aux_log = AuxLossLog()
+        self.recorder: GateRecorder | None = None
+        self.find_layers(model)
 
-    def mask_of(self, tokens: int) -> torch.Tensor | None:
-        """The mask of a layer that gets this many tokens.
+    def find_layers(self, model: nn.Module) -> None:
+        """Look up the adapted layers; again after every injection."""
+        self.layers = [m for m in model.modules() if isinstance(m, TaskMoELoraLayer)]
 
-        Encoder and decoder are told apart by their number of tokens; where these are equal, every token counts.
-        """
-        masks = [
-            mask
-            for mask in (self.token_mask, self.decoder_mask)
-            if mask is not None and mask.shape[0] == tokens
-        ]
-        return masks[0] if len(masks) == 1 else None
-
-
-@dataclass(slots=True, eq=False)
-class TaskState:
-    """What the layers need to know about the forward that runs.
-
-    Attributes:
-        task_embeds: `(n, task_dim)`, or None if no task was given.
-        token_tasks: `(tokens,)` index of each token's task for packed rows, or None: each task then owns an equal number of
-            consecutive tokens.
-        adapter_names: Name of the adapter of each row, or None for the active adapters.
-        rows: Rows of the batch in the running forward, if known.
-        length: Tokens per row in the running forward, if known.
-        memo: What the layers keep while a generation runs; None outside of one.
-        aux: The load-balancing loss, if one is collected.
-        recorder: Sees every layer's gates, if given.
-        token_mask: `(rows, length)` bool, False for padding; filled only for a recorder.
-        owner: Whose forward it is the state of, so that a wrapper inside that forward leaves it alone; None in a
-            `task_context` or a generation.
-        together: Layers that read the same tensor, by the first of them, as they were known when the model's forward began; None
-            outside of a model's forward.
-        made_ahead: Outputs of the others, computed with the first one's, until they are called with that tensor.
-        apart: Layers that were not, in a checkpointed part of the forward.
-    """
-
-    task_embeds: torch.Tensor | None = None
-    token_tasks: torch.Tensor | None = None
-    adapter_names: Sequence[str] | None = None
-    rows: int | None = None
-    length: int | None = None
-    memo: dict[Hashable, Any] | None = None
-    aux: AuxLoss | None = None
-    recorder: GateRecorder | None = None
-    token_mask: torch.Tensor | None = None
-    owner: Any = None
-    together: dict[Any, tuple[Any, ...]] | None = None
-    made_ahead: dict[Any, Any] = field(default_factory=dict)
-    apart: set[Any] = field(default_factory=set)
-    normalized: dict[Hashable, torch.Tensor] = field(default_factory=dict)
-
-    def normalized_embeds(
-        self, task_norm: str, in_features: int, device: torch.device
-    ) -> torch.Tensor | None:
-        """The task embeddings at the router's scale, on the layer's device; computed once per forward and input width."""
-        if self.task_embeds is None:
-            return None
-        if (
-            torch.compiler.is_compiling() or self.task_embeds.requires_grad
-        ):  # a trained one: each layer its own graph
-            return normalize_task(self.task_embeds.to(device), task_norm, in_features)
-        key = (task_norm, in_features, device)
-        found = self.normalized.get(key)
-        if found is None:
-            found = self.normalized[key] = normalize_task(
-                self.task_embeds.to(device), task_norm, in_features
-            )
+    def active(self, adapter_names: Sequence[str] | None = None) -> dict[str, int]:
+        """Number of layers that each adapter acts on in a forward."""
+        found: dict[str, int] = {}
+        for layer in self.layers:
+            if not (layer.disable_adapters or layer.merged):
+                for name in layer.active_adapters if adapter_names is None else adapter_names:
+                    if name in layer.configs:
+                        found[name] = found.get(name, 0) + 1
         return found
 
+    def configs(self) -> dict[str, TaskMoELoraConfig]:
+        """The configs of all adapters."""
+        return {name: layer.configs[name] for layer in self.layers for name in layer.configs}
 
-class _Scope(threading.local):
-    def __init__(self) -> None:
-        self.state: TaskState | None = None
-        self.made_ahead: dict[
-            Any, Any
-        ] = {}  # where there is no state: in what others recompute in backward
+    def task_readers(
+        self, adapter_names: Sequence[str] | None = None
+    ) -> dict[str, TaskMoELoraConfig]:
+        """The adapters that act in a forward and whose router reads the task, with their configs."""
+        configs, active = self.configs(), self.active(adapter_names)
+        return {name: configs[name] for name in active if configs[name].reads_task}
 
-
-_SCOPE = _Scope()
-
-
-def current_state() -> TaskState | None:
-    """The state of the forward that runs in this thread, or None."""
-    return _SCOPE.state
-
-
-def made_ahead() -> dict[Any, Any]:
-    """Outputs that were computed ahead in the running forward, by layer; see `TaskState.made_ahead`."""
-    state = _SCOPE.state
-    return _SCOPE.made_ahead if state is None else state.made_ahead
+    def aux_coefficients(self) -> dict[str, float]:
+        """The weight of one layer's load-balancing loss, of the active adapters that have one."""
+        configs = self.configs()
+        return {
+            name: configs[name].router_aux_loss_coef / layers
+            for name, layers in self.active().items()
+            if configs[name].router_aux_loss_coef > 0
+        }
 
 
-class entered:  # written as a class so that torch.compile traces it without a break
-    """Run a block under a state, and restore what was there before.
+def install_conditioning(model: nn.Module) -> Conditioner:
+    """Wrap the methods of this model instance. Idempotent.
 
     Args:
-        state: The state to run under.
-    """
-
-    def __init__(self, state: TaskState | None) -> None:
-        self.state = state
-
-    def __enter__(self) -> TaskState | None:
-        self.before = _SCOPE.state
-        _SCOPE.state = self.state
-        return self.state
-
-    def __exit__(self, *exc: object) -> None:
-        _SCOPE.state = self.before
-
-
-@contextmanager
-def task_context(task_embeds: torch.Tensor) -> Iterator[None]:
-    """Route whatever runs inside the block by these task embeddings.
-
-    For layers without a `PeftModel` around them (`inject_adapter_in_model`, `model.add_adapter`) and for calls whose
-    arguments are not yours. The scope belongs to this thread. Arguments given to a call inside win.
-
-    Args:
-        task_embeds: `(n, task_dim)`, one row per example of the batch.
-
-    Raises:
-        ValueError: If `task_embeds` is not a float tensor of two dimensions.
-
-    Example:
-        ```python
-        with task_context(encoder(prompts)):
-            logits = model(**batch).logits
-        ```
-    """
-    check_task_embeds(task_embeds)
-    before = _SCOPE.state
-    recorder = before.recorder if before is not None else None
-    with entered(TaskState(task_embeds=task_embeds, recorder=recorder)):
-        yield
-
-
-def check_task_embeds(task_embeds: Any) -> None:
-    """Refuse what is no `(n, task_dim)` float tensor.
-
-    Raises:
-        ValueError: Saying what was found.
-    """
-    if not isinstance(task_embeds, torch.Tensor):
-        raise ValueError(
-            f"`task_embeds` is a {type(task_embeds).__name__}, but the router multiplies it as a tensor. "
-            "Pass a float tensor of shape (batch, task_dim), e.g. `task_embeds=encoder(prompts)`."
-        )
-    if task_embeds.dim() != 2 or not task_embeds.is_floating_point():
-        raise ValueError(
-            f"`task_embeds` has shape {tuple(task_embeds.shape)} and dtype {task_embeds.dtype}, but every example needs one "
-            "float vector. Pass a float tensor of shape (batch, task_dim), e.g. `task_embeds=encoder(prompts)`."
-        )
-
-
-class _CarryState:
-    """A checkpoint function that recomputes under the state it was called with."""
-
-    def __init__(self, checkpoint: Callable[..., Any]) -> None:
-        self.checkpoint = checkpoint
-
-    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        state = _SCOPE.state
-        if state is None or (torch.compiler.is_compiling() and state.aux is None):
-            return self.checkpoint(function, *args, **kwargs)
-
-        def under_state(*inner_args: Any, **inner_kwargs: Any) -> Any:
-            if torch.compiler.is_compiling():
-                with entered(state):
-                    return function(*inner_args, **inner_kwargs)
-            inner = replace(
-                state, made_ahead={}
-            )  # what runs here runs again: it takes and leaves nothing
-            with entered(inner):
-                out = function(*inner_args, **inner_kwargs)
-            state.apart.update(inner.made_ahead)
-            return out
-
-        return self.checkpoint(under_state, *args, **kwargs)
-
-
-def carry_into_recompute(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a checkpoint function so that what it recomputes in backward sees the task it saw in forward.
-
-    Works for reentrant and non-reentrant checkpointing alike, and for several forwards before one backward: each call
-    carries its own state. Wrapping twice is harmless.
-
-    Args:
-        checkpoint: `torch.utils.checkpoint.checkpoint` or a partial of it.
+        model: The base model, with adapters injected.
 
     Returns:
-        A function with the same arguments.
+        Its `Conditioner`.
     """
-    return checkpoint if isinstance(checkpoint, _CarryState) else _CarryState(checkpoint)
+    conditioner = conditioner_of(model)
+    if conditioner is None:
+        conditioner = model.__dict__[_KEY] = Conditioner(model)
+        wrap_outermost(model)
+        mark_positions(model)
+    conditioner.find_layers(model)
+    return conditioner
 
 
-class InjectAuxLoss(torch.autograd.Function):
-    """Identity on the update of a layer whose backward also sends the load-balancing loss's gradient to the gates."""
+def wrap_outermost(model: nn.Module) -> None:
+    """Put the wrappers around whatever methods this instance has now, unless they are outermost.
 
-    @staticmethod
-    def forward(ctx: Any, out: torch.Tensor, loss: torch.Tensor, aux: AuxLoss) -> torch.Tensor:
-        """Return `out`; remember where the weight will stand."""
-        ctx.aux = aux
-        ctx.loss_dtype, ctx.loss_device = loss.dtype, loss.device
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
-        """Pass `grad` on, and the loss's own weight to the load-balancing loss."""
-        weight = ctx.aux.weight
-        return grad, None if weight is None else weight.to(ctx.loss_device, ctx.loss_dtype), None
-
-
-@torch.compiler.disable
-def collect_aux_loss(update: torch.Tensor, loss: torch.Tensor, aux: AuxLoss) -> torch.Tensor:
-    """Add a layer's load-balancing loss to what the forward collects, and hang its gradient on the layer's update.
-
-    A compiled layer leaves its graph for this: tracing would freeze `aux.weight`, which backward is to read.
+    TRL's trainers set a `forward` of their own over the model's, which calls the backbone directly: a
+    wrapper inside of it would see neither the call nor the labels.
     """
-    aux.value = loss.detach() + torch.as_tensor(aux.value, device=loss.device)
-    return InjectAuxLoss.apply(update, loss, aux)
+    for name in _METHODS:
+        own = model.__dict__.get(name)
+        if hasattr(model, name) and not isinstance(own, ConditionedMethod):
+            model.__dict__[name] = ConditionedMethod(model, name, own, _METHODS[name])
 
 
-class AddAuxLoss(torch.autograd.Function):
-    """`loss + share * aux.value`, whose backward runs before any layer's and leaves the weight of the loss for them."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: torch.Tensor, aux: AuxLoss) -> torch.Tensor:
-        """Add the collected value."""
-        ctx.aux = aux
-        return loss + torch.as_tensor(aux.share * aux.value, dtype=loss.dtype, device=loss.device)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Remember the incoming gradient and pass it on."""
-        ctx.aux.weight = grad.detach() * ctx.aux.share
-        return grad, None
+def remove_conditioning(model: nn.Module) -> None:
+    """Undo `install_conditioning`; what others wrapped around it since stays."""
+    if model.__dict__.pop(_KEY, None) is None:
+        return
+    mark_positions(model, mark=False)
+    for name in _METHODS:
+        wrapper = model.__dict__.get(name)
+        if isinstance(wrapper, ConditionedMethod):
+            del model.__dict__[name]
+            if wrapper.own is not None:
+                model.__dict__[name] = wrapper.own
 
 
-class WeighAuxLoss(torch.autograd.Function):
-    """Identity on the log-probabilities of the labels, for losses that are computed from them outside the model.
+def conditioner_of(model: nn.Module) -> Conditioner | None:
+    """The conditioner of a base model, or None."""
+    return model.__dict__.get(_KEY)
 
-    Where the loss is `-c sum_t log p_t`, as TRL's `SFTTrainer` computes it, every label has the same gradient -c, and c times the
-    number of labels is the weight that the load-balancing loss would have had as a part of that loss. Other losses, such as
-    DPO's, have no such weight: the load-balancing loss then has no effect, and `otherwise` is called.
+
+def base_model_of(model: nn.Module) -> nn.Module:
+    """The model inside a `PeftModel` (or inside DDP, or compiled), or the model itself.
+
+    Raises:
+        ValueError: If no Task-Aware MoELoRA adapter is on it.
     """
+    model = getattr(model, "_orig_mod", model)
+    model = getattr(model, "module", model) if not hasattr(model, "get_base_model") else model
+    base: Any = model
+    if hasattr(model, "get_base_model"):
+        base = model.get_base_model()  # type: ignore[operator]
+    if conditioner_of(base) is None:
+        raise ValueError(
+            f"`{type(model).__name__}` has no Task-Aware MoELoRA adapter. Call "
+            "`get_peft_model(model, TaskMoELoraConfig(...))` or `PeftModel.from_pretrained(...)`."
+        )
+    return base
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        log_probs: torch.Tensor,
-        counted: torch.Tensor,
-        aux: AuxLoss,
-        otherwise: Callable[[], None],
-    ) -> torch.Tensor:
-        """Return `log_probs`; `counted` marks those of labels."""
-        ctx.save_for_backward(counted)
-        ctx.aux, ctx.otherwise = aux, otherwise
-        return log_probs.view_as(log_probs)
 
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        """Read the weight off the incoming gradient and pass it on."""
-        (counted,) = ctx.saved_tensors
-        of_labels = grad[counted]
-        if torch.equal(of_labels, of_labels[:1].expand_as(of_labels)) and bool(
-            (of_labels <= 0).all()
-        ):
-            ctx.aux.weight = -of_labels.sum()
-        else:
-            ctx.otherwise()
-        return grad, None, None, None
+def _forward(
+    model: nn.Module, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The model's `forward` under the task of the call."""
+    task_embeds = kwargs.pop("task_embeds", None)
+    conditioner = conditioner_of(model)
+    if conditioner is None:
+        return inner(*args, **kwargs)
+    outer = current_state()
+    if outer is not None and task_embeds is None and outer.owner is conditioner:
+        if outer.decoding is None:
+            return inner(*args, **kwargs)  # inside a wrapper of its own
+        note_shape(outer, bind(type(model), args, kwargs))  # a step of `generate`
+        return inner(*args, **kwargs)
+    call = bind(type(model), args, kwargs)
+    state = _state_for(model, conditioner, call, task_embeds, outer)
+    if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        _carry_task_into_recompute(model)
+    with entered(state):
+        outputs = inner(*args, **kwargs)
+    return outputs if state.aux is None else conditioner.aux_log.add_to_outputs(state.aux, outputs)
+
+
+def _generate(
+    model: nn.Module, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The model's `generate` under the task of the call."""
+    task_embeds = kwargs.pop("task_embeds", None)
+    conditioner = conditioner_of(model)
+    if conditioner is None:
+        return inner(*args, **kwargs)
+    call = {name: value for name, value in kwargs.items() if name != "labels"}
+    if args:
+        call["input_ids"] = args[0]
+    elif "inputs" in call:
+        call["input_ids"] = call["inputs"]
+    state = _state_for(model, conditioner, call, task_embeds, current_state(), generates=True)
+    state.decoding = {}
+    with entered(state):
+        return inner(*args, **kwargs)
+
+
+_METHODS: dict[str, Callable[..., Any]] = {"forward": _forward, "generate": _generate}
+
+
+def _carry_task_into_recompute(model: nn.Module) -> None:
+    """Make whatever checkpoints recompute under the task of its forward.
+
+    At each forward, so that it does not matter when and how checkpointing was switched on.
+    """
+    for module in model.modules():
+        for attribute in _CHECKPOINT_ATTRIBUTES:
+            checkpoint = module.__dict__.get(attribute)
+            if checkpoint is not None:
+                setattr(module, attribute, carry_into_recompute(checkpoint))
+
+
+def _state_for(
+    model: nn.Module,
+    conditioner: Conditioner,
+    call: dict[str, Any],
+    task_embeds: torch.Tensor | dict[str, torch.Tensor] | None,
+    outer: TaskState | None,
+    generates: bool = False,
+) -> TaskState:
+    """The state of one call: the given task, the outer scope's, or the encoders', in this order.
+
+    Raises:
+        ValueError: If a task is needed and missing, or does not fit the batch.
+    """
+    outer = outer or TaskState()
+    state = TaskState(adapter_names=outer.adapter_names, recorder=outer.recorder, owner=conditioner)
+    note_shape(state, call)
+    readers = conditioner.task_readers(outer.adapter_names)
+    input_ids = call.get("input_ids")
+    if isinstance(task_embeds, dict):  # by adapter
+        for embeds in task_embeds.values():
+            check_task_embeds(embeds)
+        state.adapter_embeds = task_embeds
+    elif task_embeds is not None:
+        check_task_embeds(task_embeds)
+        state.task_embeds = task_embeds
+    elif outer.task_embeds is not None:
+        state.task_embeds, state.token_tasks = outer.task_embeds, outer.token_tasks
+    elif input_ids is not None and any(
+        conditioner.encoders.known(name, config) for name, config in readers.items()
+    ):
+        prompts = conditioner.encoders.reader_for(model).read(
+            input_ids,
+            call.get("labels"),
+            call.get("attention_mask"),
+            call.get("position_ids"),
+            answers=answers_are_in_input(model),
+            training=model.training and not generates,
+        )
+        state.token_tasks = prompts.token_tasks
+        state.adapter_embeds = conditioner.encoders.embed(readers, prompts.texts, input_ids.device)
+    if readers:
+        _check_fit(state, readers, call)
+    if model.training and torch.is_grad_enabled() and not generates:
+        state.aux = aux_loss_of(model, call, conditioner.aux_coefficients())
+    return state
+
+
+def _check_fit(
+    state: TaskState, readers: dict[str, TaskMoELoraConfig], call: dict[str, Any]
+) -> None:
+    """Check the task embeddings of a call against its adapters and rows; find packed documents."""
+    if state.token_tasks is not None and state.adapter_names is not None:
+        raise ValueError(
+            "`adapter_names` name one adapter a row, but these rows hold several documents. "
+            "Pass them unpacked."
+        )
+    for name, config in readers.items():
+        embeds = state.embeds_of(name)
+        if embeds is None:
+            raise ValueError(missing_task_message(name))
+        if embeds.shape[1] != config.task_dim:
+            raise ValueError(wrong_dimension_message(name, embeds.shape[1], config.task_dim))
+        count = embeds.shape[0]
+        if state.rows is None or state.token_tasks is not None or count == state.rows:
+            continue
+        documents = packed_documents(call.get("position_ids"), call.get("attention_mask"))
+        if documents is not None and count == int(documents[-1]) + 1:
+            state.token_tasks = documents
+            continue
+        ids = call.get("input_ids")
+        if isinstance(ids, torch.Tensor) and ids.dim() > 2 and count == ids.shape[0]:
+            continue  # one task for all choices of a row
+        raise ValueError(
+            f"There are {count} task embeddings for a batch of {state.rows} rows. Pass "
+            f"`task_embeds` of shape ({state.rows}, {embeds.shape[1]}), one row per example."
+        )

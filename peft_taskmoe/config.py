@@ -1,11 +1,10 @@
-"""The configuration of Task-Aware MoELoRA: its fields and their checks, nothing else.
-
-It knows no torch, no layer and no model. `encoder.py` is read only for the type of `task_encoder`.
-"""
+"""The configuration of Task-Aware MoELoRA: its fields and their checks."""
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,33 +21,38 @@ TASK_NORMS = ("matched", "rms", "none")
 class TaskMoELoraConfig(PeftConfig):
     r"""Configuration of Task-Aware MoELoRA (`peft_type="TASKMOE_LORA"`).
 
-    Every adapted linear layer `W_0` gets `num_experts` LoRA experts of rank `r` and a router of its own:
+    Every adapted linear layer `W_0` gets `num_experts` LoRA experts of rank `r` and its own router:
 
-        g_t = softmax(W_r [x_t ; e])                              (`num_experts` gates per token, float32)
+        g_t = softmax(W_r [x_t ; e])                              (`num_experts` gates, float32)
         y_t = W_0 x_t + s * sum_i g_{t,i} B_i A_i dropout(x_t)    s = `lora_alpha` / `r`
 
-    with `x_t` the input of that layer and `e` the embedding of the task (`TaskEncoder`) of the token's example.
-    Source: Guo, Sanz-Cruzado, McCreadie, "Selecting the Right Experts", ECAI 2025, DOI 10.3233/FAIA251308.
+    with `x_t` the input of that layer and `e` the embedding of the task of the token's example.
+    Source: Guo, Sanz-Cruzado, McCreadie, "Selecting the Right Experts", ECAI 2025,
+    DOI 10.3233/FAIA251308.
 
     Args:
         num_experts: Number of experts `E` per adapted layer.
         r: Rank of each expert. The whole adapter has rank `num_experts * r`.
-        lora_alpha: Numerator of the scale `s`. Soft gates average `1 / num_experts`, so the mixture as a whole acts at
-            about `lora_alpha / (r * num_experts)`: 1.0 for the defaults.
-        lora_dropout: Probability of zeroing an input feature of the experts; the router sees the input undropped.
-            Layers that read the same tensor (q, k and v; gate and up) mostly share one draw.
-        router_inputs: What the router reads: `"token+task"`, `"token"` (no task embedding needed) or `"task"`
-            (all tokens of an example share their gates; only this kind merges exactly, see `to_lora`).
-        top_k: If given, only the `top_k` largest gates of a token are kept, and renormalised to sum to 1.
-        router_aux_loss_coef: Weight of the load-balancing loss `E * sum_i f_i P_i` (mean over adapted layers) that is
-            added to the loss the model returns while it trains. 0.0 turns it off.
-        task_dim: Dimension of the task embedding, 768 for CodeT5-base.
-        task_norm: Scale at which the router reads the task embedding. `"matched"` gives it the norm that the layer's own input
-            typically has, `0.25 sqrt(in)`, so that encoders of any scale start out with about the token's say; `"rms"` divides
-            it by its root mean square; `"none"` is the paper's raw vector. Measured by `experiments/router_scale.py`.
-        task_encoder: Which frozen encoder made the embeddings (a `TaskEncoderConfig` or its dict). It travels in
-            `adapter_config.json`, its weights never do; `attach_task_encoder(model)` reads it.
-        target_modules: Names (suffixes), a regex, or `"all-linear"`: every linear layer but the output head.
+        lora_alpha: Numerator of the scale `s`. Soft gates average `1 / num_experts`, so the mixture
+            acts at about `lora_alpha / (r * num_experts)`: 1.0 for the defaults.
+        lora_dropout: Probability of zeroing an input feature of the experts; the router sees the
+            input undropped.
+        router_inputs: What the router reads: `"token+task"`, `"token"` (no task embedding needed) or
+            `"task"` (all tokens of an example share their gates; only this kind merges exactly).
+        top_k: If given, only the `top_k` largest gates of a token are kept, renormalised to sum to 1.
+        router_aux_loss_coef: Weight of the load-balancing loss `E * sum_i f_i P_i` (mean over adapted
+            layers) that is added to the model's loss in training. 0.0 turns it off.
+        task_dim: Dimension of the task embedding. None: that of `task_encoder`, read from its config
+            when the layers are made; 768 (CodeT5-base) where none is named.
+        task_norm: Scale at which the router reads the task embedding. `"matched"`: the norm that the
+            layer's own input typically has, `0.25 sqrt(in)`, so that encoders of any scale start out
+            with about the token's say; `"rms"`: divided by its root mean square; `"none"`: the
+            paper's raw vector.
+        task_encoder: The frozen encoder of the task texts: a Hub id or folder, a `TaskEncoderConfig`
+            or its dict. It is loaded when a router first needs a task and none was given. The config
+            travels in `adapter_config.json`, the weights never do.
+        target_modules: Names (suffixes), a regex, or `"all-linear"`: every linear layer but the
+            output head.
         exclude_modules: Names or a regex of modules not to adapt.
         layers_to_transform: Indices of the layers to adapt, if not all of them.
         layers_pattern: Name of the list of layers that `layers_to_transform` counts in.
@@ -57,8 +61,8 @@ class TaskMoELoraConfig(PeftConfig):
         modules_to_save: Modules trained in full and saved with the adapter.
         trainable_token_indices: Token ids of the input embedding to train as well.
         bias: Which biases of the base model to train: `"none"`, `"all"` or `"taskmoe_lora_only"`.
-        init_weights: True starts with B = 0, so that a fresh adapter changes nothing. False also draws B at random
-            (for tests).
+        init_weights: True starts with B = 0, so that a fresh adapter changes nothing. False also
+            draws B at random (for tests).
         use_rslora: Scale by `lora_alpha / sqrt(r)` instead.
         fan_in_fan_out: Whether the base weight is stored (in, out), as in transformers' `Conv1D`.
     """
@@ -81,12 +85,14 @@ class TaskMoELoraConfig(PeftConfig):
     router_aux_loss_coef: float = field(
         default=0.0, metadata={"help": "Weight of the load-balancing loss."}
     )
-    task_dim: int = field(default=768, metadata={"help": "Dimension of the task embedding."})
+    task_dim: int | None = field(
+        default=None, metadata={"help": "Dimension of the task embedding; None: the encoder's."}
+    )
     task_norm: Literal["matched", "rms", "none"] = field(
         default="matched",
         metadata={"help": "Scale of the task embedding at the router: 'matched', 'rms' or 'none'."},
     )
-    task_encoder: TaskEncoderConfig | dict[str, Any] | None = field(
+    task_encoder: TaskEncoderConfig | dict[str, Any] | str | None = field(
         default=None, metadata={"help": "The frozen encoder of the task texts."}
     )
     target_modules: list[str] | str | None = field(
@@ -132,75 +138,107 @@ class TaskMoELoraConfig(PeftConfig):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # as PEFT's methods keep it
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
-        if isinstance(self.task_encoder, dict):
-            self.task_encoder = TaskEncoderConfig.from_dict(self.task_encoder)
+        if self.task_encoder is not None:
+            self.task_encoder = TaskEncoderConfig.of(self.task_encoder)
         self._check()
 
+    @property
+    def reads_token(self) -> bool:
+        """Whether the router reads the token's hidden state."""
+        return "token" in self.router_inputs
+
+    @property
+    def reads_task(self) -> bool:
+        """Whether the router reads the task embedding."""
+        return "task" in self.router_inputs
+
     def _check(self) -> None:
-        """Refuse values that cannot work, naming the field, what was found and what to write instead."""
-        if not isinstance(self.task_encoder, TaskEncoderConfig | None):
-            raise ValueError(
-                f"`task_encoder` is {self.task_encoder!r}, but it describes the encoder and its settings. "
-                'Pass e.g. `TaskEncoderConfig(name_or_path="Salesforce/codet5-base")` or its dict.'
-            )
-        _check_count("num_experts", self.num_experts)
-        _check_count("r", self.r)
-        _check_count("task_dim", self.task_dim)
-        for name, rank in (self.rank_pattern or {}).items():
-            _check_count(f"rank_pattern[{name!r}]", rank)
+        """Raise `ValueError` for a value that cannot work, naming field, value and what is allowed."""
+        for name in ("num_experts", "r"):
+            _check_count(name, getattr(self, name))
+        if self.task_dim is not None:
+            _check_count("task_dim", self.task_dim)
+        _check_pattern("rank_pattern", self.rank_pattern, _check_count)
+        _check_pattern("alpha_pattern", self.alpha_pattern, _check_number)
+        _check_number("lora_alpha", self.lora_alpha)
         _check_choice("router_inputs", self.router_inputs, ROUTER_INPUTS)
         _check_choice("task_norm", self.task_norm, TASK_NORMS)
         _check_choice("bias", self.bias, ("none", "all", "taskmoe_lora_only"))
+        for name in ("init_weights", "use_rslora", "fan_in_fan_out", "inference_mode"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be true or false, got {getattr(self, name)!r}.")
+        _check_number("lora_dropout", self.lora_dropout)
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(
-                f"`lora_dropout` is {self.lora_dropout!r}, but it is a probability below 1. "
-                "Pass e.g. `lora_dropout=0.05`, or 0.0 for none."
+                f"`lora_dropout` must be at least 0 and below 1, got {self.lora_dropout!r}."
             )
-        if self.top_k is not None and not (
-            isinstance(self.top_k, int) and 1 <= self.top_k <= self.num_experts
-        ):
+        self._check_routing()
+        self._check_targets()
+
+    def _check_routing(self) -> None:
+        _check_number("router_aux_loss_coef", self.router_aux_loss_coef)
+        if self.router_aux_loss_coef < 0:
             raise ValueError(
-                f"`top_k` is {self.top_k!r}, but a token can keep 1 to `num_experts` = {self.num_experts} of its gates. "
-                f"Pass `top_k=None` to keep all of them, or a number from 1 to {self.num_experts}."
+                "`router_aux_loss_coef` must not be negative, got "
+                f"{self.router_aux_loss_coef!r}. 0.0 turns the load-balancing loss off."
+            )
+        if self.top_k is None:
+            return
+        _check_count("top_k", self.top_k)
+        if self.top_k > self.num_experts:
+            raise ValueError(
+                f"`top_k` must be at most `num_experts` = {self.num_experts}, got {self.top_k!r}. "
+                "None keeps all gates."
             )
         if self.top_k == 1 and self.num_experts > 1 and not self.router_aux_loss_coef:
             warnings.warn(
-                "`top_k` is 1: the one gate that is kept always equals 1, so the loss gives the router no gradient, and it stays as it "
-                "was drawn. Pass `top_k=2` or more, or a `router_aux_loss_coef` above 0.",
-                stacklevel=2,
+                "With `top_k=1` the one gate that is kept always equals 1, so the loss gives the "
+                "router no gradient. Pass `top_k=2` or more, or a `router_aux_loss_coef` above 0.",
+                stacklevel=5,
             )
-        if self.router_aux_loss_coef < 0:
-            raise ValueError(
-                f"`router_aux_loss_coef` is {self.router_aux_loss_coef!r}; a negative weight would unbalance the "
-                "experts. Pass 0.0 to turn the load-balancing loss off, or e.g. 0.01."
-            )
+
+    def _check_targets(self) -> None:
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            _check_names(name, getattr(self, name))
+        targets = self.target_modules
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
-                "`layers_pattern` was given without `layers_to_transform`, so it would have no effect. "
-                "Pass `layers_to_transform=[...]` as well, or leave `layers_pattern` out."
+                "`layers_pattern` has no effect without `layers_to_transform`. Pass "
+                "`layers_to_transform=[...]` as well, or leave `layers_pattern` out."
             )
-        targets = self.target_modules
-        if (
-            self.layers_to_transform is not None
-            and isinstance(targets, str)
-            and targets.lower() != "all-linear"
-        ):
+        is_regex = isinstance(targets, str) and targets.lower() != "all-linear"
+        if self.layers_to_transform is not None and is_regex:
             raise ValueError(
-                f"`layers_to_transform` does not go together with `target_modules={targets!r}`, a regex that is matched as a "
-                'whole. Let the regex name the layers, or pass `target_modules="all-linear"` or a list such as '
-                '`target_modules=["q_proj", "v_proj"]`.'
+                f"`layers_to_transform` does not work with `target_modules={targets!r}`, a regex that "
+                'is matched as a whole. Pass `target_modules="all-linear"` or a list of names.'
             )
 
 
 def _check_count(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(
-            f"`{name}` is {value!r}, but it counts something. Pass a whole number of at least 1."
-        )
+        raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(
-            f"`{name}` is {value!r}, which is unknown. Pass one of {', '.join(map(repr, choices))}."
-        )
+def _check_number(name: str, value: object) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value):  # type: ignore[arg-type]
+        raise ValueError(f"`{name}` must be a finite number, got {value!r}.")
+
+
+def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"`{name}` must be one of {list(allowed)}, got {value!r}.")
+
+
+def _check_pattern(name: str, values: object, check: Callable[[str, object], None]) -> None:
+    if not isinstance(values, dict | None):
+        raise ValueError(f"`{name}` must map module names to numbers, got {values!r}.")
+    for key, value in (values or {}).items():
+        check(f"{name}[{key!r}]", value)
+
+
+def _check_names(name: str, value: object) -> None:
+    if value is None or isinstance(value, str):
+        return
+    if not isinstance(value, list | set | tuple) or not all(isinstance(v, str) for v in value):
+        raise ValueError(f"`{name}` must be a name, a regex or a list of names, got {value!r}.")

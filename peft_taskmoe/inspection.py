@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .conditioning import GateRecorder, TaskState, current_state, entered
-from .layer import Linear, repeat_names
+from .layer import Linear
+from .task_scope import GateRecorder, TaskState, current_state, user_scope
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -105,7 +105,7 @@ class GateRecord:
 
     @torch.compiler.disable
     def __call__(
-        self, layer: Any, adapter: str, gates: torch.Tensor, token_tasks: torch.Tensor | None
+        self, layer: Any, adapter: str, gates: torch.Tensor, token_rows: torch.Tensor | None
     ) -> None:
         """Take the gates `(tokens, e)` of one layer."""
         name = self._names.get(id(layer))
@@ -117,13 +117,13 @@ class GateRecord:
         per_token = torch.cat(
             (gates, gates.square(), chosen, entropy, torch.ones_like(entropy)), dim=-1
         )
-        mask = counted_tokens(adapter, gates.shape[0])
+        mask = counted_tokens(token_rows, gates.shape[0])
         if mask is not None:
             per_token = per_token * mask.to(gates.device).unsqueeze(-1)
         if isinstance(self._labels, str):
             self._add(adapter, name, self._labels, per_token.sum(0))
             return
-        owners = _owners(adapter, gates.shape[0], self._labels).to(gates.device)
+        owners = _owners(token_rows, gates.shape[0], self._labels).to(gates.device)
         sums = per_token.new_zeros(len(self._labels), per_token.shape[1]).index_add_(
             0, owners, per_token
         )
@@ -308,7 +308,7 @@ def record_gates(model: nn.Module) -> Iterator[GateRecord]:
 @contextmanager
 def recording(recorder: GateRecorder) -> Iterator[None]:
     """Have the layers show their gates to `recorder` inside the block; the rest of the scope stays as it is."""
-    with entered(replace(current_state() or TaskState(), recorder=recorder)):
+    with user_scope(replace(current_state() or TaskState(), recorder=recorder)):
         yield
 
 
@@ -319,11 +319,11 @@ def adapted_layers(model: nn.Module) -> dict[str, Linear]:
     return {name: module for name, module in base.named_modules() if isinstance(module, Linear)}
 
 
-def counted_tokens(adapter: str, tokens: int) -> torch.Tensor | None:
+def counted_tokens(token_rows: torch.Tensor | None, tokens: int) -> torch.Tensor | None:
     """Which of the tokens a layer just saw are no padding.
 
     Args:
-        adapter: The adapter whose gates they are (a batch may name one for each row).
+        token_rows: See `GateRecorder`.
         tokens: Number of tokens the layer saw.
 
     Returns:
@@ -333,16 +333,17 @@ def counted_tokens(adapter: str, tokens: int) -> torch.Tensor | None:
     if state is None or state.token_mask is None:
         return None
     mask = state.token_mask
-    if state.adapter_names is not None:
-        mask = mask[_rows_of(adapter, repeat_names(state.adapter_names, mask.shape[0]))]
-    return mask.reshape(-1) if mask.numel() == tokens else None
+    if token_rows is None:
+        return mask.reshape(-1) if mask.numel() == tokens else None
+    mask = mask[token_rows.unique().to(mask.device)]
+    if mask.numel() != tokens:
+        return None
+    counted = torch.empty(tokens, dtype=torch.bool)
+    counted[token_rows.argsort(stable=True)] = mask.reshape(-1).to(counted.device)
+    return counted
 
 
-def _rows_of(adapter: str, names: Sequence[str]) -> torch.Tensor:
-    return torch.tensor([i for i, name in enumerate(names) if name == adapter])
-
-
-def _owners(adapter: str, tokens: int, labels: list[str]) -> torch.Tensor:
+def _owners(token_rows: torch.Tensor | None, tokens: int, labels: list[str]) -> torch.Tensor:
     """Index of each token's label, `(tokens,)`.
 
     Raises:
@@ -351,20 +352,17 @@ def _owners(adapter: str, tokens: int, labels: list[str]) -> torch.Tensor:
     state = current_state()
     assert state is not None
     documents = state.token_tasks
-    rows = torch.arange(len(labels))
-    if documents is not None:
-        expected: int | None = int(documents.max()) + 1
-    else:
-        expected = state.rows
-        if state.adapter_names is not None and len(labels) % len(state.adapter_names) == 0:
-            rows = _rows_of(adapter, repeat_names(state.adapter_names, len(labels)))
-    if expected not in (None, len(labels)) or (documents is None and tokens % len(rows)):
+    rows = state.rows if documents is None else int(documents.max()) + 1
+    repeated = state.decoding is not None and rows and rows % len(labels) == 0
+    if token_rows is None or not (rows == len(labels) or repeated):
+        found = f"{tokens} tokens" if token_rows is None else f"{rows} rows"
         raise ValueError(
-            f"{len(labels)} task names were given for a batch of {expected or tokens} "
-            f"{'tokens' if expected is None else 'rows' if documents is None else 'documents'}, so the gates cannot be told apart "
-            "by task. Pass `record.task([...])` one name per row (per document, where rows are packed), or one name for all."
+            f"{len(labels)} task names were given for {found if documents is None else f'{rows} documents'}. "
+            "Pass `record.task([...])` one name per row (per document, where rows are packed), or one "
+            "name for all."
         )
-    return rows.repeat_interleave(tokens // len(rows)) if documents is None else documents
+    assert rows
+    return token_rows // (rows // len(labels))
 
 
 def _stats(adapter: str, layer: str, task: str, sums: torch.Tensor) -> GateStats:

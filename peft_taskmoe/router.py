@@ -1,7 +1,4 @@
-"""The router: token states and task embedding to gates. Pure torch; it knows no PEFT and no layer.
-
-This is the plain, readable form. `fused.py` computes the same in one autograd function and is tested against it.
-"""
+"""Maps token states and task embeddings to expert gates."""
 
 from __future__ import annotations
 
@@ -119,14 +116,15 @@ def gates_from_logits(logits: torch.Tensor, top_k: int | None) -> torch.Tensor:
     return torch.softmax(keep_top_k(logits, top_k), dim=-1)
 
 
+@torch.no_grad()
 def load_balancing_loss(
     logits: torch.Tensor, top_k: int | None, token_mask: torch.Tensor | None
-) -> torch.Tensor:
-    r"""`E * sum_i f_i P_i` over the tokens that are not padding: 1 when all experts are used alike, up to E.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""`E * sum_i f_i P_i` over the tokens that are not padding: 1 for experts used alike, up to E.
 
-    `f_i` is the share of the (token, slot) choices that fall on expert i, with `top_k` slots per token (1 where all gates
-    are kept), and `P_i` the mean of the full softmax. The gradient flows through `P_i`.
-    Source: Fedus et al., "Switch Transformers", JMLR 2022, equations 4 to 6.
+    `f_i` is the share of the (token, slot) choices that fall on expert i, with `top_k` slots per
+    token (1 where all gates are kept), and `P_i` the mean of the full softmax. The gradient flows
+    through `P_i`. Source: Fedus et al., "Switch Transformers", JMLR 2022, equations 4 to 6.
 
     Args:
         logits: `(tokens, e)`, before `top_k`.
@@ -134,17 +132,16 @@ def load_balancing_loss(
         token_mask: `(tokens,)` bool, True for tokens that count; None for all.
 
     Returns:
-        A scalar.
+        The loss, a scalar, and its gradient with respect to the logits, `(tokens, e)`.
     """
-    num_experts = logits.shape[-1]
+    num_experts, slots = logits.shape[-1], top_k or 1
     probs = torch.softmax(logits, dim=-1)
-    slots = top_k or 1
     chosen = torch.zeros_like(probs).scatter(-1, logits.topk(slots, dim=-1).indices, 1.0)
-    if token_mask is None:
-        weights = torch.full_like(probs[:, :1], 1.0 / probs.shape[0])
-    else:
+    counted = torch.ones_like(probs[:, :1])
+    if token_mask is not None:
         counted = token_mask.to(probs).unsqueeze(-1)
-        weights = counted / counted.sum().clamp(min=1.0)
+    weights = counted / counted.sum().clamp(min=1.0)
     share = (chosen * weights).sum(0) / slots
-    mean_prob = (probs * weights).sum(0)
-    return num_experts * (share.detach() * mean_prob).sum()
+    of_probs = num_experts * share * weights
+    gradient = probs * (of_probs - (probs * of_probs).sum(-1, keepdim=True))
+    return (of_probs * probs).sum(), gradient

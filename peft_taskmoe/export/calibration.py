@@ -175,14 +175,14 @@ class _UpdateErrors:
             yield
 
     def __call__(
-        self, layer: Any, adapter: str, gates: torch.Tensor, token_tasks: torch.Tensor | None
+        self, layer: Any, adapter: str, gates: torch.Tensor, token_rows: torch.Tensor | None
     ) -> None:
         """Compare the updates of one layer on one batch, in float32 at least: a `GateRecorder`."""
         name = self.names[id(layer)]
         update = _updates(self.adapter, layer, self.inputs.pop(id(layer)), promote=True)
         exact = update(gates)
         difference = update(self.gates[name].expand_as(gates)) - exact
-        mask = counted_tokens(adapter, gates.shape[0])
+        mask = counted_tokens(token_rows, gates.shape[0])
         self.tokens[name] += gates.shape[0] if mask is None else int(mask.sum())
         for i, values in enumerate((difference, exact)):
             values = values if mask is None else values[mask.to(values.device)]

@@ -11,7 +11,7 @@ from torch import nn
 from ..config import TaskMoELoraConfig
 from ..inspection import adapted_layers
 from ..layer import Linear
-from ..model import base_model_of
+from ..conditioning import base_model_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from peft_taskmoe import (
     task_context,
 )
 from peft_taskmoe.automatic import PromptEncoder, packed_documents, prompt_ids
-from peft_taskmoe.model import conditioner_of
+from peft_taskmoe.conditioning import conditioner_of
 from tiny import TASK_DIM
 
 

@@ -26,7 +26,7 @@ from cases import MODELS, SMALL, adapted, config_for, logits_of, louder, tasks
 from peft_taskmoe import TaskMoELoraConfig, task_context
 from peft_taskmoe.conditioning import carry_into_recompute, current_state
 from peft_taskmoe.layer import TaskMoELoraLayer
-from peft_taskmoe.model import conditioner_of
+from peft_taskmoe.conditioning import conditioner_of
 
 torch.set_num_threads(1)
 

@@ -24,7 +24,7 @@ from peft_taskmoe.conditioning import (
     entered,
 )
 from peft_taskmoe.layer import Linear, TaskMoELoraLayer
-from peft_taskmoe.model import conditioner_of
+from peft_taskmoe.conditioning import conditioner_of
 from tiny import TASK_DIM, randomise
 
 

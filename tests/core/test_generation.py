@@ -21,7 +21,7 @@ from transformers import (
 from cases import MODELS, NO_END, ROWS, VOCAB, config_for, louder, rows_of, tasks
 from cases import adapted as softly_adapted
 from peft_taskmoe import fused, task_context
-from peft_taskmoe.conditioning import current_state
+from peft_taskmoe.task_scope import current_state
 
 torch.set_num_threads(1)
 

@@ -16,7 +16,7 @@ import peft_taskmoe.fused
 import peft_taskmoe.layer
 import reference
 from peft_taskmoe import TaskMoELoraConfig, fused, task_context
-from peft_taskmoe.conditioning import TaskState, entered
+from peft_taskmoe.task_scope import TaskState, entered
 from peft_taskmoe.experts import draw_dropped, zero_dropped
 from peft_taskmoe.layer import Linear
 

@@ -15,7 +15,7 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from peft_taskmoe import TaskMoELoraConfig, attach_task_encoder
-from peft_taskmoe.automatic import packed_documents, prompt_ids
+from peft_taskmoe.prompts import packed_documents, prompt_ids
 from tiny import TASK_DIM, randomise
 
 # Prompts and completions, all of different lengths.

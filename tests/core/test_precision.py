@@ -10,7 +10,7 @@ from peft import get_peft_model
 
 import reference
 from peft_taskmoe import TaskMoELoraConfig, task_context
-from peft_taskmoe.conditioning import TaskState, entered
+from peft_taskmoe.task_scope import TaskState, entered
 from peft_taskmoe.layer import Linear
 from tiny import TASK_DIM, randomise
 

@@ -18,8 +18,8 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 import reference
 from peft_taskmoe import TaskCollator, TaskMoELoraConfig, attach_task_encoder
 from peft_taskmoe.layer import Linear
-from peft_taskmoe.model import conditioner_of
-from peft_taskmoe.training_log import log_routing
+from peft_taskmoe.conditioning import conditioner_of
+from peft_taskmoe import log_routing
 from tiny import TASK_DIM, randomise
 
 COEF = 0.7

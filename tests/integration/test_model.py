@@ -13,9 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 import reference
 from peft_taskmoe import TaskMoELoraConfig, task_context
-from peft_taskmoe.conditioning import TaskState, entered
+from peft_taskmoe.task_scope import TaskState, entered
 from peft_taskmoe.layer import TaskMoELoraLayer
-from peft_taskmoe.model import conditioner_of
+from peft_taskmoe.conditioning import conditioner_of
 from tiny import MODELS, TASK_DIM, randomise
 
 IDS = torch.arange(4, 14).view(2, 5)

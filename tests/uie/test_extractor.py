@@ -30,7 +30,7 @@ from peft_taskmoe import (
     record_gates,
     task_context,
 )
-from peft_taskmoe.conditioning import current_state
+from peft_taskmoe.task_scope import current_state
 from peft_taskmoe.uie import (
     Argument,
     Document,
@@ -232,7 +232,7 @@ def test_task_embeddings_of_the_prompts_reach_the_model(tokenizer, monkeypatch):
     model, encoder = moe_model(), tiny_encoder()
     seen = []
     layer = next(m for n, m in model.named_modules() if n.endswith("q_proj"))
-    layer.register_forward_pre_hook(lambda *_: seen.append(current_state().task_embeds))
+    layer.register_forward_pre_hook(lambda *_: seen.append(current_state().embeds_of("default")))
     extractor = Extractor(model, tokenizer, encoder, max_new_tokens=3)
     found = extractor(["Ada met Bob.", "a longer text about Kourou"], WORDS)
     prompts = sorted((prompt_text(item.text, WORDS) for item in found), key=len, reverse=True)

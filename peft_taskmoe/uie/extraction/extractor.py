@@ -383,7 +383,7 @@ class Extractor:
                 *(self.max_new_tokens, self.max_prompt_tokens, self.overlap, self.all_occurrences),
                 self.generator.constraint is not None,
                 weights_checksum(self.model),
-                None if reader is None else reader.encoder.fingerprint(),
+                None if reader is None else [one.fingerprint() for one in reader.encoders],
             ]
         )
 

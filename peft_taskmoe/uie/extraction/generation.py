@@ -98,8 +98,7 @@ class Generator:
         reader = reader_of(self.model) if rows_leave else None
         if reader is not None:
             # Or the prompts would be embedded again, with the beginnings of their answers.
-            found = reader.tasks_of(input_ids, attention_mask=mask, answers=False)
-            passed["task_embeds"] = found.task_embeds
+            passed["task_embeds"] = reader.embed(input_ids, mask)
         constraint = None
         if self.constraint is not None:
             constraint = self.constraint.processor([(p.schema, p.text, p.given) for p in prompts])
@@ -135,7 +134,9 @@ class Generator:
             if constraint is not None:
                 constraint.keep(left.tolist())
             embeds = passed.get("task_embeds")
-            passed = {} if embeds is None else {"task_embeds": embeds[left]}
+            if embeds is not None:
+                embeds = {adapter: rows_of[left] for adapter, rows_of in embeds.items()}
+            passed = {} if embeds is None else {"task_embeds": embeds}
             passed |= _keys_and_values_of(output, left)
 
     def _padded(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -60,7 +60,7 @@ class PrefixCache:
         keep_one = self.model._supports_logits_to_keep()
         extra: dict[str, Any] = {"logits_to_keep": 1} if keep_one else {}
         if reader is not None:
-            extra["task_embeds"] = reader.tasks_of(ids, answers=False).task_embeds
+            extra["task_embeds"] = reader.embed(ids)
         output = self.model(input_ids=ids[:, :shared], use_cache=True, **extra)
         if not keeps_keys_and_values(output):
             raise ValueError(
@@ -91,7 +91,7 @@ class PrefixCache:
                 "a model with `longrope` positions turns the first tokens differently before a "
                 "long text than before a short one"
             )
-        elif reader is not None and reader.encoder.config.text == "prompt":
+        elif reader is not None and any(one.config.text == "prompt" for one in reader.encoders):
             why = (
                 'the task encoder reads the whole prompt (`text="prompt"`), so the router treats '
                 "the tokens of a schema differently before every text"

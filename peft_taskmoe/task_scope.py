@@ -1,0 +1,220 @@
+"""The task of the running forward: a scope that adapted layers read, also when they run again in backward."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from .aux_loss import AuxLoss
+from .router import normalize_task
+
+
+class GateRecorder(Protocol):
+    """Takes the gates of each adapted layer that runs."""
+
+    def __call__(
+        self, layer: Any, adapter: str, gates: torch.Tensor, token_rows: torch.Tensor | None
+    ) -> None:
+        """Take the gates `(tokens, e)` of one layer, and each token's row or document if known."""
+
+
+@dataclass(slots=True, eq=False)
+class TaskState:
+    """What the layers need to know about the forward that runs.
+
+    Attributes:
+        task_embeds: `(n, task_dim)`, or None.
+        adapter_embeds: The same for one adapter each, by its name, where every adapter has an
+            encoder of its own; `task_embeds` wins.
+        token_tasks: `(tokens,)` index of each token's task for packed rows; None where each task
+            belongs to an equal number of consecutive rows.
+        adapter_names: Name of each row's adapter, or None for the active adapters.
+        rows: Rows of the batch, if known.
+        lengths: Numbers of tokens that a row may have (input, decoder input), as far as known.
+        decoding: What layers prepared for the decode steps of a generation; None outside of one.
+        aux: The load-balancing loss, if one is collected.
+        recorder: Takes every layer's gates, if given.
+        token_mask: `(rows, length)` bool, False for padding; filled for a recorder only.
+        positions: True while a layer is given relative positions, which belong to no row.
+        owner: The `Conditioner` whose forward runs; None in a `task_context`.
+    """
+
+    task_embeds: torch.Tensor | None = None
+    adapter_embeds: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    token_tasks: torch.Tensor | None = None
+    adapter_names: Sequence[str] | None = None
+    rows: int | None = None
+    lengths: tuple[int, ...] = ()
+    decoding: dict[Hashable, Any] | None = None
+    aux: AuxLoss | None = None
+    recorder: GateRecorder | None = None
+    token_mask: torch.Tensor | None = None
+    positions: bool = False
+    owner: Any = None
+    _normalized: dict[Hashable, torch.Tensor] = field(default_factory=dict)
+
+    def embeds_of(self, adapter: str) -> torch.Tensor | None:
+        """The task embeddings that this adapter reads."""
+        return self.adapter_embeds.get(adapter) if self.task_embeds is None else self.task_embeds
+
+    def normalized_embeds(
+        self, adapter: str, task_norm: str, in_features: int, device: torch.device
+    ) -> torch.Tensor | None:
+        """The same at the router's scale and on the layer's device; computed once per input width."""
+        embeds = self.embeds_of(adapter)
+        if embeds is None:
+            return None
+        if (
+            torch.compiler.is_compiling() or embeds.requires_grad
+        ):  # trained: each layer its own graph
+            return normalize_task(embeds.to(device), task_norm, in_features)
+        key = (id(embeds), task_norm, in_features, device)
+        found = self._normalized.get(key)
+        if found is None:
+            found = normalize_task(embeds.to(device), task_norm, in_features)
+            self._normalized[key] = found
+        return found
+
+
+class _Local(threading.local):
+    """The scopes of this thread.
+
+    Attributes:
+        running: The state of the forward that runs; nothing is awaited inside of it.
+        traced: The user's scope, for compiled code, which cannot be traced through a `ContextVar`.
+    """
+
+    def __init__(self) -> None:
+        self.running: TaskState | None = None
+        self.traced: TaskState | None = None
+
+
+_USER: ContextVar[TaskState | None] = ContextVar("peft_taskmoe.task", default=None)
+_LOCAL = _Local()
+
+
+def current_state() -> TaskState | None:
+    """The state of the forward that runs in this thread, or of the scope around it, or None."""
+    if _LOCAL.running is not None:
+        return _LOCAL.running
+    return _LOCAL.traced if torch.compiler.is_compiling() else _USER.get()
+
+
+class entered:  # a class, which torch.compile traces without a break
+    """Run a forward under a state, and restore what was there before.
+
+    Args:
+        state: The state to run under.
+    """
+
+    def __init__(self, state: TaskState) -> None:
+        self.state = state
+
+    def __enter__(self) -> None:
+        self.before = _LOCAL.running
+        _LOCAL.running = self.state
+
+    def __exit__(self, *exc: object) -> None:
+        _LOCAL.running = self.before
+
+
+@contextmanager
+def user_scope(state: TaskState) -> Iterator[None]:
+    """Run a block under a state, in this thread or coroutine.
+
+    In a coroutine compiled code does not see the scope: another coroutine may run in between.
+
+    Args:
+        state: The state that forwards in the block start from.
+    """
+    running, traced = _LOCAL.running, _LOCAL.traced
+    _LOCAL.running = None  # inside of a forward the scope wins
+    in_loop = asyncio._get_running_loop() is not None
+    _LOCAL.traced = None if in_loop else state
+    token = _USER.set(state)
+    try:
+        yield
+    finally:
+        _USER.reset(token)
+        _LOCAL.running = running
+        _LOCAL.traced = None if in_loop else traced
+
+
+@contextmanager
+def task_context(task_embeds: torch.Tensor) -> Iterator[None]:
+    """Route whatever runs inside the block by these task embeddings.
+
+    For layers without a `PeftModel` around them (`inject_adapter_in_model`, `model.add_adapter`) and
+    for calls whose arguments are not yours. The scope belongs to this thread, or to this coroutine.
+    Arguments given to a call inside win.
+
+    Args:
+        task_embeds: `(n, task_dim)`, one row per example of the batch.
+
+    Raises:
+        ValueError: If `task_embeds` is not a float tensor of two dimensions.
+
+    Example:
+        ```python
+        with task_context(encoder(prompts)):
+            logits = model(**batch).logits
+        ```
+    """
+    check_task_embeds(task_embeds)
+    outer = current_state()
+    recorder = None if outer is None else outer.recorder
+    with user_scope(TaskState(task_embeds=task_embeds, recorder=recorder)):
+        yield
+
+
+def check_task_embeds(task_embeds: Any) -> None:
+    """Raise `ValueError` unless given a float tensor `(n, task_dim)`."""
+    found = type(task_embeds).__name__
+    if isinstance(task_embeds, torch.Tensor):
+        if task_embeds.dim() == 2 and task_embeds.is_floating_point():
+            return
+        found = f"of shape {tuple(task_embeds.shape)} and dtype {task_embeds.dtype}"
+    raise ValueError(
+        f"`task_embeds` must be a float tensor of shape (batch, task_dim), got {found}. "
+        "Pass e.g. `task_embeds=encoder(prompts)`."
+    )
+
+
+class _CarryState:
+    """A checkpoint function that recomputes under the state it was called with."""
+
+    def __init__(self, checkpoint: Callable[..., Any]) -> None:
+        self.checkpoint = checkpoint
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        state = current_state()
+        if state is None or (torch.compiler.is_compiling() and state.aux is None):
+            return self.checkpoint(function, *args, **kwargs)
+
+        def under_state(*inner_args: Any, **inner_kwargs: Any) -> Any:
+            with entered(state):
+                return function(*inner_args, **inner_kwargs)
+
+        return self.checkpoint(under_state, *args, **kwargs)
+
+
+def carry_into_recompute(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a checkpoint function so that what it recomputes in backward sees the task of its forward.
+
+    For reentrant and non-reentrant checkpointing, and several forwards before one backward: each call
+    carries its own state. Idempotent.
+
+    Args:
+        checkpoint: `torch.utils.checkpoint.checkpoint` or a partial of it.
+
+    Returns:
+        A function with the same arguments.
+    """
+    return checkpoint if isinstance(checkpoint, _CarryState) else _CarryState(checkpoint)
