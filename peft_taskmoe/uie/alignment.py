@@ -1,7 +1,8 @@
-"""Where in a text a mention stands: exact or normalised occurrences, their order, and which one a record means.
+"""Where in a text a mention stands, and which of its occurrences a record means.
 
-Knows strings and offsets (code points) only: neither schemas nor answers. `occurrences` is a definition that a
-brute-force search can be held against; `Aligner` adds the rules by which the records of one answer take their places.
+Knows strings and offsets (code points) only: neither schemas nor answers. `occurrences` is a
+definition that a brute-force search can be held against; `Aligner` adds the rules by which the
+records of one answer take their places.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _PLAIN = str.maketrans(
     dict.fromkeys("‘’‚‛′`´", "'") | dict.fromkeys("“”„‟″«»", '"') | dict.fromkeys("‐‑‒–—―−", "-")
 )
 
-# Scripts that are written without spaces between words: any two letters of theirs may be a boundary.
+# Scripts without spaces between words: any two letters of theirs may be a boundary.
 _UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
     "\uff66-\uff9f\U00020000-\U0003ffff]"
@@ -64,17 +65,18 @@ class Occurrences:
 class TextIndex:
     """One text, searched for mentions. The normalised form is computed when it is first needed.
 
-    **Order of occurrences**: those that stand as words of their own (no letter, digit or mark of a script written
-    with spaces continues the mention on either side) in the order of the text, then those inside longer words, in
-    the order of the text. Occurrences may overlap.
+    **Order of occurrences**: those that stand as words of their own (no letter, digit or mark of a
+    script written with spaces continues the mention on either side) in the order of the text, then
+    those inside longer words, in the order of the text. Occurrences may overlap.
 
-    **Exact** occurrences are those of the very string. Only where there are none, **normalised** ones count: places
-    whose normal form is the mention's. The normal form (`normalise`) takes curly quotes and dashes for plain ones,
-    NFKD and casefold for each character, leaves out format characters, variation selectors and marks that sit on a
-    letter (not the marks that make another letter: kana voicing, nukta, virama), leaves out white space next to
-    punctuation and at both ends, and makes one space of other white space. A place begins and ends with a character
-    that is part of the form, except that marks which belong to its last character are inside; it never splits a
-    character.
+    **Exact** occurrences are those of the very string. Only where there are none, **normalised**
+    ones count: places whose normal form is the mention's. The normal form (`normalise`) takes curly
+    quotes and dashes for plain ones, NFKD and casefold for each character, leaves out format
+    characters, variation selectors and marks that sit on a letter (not the marks that make another
+    letter: kana voicing, nukta, virama), leaves out white space next to punctuation and at both
+    ends, and makes one space of other white space. A place begins and ends with a character
+    that is part of the form, except that marks which belong to its last character are inside; it
+    never splits a character.
     """
 
     def __init__(self, text: str) -> None:
@@ -126,7 +128,7 @@ class TextIndex:
         return Span(self.text[place[0] : place[1]], *place, self.occurrences(mention).alignment)
 
     def nth(self, mention: str, number: int) -> Place | None:
-        """The occurrence with this number, counted from 1 in the order above; `None` where there is none."""
+        """The occurrence with this number, counted from 1 in the order above, if there is one."""
         places = self.occurrences(mention).places
         return places[number - 1] if 1 <= number <= len(places) else None
 
@@ -146,14 +148,15 @@ class Aligner:
     - An entity's span, an event's trigger: the k-th record with the same words under the same label
       takes the k-th occurrence. Places inside a longer mention that an earlier record has taken,
       under whatever label, come behind all others of their kind.
-    - A relation: the k-th with the same head and tail under the same label takes the k-th occurrence of both; a side
-      with fewer occurrences stays at its last one. Where head and tail are the same words, the tail is the
-      occurrence behind the head's. Where one side's occurrence is said, the other takes its own in order.
-    - An argument: the occurrence nearest to its event's trigger, then the next nearest, for the same words in the
-      same role of the same event; at equal distance the earlier one.
+    - A relation: the k-th with the same head and tail under the same label takes the k-th
+      occurrence of both; a side with fewer occurrences stays at its last one. Where head and tail
+      are the same words, the tail is the occurrence behind the head's. Where one side's occurrence
+      is said, the other takes its own in order.
+    - An argument: the occurrence nearest to its event's trigger, then the next nearest, for the
+      same words in the same role of the same event; at equal distance the earlier one.
 
-    Occurrences inside longer words come last under each rule. `free_...` looks, `take...` takes; both
-    what the default finds and what an occurrence number says is taken.
+    Occurrences inside longer words come last under each rule. `free_...` looks, `take...` takes;
+    both what the default finds and what an occurrence number says is taken.
     """
 
     def __init__(self, index: TextIndex) -> None:
@@ -174,7 +177,7 @@ class Aligner:
         self._longest.add(place)
 
     def free_place(self, group: Hashable, mention: str) -> Place | None:
-        """The place that the next span or trigger with these words takes; `None` if none is left."""
+        """The place that the next span or trigger with these words takes, if one is left."""
         found = self.index.occurrences(mention)
         for first, behind in ((0, found.alone), (found.alone, len(found.places))):
             candidates = partial(islice, found.places, first, behind)
@@ -192,12 +195,12 @@ class Aligner:
         head_place: Place | None = None,
         tail_place: Place | None = None,
     ) -> tuple[Place, Place] | None:
-        """The places that the next relation between these words takes; those that are given stay."""
+        """The places that the next relation between these words takes; given ones stay."""
         key = (head, tail, head_place, tail_place)
         return self._first_free(group, key, lambda: self._pairs(head, tail, head_place, tail_place))
 
     def free_argument(self, group: Hashable, mention: str, trigger: Place | None) -> Place | None:
-        """The place that the next argument with these words takes in a group: one role of one event."""
+        """The place that the next argument with these words takes in a role of an event."""
         return self._first_free(
             group, mention, lambda: _nearest(self.index.occurrences(mention), trigger)
         )
@@ -360,7 +363,7 @@ def _fold(character: str) -> str:
 
 
 def _is_left_out(character: str) -> bool:
-    # Combining classes below 10 are overlays, nukta, kana voicing and virama: they make another letter.
+    # Combining classes below 10 (overlays, nukta, kana voicing, virama) make another letter.
     return (
         unicodedata.combining(character) >= 10
         or unicodedata.category(character) == "Cf"

@@ -1,20 +1,20 @@
-"""From what a model wrote to records: every record that is well formed, and a problem for everything else.
+"""From what a model wrote to records, and a problem for everything that is none.
 
-Knows answers, schemas and alignment. Nothing that a model wrote is evaluated: a scanner finds the calls of an answer
-and checks that they are made of names, strings, numbers and lists; `ast.parse` reads each of them. Time is linear
-in the length of the answer (each new mention is a search through the text); nothing that an answer can hold raises.
+Knows answers, schemas and alignment. Nothing that a model wrote is evaluated: a scanner finds the
+calls of an answer and checks that they are made of names, strings, numbers and lists; `ast.parse`
+reads each of them. Time is linear in the length of the answer (each new mention is a search through
+the text); nothing that an answer can hold raises.
 """
 
 from __future__ import annotations
 
 import ast
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from peft_taskmoe.uie.alignment import Aligner, Place, TextIndex, normalise
-from peft_taskmoe.uie.identifiers import IDENTIFIER
+from peft_taskmoe.uie.calls import MESSAGES, Scanner
 from peft_taskmoe.uie.records import (
     Argument,
     Entity,
@@ -28,15 +28,6 @@ from peft_taskmoe.uie.records import (
 )
 from peft_taskmoe.uie.schema import Label, Names, Schema
 
-MAX_DEPTH = 8
-"""Brackets within brackets that a record may have; a well-formed one has two."""
-
-MAX_TOKENS = 10_000
-"""Strings, names, numbers and signs that one record may have."""
-
-MAX_NUMBER = 100
-"""Characters of a number; Python cannot print the longest that it can read."""
-
 
 @dataclass(frozen=True, slots=True)
 class ParsedAnswer:
@@ -44,7 +35,8 @@ class ParsedAnswer:
 
     Attributes:
         records: The records, in the order of the answer, placed in the text.
-        problems: What could not be taken as it stands, in the order of the answer; see `PROBLEM_KINDS`.
+        problems: What could not be taken as it stands, in the order of the answer; see
+            `PROBLEM_KINDS`.
         raw: The answer as the model wrote it.
         sources: For each record, start and end in `raw` of what says it.
     """
@@ -73,8 +65,9 @@ def parse_answer(
 ) -> ParsedAnswer:
     """Read an answer.
 
-    The answer is what follows `result =`: a list of calls. Whatever is broken costs only the records it is in.
-    A record that the end of the answer cuts off is `truncated`. After the list is closed, a run-on is `extra_text`.
+    The answer is what follows `result =`: a list of calls. Whatever is broken costs only the
+    records it is in. A record that the end of the answer cuts off is `truncated`. After the list is
+    closed, a run-on is `extra_text`.
 
     Args:
         answer: What the model wrote; any string.
@@ -82,243 +75,21 @@ def parse_answer(
         text: The text that was asked about; offsets are those of this string.
         names: The identifiers that the prompt used; `None` is `schema.names`.
         given: The events that the prompt gave (EAE); an event that is none of them is `not_given`.
-        keep_not_found: Keep records with spans that the text does not have, with alignment `"not_found"` and no
-            offsets. They are `not_in_text` problems in either case.
+        keep_not_found: Keep records with spans that the text does not have, with alignment
+            `"not_found"` and no offsets. They are `not_in_text` problems in either case.
 
     Returns:
-        Records and problems; every prefix of a well-formed answer gives the records that are complete in it.
+        Records and problems; every prefix of a well-formed answer gives the records that are
+        complete in it.
     """
     reader = _Reader(schema, text, names or schema.names, given, keep_not_found)
-    _Scanner(answer, text, reader).run()
+    Scanner(answer, text, reader).run()
     return ParsedAnswer(
         tuple(reader.typed_records()),
         tuple(reader.problems),
         answer,
         tuple(source for _, source in reader.records),
     )
-
-
-# --- from the answer to calls --------------------------------------------------------------------------------------
-
-_STRING = (
-    r'"""(?:[^"\\]++|\\.|"(?!""))*+"""'
-    r"|'''(?:[^'\\]++|\\.|'(?!''))*+'''"
-    r'|"(?:[^"\\]++|\\.)*+"'
-    r"|'(?:[^'\\]++|\\.)*+'"
-)
-_INSIDE = re.compile(
-    rf"(?P<space>(?:\s++|\#[^\n]*+)++)|(?P<string>{_STRING})|(?P<name>{IDENTIFIER})|(?P<number>-?\d[\w.]*+)"
-    r"|(?P<open>[\[(])|(?P<close>[\])])|(?P<sign>[=,])|(?P<quote>[\"'])|(?P<other>.)",
-    re.DOTALL,
-)
-_OUTSIDE = re.compile(
-    rf"(?P<space>\s++)|(?P<fence>```\w*+)|(?P<echo>result\s*+=(?!=))|(?P<name>{IDENTIFIER})|(?P<word>\d\w*+)"
-    r"|(?P<open>\[)|(?P<close>\])|(?P<comma>,)|(?P<other>.)",
-    re.DOTALL,
-)
-_GAP = re.compile(r"\s*+\(")
-# What Python reads as an escape without complaint; any other backslash stands for itself.
-_LITERAL_PART = re.compile(
-    r"""\\(?:\r?\n|[\\'"abfnrtv]|[0-3]?[0-7]{1,2}|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|N\{[^}"'\\\n]{1,80}\})"""
-    "|[\\\\\0\n\r\ud800-\udfff]"
-)
-_CONSTANTS = ("None", "True", "False")
-
-
-class _Call(NamedTuple):
-    """What became of a call: where its scan ended, and its source for `ast` if it is well formed."""
-
-    status: Literal["whole", "broken", "cut"]
-    end: int
-    source: str = ""
-
-
-class _Scanner:
-    """Finds the calls of an answer, once from left to right, and tells the reader about each and about the rest."""
-
-    def __init__(self, answer: str, text: str, reader: _Reader) -> None:
-        self.answer, self.text, self.reader = answer, text, reader
-        # A broken record is looked through again for whole records inside; this much in all, so that time stays linear.
-        self.budget = 8 * len(answer) + 10_000
-        self.rest: int | None = None  # where words that belong to no record began
-        self.rest_kind: ProblemKind = "extra_text"
-
-    def run(self) -> None:
-        answer, at, depth = self.answer, 0, 0
-        list_start, calls_before, calls, closed = 0, 0, 0, False
-        while at < len(answer):
-            match = _OUTSIDE.match(answer, at)
-            assert match is not None  # the pattern has an alternative for any character
-            kind, start, at = match.lastgroup, at, match.end()
-            if kind == "name":
-                after = self.call(match.group(), start, at)
-                if after is not None:
-                    calls, at = calls + 1, after
-                    continue
-            if self.recovering or kind in ("space", "fence", "echo", "comma"):
-                continue
-            if kind == "open":
-                if depth == 0:
-                    list_start, calls_before = start, calls
-                depth += 1
-            elif kind == "close" and depth:
-                depth -= 1
-                if depth == 0:
-                    empty = not answer[list_start + 1 : start].strip()
-                    closed = closed or empty or calls > calls_before
-            elif self.rest is None:
-                self.rest, self.rest_kind = start, "extra_text"
-                if closed and kind != "close":
-                    break  # a run-on: another text and its records, not ours
-        # A record that is malformed or cut off says enough about the end.
-        in_record = self.rest is not None and self.rest_kind != "extra_text"
-        self.flush(len(answer))
-        if not in_record and not closed:
-            message = (
-                "The answer has no list." if not calls and not depth else "The list is not closed."
-            )
-            self.reader.problem(
-                "truncated", message, answer[list_start:] if depth and not calls else ""
-            )
-
-    def call(self, name: str, start: int, behind: int) -> int | None:
-        """Read the call that may begin here; returns where to go on, or `None` if there is none."""
-        gap = _GAP.match(self.answer, behind)
-        known = self.reader.knows(name)
-        if gap is None:
-            return None
-        # Prose has words before brackets, and strings have anything: only the schema's classes count there.
-        if not known and (self.recovering or gap.end() > behind + 1 or self.budget <= 0):
-            return None
-        call = self.scan(gap.end())
-        if call.status == "whole":
-            self.flush(start)
-            self.reader.read(
-                f"{name}({call.source}", self.answer[start : call.end], (start, call.end)
-            )
-            return call.end
-        if call.status == "cut":
-            self.flush(start)
-            self.rest, self.rest_kind = start, "truncated"
-            return len(self.answer)
-        self.budget -= call.end - start
-        if not known:
-            return None
-        self.flush(start)
-        self.rest, self.rest_kind = start, "malformed"
-        return gap.end() if self.budget > 0 else call.end
-
-    @property
-    def recovering(self) -> bool:
-        """Whether we are behind the beginning of a broken record, and in it for all we know."""
-        return self.rest is not None and self.rest_kind == "malformed"
-
-    def flush(self, end: int) -> None:
-        """Report the words that belong to no record, up to here."""
-        if self.rest is None:
-            return
-        source = self.answer[self.rest : end].rstrip()
-        self.reader.problem(self.rest_kind, _MESSAGES[self.rest_kind], source)
-        self.rest = None
-
-    def scan(self, at: int) -> _Call:
-        """Check the call whose bracket has just been opened.
-
-        The grammar: `call = [item {"," item} [","]] ")"`, `item = [name "="] value`, `value = strings | number |
-        constant | "[" [value {"," value} [","]] "]"`, and round brackets for square ones.
-        """
-        answer, brackets = self.answer, ["("]
-        source: list[str] = []
-        expected = "item"  # or "value", "equals", "operand" (a value or the end of a list), "comma"
-        for _ in range(MAX_TOKENS):
-            match = _INSIDE.match(answer, at)
-            if match is None:
-                return _Call("cut", at)
-            kind, token = match.lastgroup, match.group()
-            if kind == "space":
-                at = match.end()
-                if source and source[-1] != " ":
-                    source.append(" ")
-                continue
-            if kind == "quote" and expected in ("item", "value", "operand", "comma*"):
-                return _Call("cut" if self.could_go_on(at) else "broken", len(answer))
-            if kind == "string" and expected in ("item", "value", "operand", "comma*"):
-                token, following = (
-                    _literal(token),
-                    "comma*",
-                )  # another string may follow: they are one
-            elif expected in ("item", "value", "operand") and (
-                (kind == "number" and len(token) <= MAX_NUMBER) or token in _CONSTANTS
-            ):
-                following = "comma"
-            elif kind == "name" and expected == "item" and len(brackets) == 1:
-                following = "equals"
-            elif token == "=" and expected == "equals":
-                following = "value"
-            elif token == "," and expected.startswith("comma"):
-                following = "item" if len(brackets) == 1 else "operand"
-            elif (
-                kind == "open"
-                and expected in ("item", "value", "operand")
-                and len(brackets) < MAX_DEPTH
-            ):
-                brackets.append(token)
-                following = "operand"
-            elif (
-                kind == "close"
-                and (expected in ("item", "operand") or expected.startswith("comma"))
-                and _PAIRS[brackets[-1]] == token
-            ):
-                brackets.pop()
-                following = "comma"
-            else:
-                return _Call("broken", match.end())
-            source.append(token)
-            at, expected = match.end(), following
-            if not brackets:
-                return _Call("whole", at, "".join(source))
-        return _Call("broken", at)
-
-    def could_go_on(self, quote: int) -> bool:
-        """Whether a string that the end of the answer cuts off may be words of the text so far."""
-        begun = self.answer[quote + 1 :]
-        escape = begun.rfind("\\", max(len(begun) - 10, 0))  # it may be cut off as well
-        for words in (begun, begun[:escape]) if escape >= 0 else (begun,):
-            value = _value(_literal(f'"{words}"'))
-            if value is not None and value in self.text:
-                return True
-        return False
-
-
-_PAIRS = {"(": ")", "[": "]"}
-_MESSAGES: dict[ProblemKind, str] = {
-    "malformed": "This is no well-formed record; it is left out.",
-    "truncated": "The answer ends inside this record; it is left out.",
-    "extra_text": "These words belong to no record.",
-}
-
-
-def _literal(token: str) -> str:
-    """A string token as a literal that `ast.parse` takes on one line and without warnings."""
-    return _LITERAL_PART.sub(_literal_part, token)
-
-
-def _literal_part(match: re.Match[str]) -> str:
-    part = match.group()
-    if len(part) > 1:
-        return part
-    return "\\\\" if part == "\\" else f"\\u{ord(part):04x}"
-
-
-def _value(literal: str) -> str | None:
-    try:
-        value = ast.literal_eval(literal)
-    except (SyntaxError, ValueError, MemoryError):
-        return None
-    return value if isinstance(value, str) else None
-
-
-# --- from calls to records -----------------------------------------------------------------------------------------
 
 
 class _Reader:
@@ -363,7 +134,7 @@ class _Reader:
         except (SyntaxError, ValueError, MemoryError, RecursionError):
             node = None
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
-            self.note("malformed", _MESSAGES["malformed"])
+            self.note("malformed", MESSAGES["malformed"])
             return
         label = self.label(node.func.id)
         if label is None:
@@ -458,7 +229,7 @@ class _Reader:
         return numbers
 
     def single(self, slots: dict[str, _Filled], slot: str) -> tuple[str, Place | None] | None:
-        """The words of a slot that takes one mention, and their place if an occurrence number says it."""
+        """The words of a slot for one mention, and their place if an occurrence number says it."""
         words, numbers = slots.get(slot, _Filled([], []))
         if not words:
             self.note("missing_slot", f"`{slot}` is not filled; the record is left out.")

@@ -1,10 +1,12 @@
 """Answers that can only be read: a grammar for each question, and the mask it puts on every token.
 
-It knows schemas, the form of completions (`prompt`) and `llguidance`, which turns a grammar into masks; it needs the extra
-`constrained` and imports it when a `Constraint` is made. It does not know models: a mask changes logits, nothing else.
+It knows schemas, the form of completions (`prompt`) and `llguidance`, which turns a grammar into
+masks; it needs the extra `constrained` and imports it when a `Constraint` is made. It does not know
+models: a mask changes logits, nothing else.
 
-The language of a question is that of the completions a model is trained on, in both styles: classes and slots of the
-schema (of given events, these events alone), occurrence numbers, and mentions that are substrings of the text.
+The language of a question is that of the completions a model is trained on, in both styles: classes
+and slots of the schema (of given events, these events alone), occurrence numbers, and mentions that
+are substrings of the text.
 """
 
 from __future__ import annotations
@@ -27,8 +29,9 @@ from ..schema import Label, Schema
 def answer_grammar(schema: Schema, text: str, given: Sequence[Event] = ()) -> str:
     r"""The language of the answers to one question, as a Lark grammar of `llguidance`.
 
-    A mention is any substring of the text, of one character or more, written as `string_literal` writes it: a chunk of the
-    substring automaton is the escape of one character, so that no escape is ever cut in two.
+    A mention is any substring of the text, of one character or more, written as `string_literal`
+    writes it: a chunk of the substring automaton is the escape of one character, so that no escape
+    is ever cut in two.
 
     Args:
         schema: The labels that may be named.
@@ -36,8 +39,9 @@ def answer_grammar(schema: Schema, text: str, given: Sequence[Event] = ()) -> st
         given: The events that alone may be listed, if events are given.
 
     Returns:
-        The grammar. `parse_answer` reads every sentence of it without a problem of form, of labels, slots or mentions; what it can
-        still report is an occurrence number that is too high, or the same said twice.
+        The grammar. `parse_answer` reads every sentence of it without a problem of form, of labels,
+        slots or mentions; what it can still report is an occurrence number that is too high, or the
+        same said twice.
     """
     records: list[str] = []
     rules: list[str] = []
@@ -106,17 +110,18 @@ class Constraint:
     def __init__(self, tokenizer: Any, ends: Sequence[int]) -> None:
         if find_spec("llguidance") is None:
             raise ImportError(
-                "Constrained answers need `llguidance`, which is not installed. Run `pip install 'peft_taskmoe[constrained]'`, or "
-                "leave `constrained=True` out."
+                "Constrained answers need `llguidance`, which is not installed. Run `pip install "
+                "'peft_taskmoe[constrained]'`, or leave `constrained=True` out."
             )
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(
-                f"`{type(tokenizer).__name__}` is no fast tokenizer, and the bytes of its tokens cannot be told. Load a fast one, "
-                "or leave `constrained=True` out."
+                f"`{type(tokenizer).__name__}` is no fast tokenizer, and the bytes of its tokens "
+                "cannot be told. Load a fast one, or leave `constrained=True` out."
             )
         if not ends:
             raise ValueError(
-                "The tokenizer has no end-of-sequence token, so a constrained answer could never end. Set `tokenizer.eos_token`."
+                "The tokenizer has no end-of-sequence token, so a constrained answer could never "
+                "end. Set `tokenizer.eos_token`."
             )
         self._tokenizer, self._ends = tokenizer, list(ends)
         self._wrapped: dict[int, Any] = {}
@@ -128,7 +133,8 @@ class Constraint:
             questions: For each row of the batch: schema, text, given events.
 
         Returns:
-            A processor that sets the logits of all tokens to -inf that the row's grammar does not allow next.
+            A processor that sets the logits of all tokens to -inf that the row's grammar does not
+            allow next.
         """
         return Masks(self, [answer_grammar(*question) for question in questions])
 
@@ -152,7 +158,7 @@ class Masks(LogitsProcessor):
         self.padded: set[int] = set()
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Follow only these rows from now on; those that were stopped from outside are not among them."""
+        """Follow only these rows from now on; none of them was stopped from outside."""
         self.matchers = [self.matchers[i] for i in rows]
         self.padded.clear()
 
@@ -170,7 +176,7 @@ class Masks(LogitsProcessor):
                     continue
                 if matcher.validate_tokens([token]):
                     matcher.consume_token(token)
-                else:  # never chosen under the mask: the row was stopped from outside, as one that repeats itself is
+                else:  # never chosen under the mask: the row was stopped, for it repeats itself
                     self.padded.add(i)
         allowed = np.ones((len(self.matchers), vocabulary), dtype=bool)
         for i, (row, matcher) in enumerate(zip(allowed, self.matchers, strict=True)):
@@ -178,7 +184,8 @@ class Masks(LogitsProcessor):
                 continue
             if matcher.is_error():
                 warnings.warn(
-                    f"An answer goes on without constraint, because its grammar is too much for llguidance: {matcher.get_error()}",
+                    "An answer goes on without constraint, because its grammar is too much for "
+                    f"llguidance: {matcher.get_error()}",
                     stacklevel=2,
                 )
             else:  # behind the end of an answer, nothing but an end is allowed

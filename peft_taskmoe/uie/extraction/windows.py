@@ -1,7 +1,4 @@
-"""Texts that do not fit: windows with their place in the text, and the records of windows put together again.
-
-Knows texts, records and any measure of length that a caller passes; does not know tokenizers.
-"""
+"""Texts that do not fit: cut into windows, and the records of windows put together again."""
 
 from __future__ import annotations
 
@@ -37,16 +34,16 @@ def split_windows(
 ) -> tuple[Window, ...]:
     """Cut a text into overlapping windows that fit.
 
-    A window ends behind a paragraph if one ends in its second half, or else behind a line, a sentence, a word; never
-    inside a CRLF or between a character and its marks. The next one begins `overlap` characters earlier, at a word.
-    Every character is in a window; a mention of up to `overlap` characters is whole in at least one, unless words are
-    longer than windows.
+    A window ends behind a paragraph if one ends in its second half, or else behind a line, a
+    sentence, a word; never inside a CRLF or between a character and its marks. The next one begins
+    `overlap` characters earlier, at a word. Every character is in a window; a mention of up to
+    `overlap` characters is whole in at least one, unless words are longer than windows.
 
     Args:
         text: Any string; one that fits is one window.
         max_length: The most that `length` may say of a window.
-        length: Length of a window's text, in the unit of `max_length` (characters by default). It must not shrink
-            when the text grows.
+        length: Length of a window's text, in the unit of `max_length` (characters by default). It
+            must not shrink when the text grows.
         overlap: Characters that neighbouring windows share; at most half a window.
 
     Returns:
@@ -77,9 +74,9 @@ def split_windows(
 def merge_windows(found: Iterable[tuple[Window, Sequence[Record]]]) -> tuple[Record, ...]:
     """Put the records of windows together.
 
-    Offsets become those of the whole text. What two windows found is kept once (the first); an event that two windows
-    found has the arguments of both. An entity that a window's edge cuts short is left out where another window has
-    the longer mention with the same label.
+    Offsets become those of the whole text. What two windows found is kept once (the first); an
+    event that two windows found has the arguments of both. An entity that a window's edge cuts
+    short is left out where another window has the longer mention with the same label.
 
     Args:
         found: The windows of one text, each with its records.
@@ -168,8 +165,9 @@ def split_document(
         overlap: As for `split_windows`.
 
     Returns:
-        The documents, with ids `<id>#<start>` and the records that are whole in them (of an EAE document only those
-        windows that have an event); and the records that no window has whole. A document that fits is itself.
+        The documents, with ids `<id>#<start>` and the records that are whole in them (of an EAE
+        document only those windows that have an event); and the records that no window has whole. A
+        document that fits is itself.
     """
     windows = split_windows(document.text, max_length, length=length, overlap=overlap)
     if len(windows) == 1:
@@ -213,13 +211,14 @@ def _furthest(
             limit = middle - 1
     if fits == start and text:
         raise ValueError(
-            f"Not one character fits into a window of {max_length}. Allow more, or ask for less in one prompt."
+            f"Not one character fits into a window of {max_length}. Allow more, or ask for less in "
+            "one prompt."
         )
     return fits
 
 
 def _cut(text: str, half: int, end: int, least: int) -> int:
-    """The best end from `end` back: at a break behind `half`, or else between two characters from `least` on."""
+    """The best end from `end` back: at a break behind `half`, or else from `least` on."""
     behind = max(half, least - 1)
     for marks in (("\n\n", "\r\n\r\n"), ("\n",), (". ", "! ", "? ", "。", "！", "？")):
         found = [at + len(mark) for mark in marks if (at := text.rfind(mark, behind, end)) >= 0]
@@ -232,7 +231,7 @@ def _cut(text: str, half: int, end: int, least: int) -> int:
 
 
 def _restart(text: str, start: int, end: int, overlap: int) -> int:
-    """Where the window behind the one at `start:end` begins: no later than `overlap` before its end."""
+    """Where the next window begins: no later than `overlap` before the end of this one."""
     latest = end - overlap
     if not overlap:
         return end
