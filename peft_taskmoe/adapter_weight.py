@@ -1,4 +1,4 @@
-"""The weight of A, of B or of a router: read without a call, and gathered where it is sharded or offloaded."""
+"""The weight of A, B or a router: read without a call, gathered where sharded or offloaded."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def read_weight(part: nn.Linear, adapter: str) -> torch.Tensor:
         weight = part.weight
     if weight.is_meta:
         raise ValueError(
-            f'The weights of adapter "{adapter}" are on the meta device: they were created empty, by '
-            "`low_cpu_mem_usage=True` or on an offloaded base layer, and never filled. Load them "
-            "(`PeftModel.from_pretrained`, `load_adapter`), and offload the model with its adapter on."
+            f'The weights of adapter "{adapter}" are on the meta device: they were created empty '
+            "(`low_cpu_mem_usage=True`, offloaded base) and never filled. Load them with "
+            "`PeftModel.from_pretrained` or `load_adapter`, and offload the model with its adapter."
         )
     return weight
 

@@ -22,7 +22,7 @@ from .token_rows import TokenLayout
 
 
 class TaskMoELoraLayer(BaseTunerLayer):
-    """The adapters of one layer by name: A `(e*r, in)`, B `(out, e*r)`, router `(e, in + task_dim)`."""
+    """Adapters of one layer by name: A `(e*r, in)`, B `(out, e*r)`, router `(e, in + task_dim)`."""
 
     adapter_layer_names = (f"{PREFIX}A", f"{PREFIX}B", f"{PREFIX}router")
     other_param_names = (
@@ -81,7 +81,7 @@ class TaskMoELoraLayer(BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def reset_parameters(self, adapter_name: str, init_weights: bool) -> None:
-        """Draw A and the router uniformly within `1 / sqrt(in)`, as `nn.Linear` does; set B to zero.
+        """Draw A and the router within `1 / sqrt(in)`, as `nn.Linear` does; set B to zero.
 
         Args:
             adapter_name: Which adapter.
@@ -114,7 +114,7 @@ class TaskMoELoraLayer(BaseTunerLayer):
             self.scaling[adapter] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the `scaling` of the active adapters; without a factor, reset it to the config's."""
+        """Divide the `scaling` of the active adapters; None resets it to the config's."""
         for adapter in self.active_here():
             if scale is None:
                 self.set_scale(adapter, 1.0)
@@ -133,7 +133,7 @@ class TaskMoELoraLayer(BaseTunerLayer):
             raise ValueError(
                 f'Adapter "{adapter_name}" cannot be merged: its router reads the token '
                 f'(`router_inputs="{self.configs[adapter_name].router_inputs}"`), so no single '
-                "weight equals it. Keep it unmerged, or call `to_lora(model, ...)` for a plain LoRA."
+                "weight equals it. Keep it unmerged, or export a LoRA with `to_lora(model, ...)`."
             )
         task = self.task_of(adapter_name, current_state() or TaskState())
         if task is None or task.shape[0] != 1:
@@ -160,8 +160,8 @@ class TaskMoELoraLayer(BaseTunerLayer):
             adapter_names: Which adapters; None for the active ones.
 
         Raises:
-            ValueError: See `get_delta_weight`; or if the base is quantised or, with `safe_merge`, the
-                result is not finite. The layer is then unchanged.
+            ValueError: See `get_delta_weight`; or if the base is quantised or, with `safe_merge`,
+                the result is not finite. The layer is then unchanged.
         """
         names = check_adapters_to_merge(self, adapter_names)
         deltas = {n: self.get_delta_weight(n) for n in names if n in self.taskmoe_lora_A}

@@ -33,8 +33,8 @@ def attach_task_encoder(
         The same model.
 
     Raises:
-        ValueError: If the encoder's dimension differs from the adapter's `task_dim`, or None is given
-            and the config names no encoder.
+        ValueError: If the encoder's dimension differs from the adapter's `task_dim`, or None is
+            given and the config names no encoder.
     """
     base = base_model_of(model)
     wrap_outermost(base)
@@ -54,9 +54,9 @@ def attach_task_encoder(
                 if name not in active:
                     continue
                 raise ValueError(
-                    f"The encoder gives vectors of {encoder.task_dim} dimensions, but the router of "
-                    f'adapter "{name}" was built for `task_dim={config.task_dim}`. Attach the encoder '
-                    f"it was trained with, or build it with `task_dim={encoder.task_dim}`."
+                    f"The encoder has {encoder.task_dim} dimensions, but the router of adapter "
+                    f'"{name}" was built for `task_dim={config.task_dim}`. Attach the encoder it '
+                    f"was trained with, or build it with `task_dim={encoder.task_dim}`."
                 )
             encoders.attach(name, encoder)
             config.task_encoder = encoder.config

@@ -1,9 +1,8 @@
-"""The load-balancing loss of one forward: collected over the layers, right under checkpointing and accumulation.
+"""The load-balancing loss of one forward, right under checkpointing and accumulation.
 
-Checkpointed layers run again in backward, and under reentrant checkpointing only that second run has a
-graph. So the loss is not summed through the graph. Its value is added to the model's loss as a
-constant; a hook on that loss reads its weight in the total when backward begins; and hooks on the
-routers' logits add weight x gradient where backward meets them.
+Checkpointed layers run again in backward, and only that run may have a graph. So the value is
+added to the model's loss as a constant; a hook on that loss reads its weight when backward begins,
+and hooks on the routers' logits add weight x gradient.
 """
 
 from __future__ import annotations
@@ -85,9 +84,9 @@ class AuxLossLog:
     def add_to_outputs(self, aux: AuxLoss, outputs: Any) -> Any:
         """Add the loss where the outputs have one; else see to its gradient, or warn once.
 
-        A trainer that computes `-c sum_t log p_t` itself from the model's `log_probs` of the labels,
-        as TRL's `SFTTrainer` does, gives every label the gradient -c; c times their number is the
-        weight. Other losses, such as DPO's, have no such weight.
+        A trainer that computes `-c sum_t log p_t` itself from the model's `log_probs` of the
+        labels, as TRL's `SFTTrainer` does, gives every label the gradient -c; c times their number
+        is the weight. Other losses, such as DPO's, have no such weight.
         """
         by_name = isinstance(outputs, dict)
         loss: Any = None
@@ -114,7 +113,11 @@ class AuxLossLog:
     def _watched(
         self, log_probs: torch.Tensor, counted: torch.Tensor, aux: AuxLoss
     ) -> torch.Tensor:
-        """`log_probs` whose backward reads the weight off the gradient of the labels."""
+        """`log_probs` whose backward reads the weight off the gradient of the labels.
+
+        A trainer that computes `-c sum_t log p_t` from them, as TRL's `SFTTrainer` does, gives
+        every label the gradient -c. Other losses, such as DPO's, have no such weight.
+        """
         if not log_probs.requires_grad:
             return log_probs
         watched = log_probs.view_as(log_probs)
@@ -141,11 +144,6 @@ class AuxLossLog:
             UserWarning,
             stacklevel=4,
         )
-
-    @property
-    def last(self) -> float | None:
-        """The last forward's loss since `take_mean`, coefficient included."""
-        return float(self.values[-1]) if self.values else None
 
     def take_mean(self) -> float | None:
         """The mean since this was last called; None where there was none."""

@@ -77,8 +77,8 @@ def _is_scan_mixer(parent: nn.Module) -> bool:
 def tower_of(name: str, model: nn.Module) -> str | None:
     """The part of a composite model that a layer is in, if that is given images or sound.
 
-    Such a part (a vision tower, a projector) is given one row an image, not one a text. In a model of
-    transformers with a `text_config` that is everything but the text model and the output head.
+    Such a part (a vision tower, a projector) is given one row an image, not one a text. In a model
+    of transformers with a `text_config` that is everything but the text model and the output head.
     """
     config: Any = getattr(model, "config", None)
     others = set(getattr(config, "sub_configs", None) or ()) - {"text_config"}

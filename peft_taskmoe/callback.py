@@ -26,9 +26,9 @@ class RoutingCallback(TrainerCallback):
       layers; near 0, the router ignores the task.
 
     The gates are those of one micro-batch of the step that is logged, without a second forward.
-    Warns once when an expert's load falls below 1 % (`E` >= 2), and once when the task explains less
-    than 0.01 % of the variance. A Trainer calls the integrations of `report_to` before callbacks that
-    it is given; `log_routing(trainer)` adds this one in front of them.
+    Warns once when an expert's load falls below 1 % (`E` >= 2), and once when the task explains
+    less than 0.01 % of the variance. A Trainer calls the integrations of `report_to` before
+    callbacks that it is given; `log_routing(trainer)` adds this one in front of them.
 
     Args:
         gates: Whether to record gates; False logs the load-balancing loss alone.

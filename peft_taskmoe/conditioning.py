@@ -14,15 +14,10 @@ from .base_layers import mark_positions
 from .call_arguments import answers_are_in_input, aux_loss_of, bind, note_shape
 from .config import TaskMoELoraConfig
 from .prompts import packed_documents
+from .recompute import carry_into_recompute
+from .router import check_task_embeds
 from .task_encoders import TaskEncoders
-from .task_scope import (
-    GateRecorder,
-    TaskState,
-    carry_into_recompute,
-    check_task_embeds,
-    current_state,
-    entered,
-)
+from .task_scope import GateRecorder, TaskState, current_state, entered
 from .wrapping import ConditionedMethod
 
 _CHECKPOINT_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
@@ -65,7 +60,7 @@ class Conditioner:
     def task_readers(
         self, adapter_names: Sequence[str] | None = None
     ) -> dict[str, TaskMoELoraConfig]:
-        """The adapters that act in a forward and whose router reads the task, with their configs."""
+        """The adapters of a forward whose router reads the task, with their configs."""
         configs, active = self.configs(), self.active(adapter_names)
         return {name: configs[name] for name in active if configs[name].reads_task}
 
@@ -100,8 +95,8 @@ def install_conditioning(model: nn.Module) -> Conditioner:
 def wrap_outermost(model: nn.Module) -> None:
     """Put the wrappers around whatever methods this instance has now, unless they are outermost.
 
-    TRL's trainers set a `forward` of their own over the model's, which calls the backbone directly: a
-    wrapper inside of it would see neither the call nor the labels.
+    TRL's trainers set a `forward` of their own over the model's, which calls the backbone
+    directly: a wrapper inside of it would see neither the call nor the labels.
     """
     for name in _METHODS:
         own = model.__dict__.get(name)

@@ -37,20 +37,22 @@ class TaskMoELoraConfig(PeftConfig):
             acts at about `lora_alpha / (r * num_experts)`: 1.0 for the defaults.
         lora_dropout: Probability of zeroing an input feature of the experts; the router sees the
             input undropped.
-        router_inputs: What the router reads: `"token+task"`, `"token"` (no task embedding needed) or
-            `"task"` (all tokens of an example share their gates; only this kind merges exactly).
-        top_k: If given, only the `top_k` largest gates of a token are kept, renormalised to sum to 1.
-        router_aux_loss_coef: Weight of the load-balancing loss `E * sum_i f_i P_i` (mean over adapted
-            layers) that is added to the model's loss in training. 0.0 turns it off.
-        task_dim: Dimension of the task embedding. None: that of `task_encoder`, read from its config
-            when the layers are made; 768 (CodeT5-base) where none is named.
-        task_norm: Scale at which the router reads the task embedding. `"matched"`: the norm that the
-            layer's own input typically has, `0.25 sqrt(in)`, so that encoders of any scale start out
-            with about the token's say; `"rms"`: divided by its root mean square; `"none"`: the
-            paper's raw vector.
-        task_encoder: The frozen encoder of the task texts: a Hub id or folder, a `TaskEncoderConfig`
-            or its dict. It is loaded when a router first needs a task and none was given. The config
-            travels in `adapter_config.json`, the weights never do.
+        router_inputs: What the router reads: `"token+task"`, `"token"` (no task embedding needed)
+            or `"task"` (all tokens of an example share their gates; only this kind merges
+            exactly).
+        top_k: If given, only the `top_k` largest gates of a token are kept, renormalised to sum to
+            1.
+        router_aux_loss_coef: Weight of the load-balancing loss `E * sum_i f_i P_i` (mean over
+            adapted layers) that is added to the model's loss in training. 0.0 turns it off.
+        task_dim: Dimension of the task embedding. None: that of `task_encoder`, read from its
+            config when the layers are made; 768 (CodeT5-base) where none is named.
+        task_norm: Scale at which the router reads the task embedding. `"matched"`: the norm that
+            the layer's own input typically has, `0.25 sqrt(in)`, so that encoders of any scale
+            start out with about the token's say; `"rms"`: divided by its root mean square;
+            `"none"`: the paper's raw vector.
+        task_encoder: The frozen encoder of the task texts: a Hub id or folder, a
+            `TaskEncoderConfig` or its dict. It is loaded when a router first needs a task and none
+            was given. The config travels in `adapter_config.json`, the weights never do.
         target_modules: Names (suffixes), a regex, or `"all-linear"`: every linear layer but the
             output head.
         exclude_modules: Names or a regex of modules not to adapt.
@@ -153,7 +155,7 @@ class TaskMoELoraConfig(PeftConfig):
         return "task" in self.router_inputs
 
     def _check(self) -> None:
-        """Raise `ValueError` for a value that cannot work, naming field, value and what is allowed."""
+        """Raise `ValueError` naming field, value and what is allowed."""
         for name in ("num_experts", "r"):
             _check_count(name, getattr(self, name))
         if self.task_dim is not None:
@@ -209,8 +211,8 @@ class TaskMoELoraConfig(PeftConfig):
         is_regex = isinstance(targets, str) and targets.lower() != "all-linear"
         if self.layers_to_transform is not None and is_regex:
             raise ValueError(
-                f"`layers_to_transform` does not work with `target_modules={targets!r}`, a regex that "
-                'is matched as a whole. Pass `target_modules="all-linear"` or a list of names.'
+                f"`layers_to_transform` does not work with the regex `target_modules={targets!r}`. "
+                'Pass `target_modules="all-linear"` or a list of names.'
             )
 
 

@@ -36,8 +36,8 @@ class DecodingWeights:
 def decoding_dtype(weight: torch.Tensor, rows: int) -> torch.dtype:
     """The dtype of decode steps: the adapter's, or float32 where a CPU is faster with it.
 
-    A product in half precision takes a CPU 20 to 30 us whatever its size; a float32 product of up to
-    8 rows takes 10.
+    A product in half precision takes a CPU 20 to 30 us whatever its size; a float32 product of up
+    to 8 rows takes 10.
     """
     low = weight.dtype in (torch.bfloat16, torch.float16)
     few = weight.device.type == "cpu" and rows <= _FEW_ROWS

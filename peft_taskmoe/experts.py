@@ -1,8 +1,8 @@
-"""The experts: gates to one low-rank update. Pure torch; it knows no PEFT, no router and no layer.
+"""Mixes low-rank experts by gates; dropout on their input.
 
-The E experts of rank r are stacked into one A `(e*r, in)` and one B `(out, e*r)`. Multiplying the e*r bottleneck by the
-gates, each repeated r times, before B equals the weighted sum over experts, without a loop over them and without any tensor
-that has both a token and an expert x out axis.
+The E experts of rank r are stacked into one A `(e*r, in)` and one B `(out, e*r)`. Multiplying the
+e*r bottleneck by the gates, each repeated r times, before B equals the weighted sum over experts,
+without a loop over them and without any tensor that has both a token and an expert x out axis.
 """
 
 from __future__ import annotations
@@ -53,16 +53,17 @@ def expert_update(
 def draw_dropped(like: torch.Tensor, p: float) -> torch.Tensor:
     """Draw which input features the experts do not see this time.
 
-    On a CPU the draw is the larger part of dropout's cost, and most features are kept. So only the dropped ones are drawn: the gaps
-    between them are geometric, `1 + floor(log(1 - u) / log(1 - p))` for u uniform on [0, 1).
+    On a CPU the draw is the larger part of dropout's cost, and most features are kept. So only the
+    dropped ones are drawn: the gaps between them are geometric, `1 + floor(log(1 - u) / log(1 -
+    p))` for u uniform on [0, 1).
 
     Args:
         like: Tensor whose shape and device the draw is for.
         p: Probability of dropping a feature, 0 < p < 1.
 
     Returns:
-        For `zero_dropped`: on a CPU the indices of the dropped features in the flattened tensor, ascending; elsewhere an
-        int8 mask (1 keep, 0 drop).
+        For `zero_dropped`: on a CPU the indices of the dropped features in the flattened tensor,
+        ascending; elsewhere an int8 mask (1 keep, 0 drop).
     """
     if like.device.type != "cpu":
         return torch.empty(like.shape, dtype=torch.int8, device=like.device).bernoulli_(1.0 - p)
@@ -77,7 +78,7 @@ def draw_dropped(like: torch.Tensor, p: float) -> torch.Tensor:
 
 
 def zero_dropped(features: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
-    """Set the dropped features of a contiguous tensor to zero, in place; `dropped` as `draw_dropped` returns it."""
+    """Set the features dropped by `draw_dropped` to zero in a contiguous tensor, in place."""
     if dropped.dtype == torch.int8:
         return features.mul_(dropped)
     features.view(-1).index_fill_(0, dropped, 0.0)
@@ -85,7 +86,7 @@ def zero_dropped(features: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
 
 
 def without_dropped(features: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy with the dropped features set to zero; `dropped` as `draw_dropped` returns it."""
+    """A contiguous copy with the features dropped by `draw_dropped` set to zero."""
     if dropped.dtype == torch.int8:
         return features * dropped
     return zero_dropped(features.clone(memory_format=torch.contiguous_format), dropped)

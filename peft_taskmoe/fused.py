@@ -1,4 +1,4 @@
-"""Router and experts of one layer as one autograd function: the forward and backward pass of training.
+"""Router and experts of one layer as one autograd function.
 
 Compared with `router.py` and `experts.py` it keeps only x, the bottleneck and the gates for the
 backward pass. One product serves A and the token part of the router, and the update is added to the
@@ -37,7 +37,7 @@ class ExpertShape:
 
 
 class FusedUpdate(torch.autograd.Function):
-    """`y = W_0 x + scaling * sum_i g_i B_i A_i dropout(x)` with its gates, for tensors of one dtype.
+    """`y = W_0 x + scaling * sum_i g_i B_i A_i dropout(x)`, for tensors of one dtype.
 
     The base output is given (`base`, of any layer) or computed from a frozen `weight` and `bias`.
     Gradients are those of the plain form. Double backward raises.
@@ -142,8 +142,8 @@ def _bottleneck(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`A x_a`, `(e*r, tokens)`, and the token's logits `(e, tokens)`.
 
-    On a CPU both come from one product of copied weights: MKL rounds by where a weight lies in memory,
-    and a copy is always aligned alike, so that a reloaded adapter gives the same bits.
+    On a CPU both come from one product of copied weights: MKL rounds by where a weight lies in
+    memory, and a copy is always aligned alike, so that a reloaded adapter gives the same bits.
     """
     if read is None:
         return weight_a @ x_a.t(), None

@@ -1,11 +1,13 @@
 """Gates looked at from outside: recorded per layer and task, and summed up.
 
-It puts a recorder into the scope that the layers hand their gates to, and keeps sums of them, never the gates of single
-tokens. It changes no layer and no output beyond the rounding of the plain form (`router.py`, `experts.py`), which the layers
-use while someone looks. It knows no export and no encoder; pandas and matplotlib only where asked for.
+It puts a recorder into the scope that the layers hand their gates to, and keeps sums of them,
+never the gates of single tokens. It changes no layer and no output beyond the rounding of the
+plain form (`router.py`, `experts.py`), which the layers use while someone looks. It knows no
+export and no encoder; pandas and matplotlib only where asked for.
 
-To see what the task does to a model at test time, run the same batch under another task embedding, e.g. that of another
-example (`task_embeds.roll(1, 0)`) or none (`torch.zeros_like(task_embeds)`), given as `task_embeds=...` or `task_context(...)`.
+To see what the task does to a model at test time, run the same batch under another task embedding,
+e.g. that of another example (`task_embeds.roll(1, 0)`) or none (`torch.zeros_like(task_embeds)`),
+given as `task_embeds=...` or `task_context(...)`.
 """
 
 from __future__ import annotations
@@ -39,10 +41,11 @@ class GateStats:
         task: The name given to `GateRecord.task`.
         tokens: Number of tokens.
         mean: Mean gate of each expert; they sum to 1.
-        load: Share of the (token, slot) choices that fall on each expert, with `top_k` slots per token (1, the largest gate,
-            where all gates are kept); they sum to 1.
+        load: Share of the (token, slot) choices that fall on each expert, with `top_k` slots per
+            token (1, the largest gate, where all gates are kept); they sum to 1.
         entropy: Mean over tokens of `-sum_i g_i ln g_i`, in nats.
-        normalized_entropy: `entropy / ln E`: 0 if each token uses one expert, 1 if all experts alike.
+        normalized_entropy: `entropy / ln E`: 0 if each token uses one expert, 1 if all experts
+            alike.
         token_variance: Variance of the gates over the tokens, summed over the experts.
     """
 
@@ -59,7 +62,7 @@ class GateStats:
 
 @dataclass(frozen=True, slots=True)
 class GateVariance:
-    """Where the gates of one layer vary, every task counting alike: total variance = `within_tasks` + `between_tasks`.
+    """Where the gates of one layer vary: total variance = `within_tasks` + `between_tasks`.
 
     Attributes:
         adapter: Name of the adapter.
@@ -91,10 +94,11 @@ class GateRecord:
 
     @contextmanager
     def task(self, names: str | Sequence[str]) -> Iterator[None]:
-        """Name the task of the forwards inside the block; without it, everything goes to the task `"all"`.
+        """Name the task of the forwards inside the block; `"all"` without it.
 
         Args:
-            names: One name for all rows, or one for each row of the batch (each document, where rows are packed).
+            names: One name for all rows, or one for each row of the batch (each document, where
+                rows are packed).
         """
         before = self._labels
         self._labels = names if isinstance(names, str) else list(names)
@@ -159,12 +163,10 @@ class GateRecord:
             return adapter
         if not found:
             raise ValueError(
-                "No gates were recorded. Run the model, with its adapter active and not merged, inside "
+                "No gates were recorded. Run the model, its adapter active and not merged, inside "
                 "`with record_gates(model) as record:`, in this thread."
             )
-        raise ValueError(
-            f"`adapter` is {adapter!r}, but the gates of {', '.join(map(repr, found))} were recorded. Name one of them."
-        )
+        raise ValueError(f"`adapter` must be one of those recorded, {found}, got {adapter!r}.")
 
     def _task_sums(self, adapter: str, layer: str, task: str) -> torch.Tensor:
         sums = self._sums.get((adapter, layer, task))
@@ -191,7 +193,7 @@ class GateRecord:
         return [_stats(*key, sums) for key, sums in self._sums.items() if key[0] in wanted]
 
     def variances(self, adapter: str | None = None) -> list[GateVariance]:
-        """For every layer, how much of the gates' variance lies between tasks and how much between tokens."""
+        """For every layer, the gates' variance between tasks and between tokens."""
         adapter = self._adapter(adapter)
         found = []
         for layer in self.layers(adapter):
@@ -211,8 +213,9 @@ class GateRecord:
         """How alike the tasks use the experts, from their mean gates over all layers.
 
         Args:
-            measure: `"cosine"` of the concatenated mean gates (soft gates lie near `1 / E`, so values are high; compare them
-                with each other), or `"js"`: 1 - the Jensen-Shannon divergence in bits, mean over layers.
+            measure: `"cosine"` of the concatenated mean gates (soft gates lie near `1 / E`, so
+                values are high; compare them with each other), or `"js"`: 1 - the Jensen-Shannon
+                divergence in bits, mean over layers.
             adapter: Which adapter, if several were recorded.
 
         Returns:
@@ -262,19 +265,21 @@ class GateRecord:
             import pandas as pd
         except ImportError as error:
             raise ImportError(
-                "`to_frame` needs pandas, which is not installed. Run `pip install pandas`, or use `to_dicts()`."
+                "`to_frame` needs pandas. Run `pip install pandas`, or use `to_dicts()`."
             ) from error
         return pd.DataFrame(self.to_dicts())
 
 
 @contextmanager
 def record_gates(model: nn.Module) -> Iterator[GateRecord]:
-    """Record the gates of every forward and `generate` of a model that runs inside the block, in this thread.
+    """Record the gates of every forward and `generate` that runs inside the block.
 
-    Outputs stay what they were, beyond float rounding. Under gradient checkpointing a layer runs twice and counts twice,
-    which leaves means as they are. Batches whose rows carry different tasks need one name per row; base layers that see a part
-    of a batch's tokens only, as in sparse mixture-of-experts blocks, count padding too and need one task per batch. In an encoder-decoder the padding
-    of the decoder counts (and the encoder's mask is taken for both, where both sequences have the same length).
+    Outputs stay what they were, beyond float rounding. Under gradient checkpointing a layer runs
+    twice and counts twice, which leaves means as they are. Batches whose rows carry different
+    tasks need one name per row; base layers that see a part of a batch's tokens only, as in sparse
+    mixture-of-experts blocks, count padding too and need one task per batch. In an encoder-decoder
+    the padding of the decoder counts (and the encoder's mask is taken for both, where both
+    sequences have the same length).
 
     Args:
         model: A model with a Task-Aware MoELoRA adapter, wrapped in `PeftModel` or not.
@@ -297,8 +302,8 @@ def record_gates(model: nn.Module) -> Iterator[GateRecord]:
     layers = adapted_layers(model)
     if not layers:
         raise ValueError(
-            f"`{type(model).__name__}` has no Task-Aware MoELoRA adapter, so there are no gates to record. "
-            "Call `get_peft_model(model, TaskMoELoraConfig(...))` or `PeftModel.from_pretrained(...)` first."
+            f"`{type(model).__name__}` has no Task-Aware MoELoRA adapter. Call "
+            "`get_peft_model(model, TaskMoELoraConfig(...))` or `PeftModel.from_pretrained(...)`."
         )
     record = GateRecord(layers)
     with recording(record):
@@ -307,7 +312,7 @@ def record_gates(model: nn.Module) -> Iterator[GateRecord]:
 
 @contextmanager
 def recording(recorder: GateRecorder) -> Iterator[None]:
-    """Have the layers show their gates to `recorder` inside the block; the rest of the scope stays as it is."""
+    """Have the layers show their gates to `recorder` inside the block."""
     with user_scope(replace(current_state() or TaskState(), recorder=recorder)):
         yield
 
@@ -355,11 +360,10 @@ def _owners(token_rows: torch.Tensor | None, tokens: int, labels: list[str]) -> 
     rows = state.rows if documents is None else int(documents.max()) + 1
     repeated = state.decoding is not None and rows and rows % len(labels) == 0
     if token_rows is None or not (rows == len(labels) or repeated):
-        found = f"{tokens} tokens" if token_rows is None else f"{rows} rows"
+        found = f"{tokens} tokens" if token_rows is None else f"{rows} rows or documents"
         raise ValueError(
-            f"{len(labels)} task names were given for {found if documents is None else f'{rows} documents'}. "
-            "Pass `record.task([...])` one name per row (per document, where rows are packed), or one "
-            "name for all."
+            f"{len(labels)} task names were given for {found}. Pass `record.task([...])` one name "
+            "per row (per document, where rows are packed), or one name for all."
         )
     assert rows
     return token_rows // (rows // len(labels))
@@ -396,7 +400,7 @@ def _similarity(a: torch.Tensor, b: torch.Tensor, measure: Measure) -> float:
 def heat_map(
     record: GateRecord, tasks: Sequence[str] | None = None, adapter: str | None = None
 ) -> Figure:
-    """Draw the mean gates: one panel per task, a row per layer, a column per expert, one colour scale for all.
+    """Draw the mean gates: one panel per task, a row per layer, a column per expert.
 
     Args:
         record: What `record_gates` yielded.
@@ -404,7 +408,8 @@ def heat_map(
         adapter: Which adapter, if several were recorded.
 
     Returns:
-        A matplotlib `Figure`: `heat_map(record).savefig("gates.png")`. A notebook shows it by itself.
+        A matplotlib `Figure`: `heat_map(record).savefig("gates.png")`. A notebook shows it by
+        itself.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -413,8 +418,7 @@ def heat_map(
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            "`heat_map` needs matplotlib, which is not installed. Run `pip install matplotlib`, or draw `record.mean_gates(task)` "
-            "yourself."
+            "`heat_map` needs matplotlib. Run `pip install 'peft_taskmoe[plot]'`."
         ) from error
     names = record.tasks(adapter) if tasks is None else list(tasks)
     layers = record.layers(adapter)

@@ -31,7 +31,7 @@ class _Task(NamedTuple):
 
 
 class _Decoding(NamedTuple):
-    """What the decode steps of one generation take; without a base weight the base layer is called."""
+    """What the decode steps of one generation take; None: the base layer is called."""
 
     weights: DecodingWeights
     base_weight: torch.Tensor | None
@@ -131,7 +131,7 @@ class Linear(nn.Module, TaskMoELoraLayer):
     def _prepare_decoding(
         self, x: torch.Tensor, adapter_name: str, state: TaskState
     ) -> _Decoding | None:
-        """What the decode steps of this generation share; None if they cannot do without autograd."""
+        """What the decode steps of this generation share; None where they cannot be taken."""
         shape = self.shapes[adapter_name]
         if (
             self.training

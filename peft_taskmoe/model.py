@@ -62,8 +62,8 @@ class TaskMoELoraModel(BaseTuner):
     def _check_target_module_exists(peft_config: TaskMoELoraConfig, key: str) -> Any:
         """As every tuner matches, with two gaps of `"all-linear"` closed.
 
-        It leaves out the heads that PEFT trains in full for every task type, not for `SEQ_CLS` alone,
-        and it works with `layers_to_transform`.
+        It leaves out the heads that PEFT trains in full for every task type, not for `SEQ_CLS`
+        alone, and it works with `layers_to_transform`.
         """
         name = key.rpartition(".")[2]
         if name in _TRAINED_HEADS.get(peft_config.task_type or "", ()):
@@ -114,9 +114,8 @@ class TaskMoELoraModel(BaseTuner):
         if tower is not None and tower not in self._left_out:
             self._left_out.append(tower)
             warnings.warn(
-                f"The layers of `{tower}` are not adapted: they see images or sound, one row each, and "
-                'a router that reads the task is given one task a text. `router_inputs="token"` '
-                "adapts them.",
+                f"The layers of `{tower}` are not adapted: they see a row per image or sound, but "
+                'a task belongs to a text. `router_inputs="token"` adapts them.',
                 UserWarning,
                 stacklevel=2,
             )

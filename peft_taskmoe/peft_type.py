@@ -1,8 +1,9 @@
 """The name under which PEFT knows the method.
 
-PEFT keys its tables by members of its own `PeftType`, which cannot be extended from outside. Members of a `str` enum hash
-and compare like their value, so a one-member enum of ours finds its way through the same tables, through
-`adapter_config.json` (where it is a plain string) and through code that reads `peft_type.value`.
+PEFT keys its tables by members of its own `PeftType`, which cannot be extended from outside.
+Members of a `str` enum hash and compare like their value, so a one-member enum of ours finds its
+way through the same tables, through `adapter_config.json` (where it is a plain string) and through
+code that reads `peft_type.value`.
 """
 
 from __future__ import annotations
@@ -20,4 +21,4 @@ TASKMOE_LORA = TaskMoELoraType.TASKMOE_LORA
 """The `peft_type` of `TaskMoELoraConfig`."""
 
 PREFIX = "taskmoe_lora_"
-"""What the names of all adapter parameters begin with; transformers derives it from the type by lower-casing."""
+"""What all adapter parameters' names begin with; transformers lower-cases the type for it."""

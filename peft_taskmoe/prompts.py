@@ -1,4 +1,4 @@
-"""Finds the prompts in `input_ids`: what precedes the first label, per row or per packed document."""
+"""Finds the prompts in `input_ids`: what precedes the first label of a row or document."""
 
 from __future__ import annotations
 
@@ -155,8 +155,8 @@ class PromptReader:
                 tensor of `input_ids` was seen with labels before, those count.
             attention_mask: Likewise.
             position_ids: See `packed_documents`.
-            answers: Whether `input_ids` hold answers as well, which `labels` mark; if not, everything
-                is prompt.
+            answers: Whether `input_ids` hold answers as well, which `labels` mark; if not,
+                everything is prompt.
             training: Whether the model trains on the batch.
 
         Returns:
@@ -212,9 +212,9 @@ class PromptReader:
         if missing and not self._warned:
             self._warned = True
             warnings.warn(
-                f"{missing} of {len(prompts)} examples have no prompt: their labels begin at the first "
-                "token, which alone chooses their experts. Train on prompts and completions, pack "
-                'with `packing_strategy="bfd"`, or pass `task_embeds`.',
+                f"{missing} of {len(prompts)} examples have no prompt: their labels begin at the "
+                "first token, which alone chooses their experts. Train on prompts and completions, "
+                'pack with `packing_strategy="bfd"`, or pass `task_embeds`.',
                 UserWarning,
                 stacklevel=6,
             )

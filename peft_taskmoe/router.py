@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
 TYPICAL_INPUT_RMS = 0.25
-"""Root mean square of a linear layer's input entries in a pretrained transformer: medians of 0.14 to 0.32 over the seven kinds
-of linears of SmolLM2-135M (`experiments/router_scale.py`)."""
+"""Root mean square of a linear layer's input entries in a pretrained transformer: medians of 0.14
+to 0.32 over the seven kinds of linears of SmolLM2-135M (`experiments/router_scale.py`)."""
+
+
+def check_task_embeds(task_embeds: Any) -> None:
+    """Raise `ValueError` unless given a float tensor `(n, task_dim)`."""
+    found = type(task_embeds).__name__
+    if isinstance(task_embeds, torch.Tensor):
+        if task_embeds.dim() == 2 and task_embeds.is_floating_point():
+            return
+        found = f"of shape {tuple(task_embeds.shape)} and dtype {task_embeds.dtype}"
+    raise ValueError(
+        f"`task_embeds` must be a float tensor of shape (batch, task_dim), got {found}. "
+        "Pass e.g. `task_embeds=encoder(prompts)`."
+    )
 
 
 def normalize_task(task_embeds: torch.Tensor, task_norm: str, in_features: int) -> torch.Tensor:
     """Bring task embeddings to the scale at which the router reads them.
 
-    The logits of a fresh router spread over the experts in proportion to the norms of its inputs, whatever the number
-    of experts and the encoder. `"matched"`: `e / |e| * 0.25 sqrt(in)`, the norm that the layer's own input typically has, so that
-    both parts start with about the same say. `"rms"`: `e / rms(e)`, entries of size about 1. `"none"`: the paper's raw vector.
+    The logits of a fresh router spread over the experts in proportion to the norms of its inputs,
+    whatever the number of experts and the encoder. `"matched"`: `e / |e| * 0.25 sqrt(in)`, the
+    norm that the layer's own input typically has, so that both parts start with about the same
+    say. `"rms"`: `e / rms(e)`, entries of size about 1. `"none"`: the paper's raw vector.
 
     Args:
         task_embeds: `(n, task_dim)`.
@@ -40,13 +56,15 @@ def spread_over_tokens(
 ) -> torch.Tensor:
     """Repeat one row per task to one row per token.
 
-    Tokens are flattened in row-major order, so without `token_tasks` each of the n tasks owns `num_tokens / n` consecutive
-    tokens; beams and `num_return_sequences`, which repeat each prompt in place, come out right by the same rule.
+    Tokens are flattened in row-major order, so without `token_tasks` each of the n tasks owns
+    `num_tokens / n` consecutive tokens; beams and `num_return_sequences`, which repeat each prompt
+    in place, come out right by the same rule.
 
     Args:
         per_task: `(n, e)`.
         num_tokens: Number of tokens.
-        token_tasks: `(num_tokens,)` index of each token's task, for packed rows; None for the rule above.
+        token_tasks: `(num_tokens,)` index of each token's task, for packed rows; None for the rule
+            above.
 
     Returns:
         `(num_tokens, e)`.
@@ -69,11 +87,12 @@ def sum_logits(
     num_tokens: int,
     token_tasks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """`W_r [x_t ; e]` as `W_x x_t + W_e e`, so that the task part costs one product per task, not per token.
+    """`W_r [x_t ; e]` as `W_x x_t + W_e e`: the task part costs one product per task.
 
     Args:
         token: Token part `W_x x`, `(tokens, e)`, or None if the router does not read the token.
-        per_task: Task part `W_e e` of each of n tasks (`task_logits`), or None if it does not read the task.
+        per_task: Task part `W_e e` of each of n tasks (`task_logits`), or None if it does not read
+            the task.
         num_tokens: Number of tokens.
         token_tasks: See `spread_over_tokens`.
 
@@ -95,7 +114,7 @@ def sum_logits(
 
 
 def keep_top_k(logits: torch.Tensor, top_k: int | None) -> torch.Tensor:
-    """Set all but the `top_k` largest logits of each row to minus infinity (ties: exactly `top_k` are kept)."""
+    """Set all but the `top_k` largest logits of each row to minus infinity; ties keep `top_k`."""
     if top_k is None or top_k == logits.shape[-1]:
         return logits
     kept = logits.topk(top_k, dim=-1).indices

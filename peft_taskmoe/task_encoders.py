@@ -1,4 +1,4 @@
-"""The task encoder of each adapter: the attached one, or the one its config names, loaded when needed."""
+"""The task encoder of each adapter: attached, or named by its config and loaded when needed."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ logger = logging.getLogger(__name__)
 class TaskEncoders:
     """Embeds the prompts of a batch for every adapter of one model.
 
-    A plain object, no module: the encoders' weights stay out of parameters and state dicts. Adapters
-    whose configs agree share one encoder. An encoder that was loaded here follows the model's device;
-    an attached one stays where it is.
+    A plain object, no module: the encoders' weights stay out of parameters and state dicts.
+    Adapters whose configs agree share one encoder. An encoder that was loaded here follows the
+    model's device; an attached one stays where it is.
     """
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class TaskEncoders:
             if not isinstance(named, TaskEncoderConfig):
                 raise ValueError(
                     f'The config of adapter "{adapter}" names no task encoder. Pass one: '
-                    '`attach_task_encoder(model, TaskEncoder("Salesforce/codet5-base"), tokenizer)`.'
+                    '`attach_task_encoder(model, TaskEncoder("Salesforce/codet5-base"))`.'
                 )
             if named not in self._loaded:
                 logger.info('Loading the task encoder "%s".', named.name_or_path)
@@ -121,7 +121,7 @@ def load_tokenizer(model: nn.Module) -> Any:
     name = getattr(config, "_name_or_path", None) or getattr(model, "name_or_path", None)
     if not name:
         raise ValueError(
-            "The base model has no name to load its tokenizer from, and without it `input_ids` cannot "
-            "be read. Pass it: `attach_task_encoder(model, encoder, tokenizer)`."
+            "The base model has no name to load its tokenizer from, which reads `input_ids`. "
+            "Pass it: `attach_task_encoder(model, encoder, tokenizer)`."
         )
     return AutoTokenizer.from_pretrained(name)

@@ -1,10 +1,10 @@
-"""The task of the running forward: a scope that adapted layers read, also when they run again in backward."""
+"""The task of the running forward, in a scope that adapted layers read."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from .aux_loss import AuxLoss
-from .router import normalize_task
+from .router import check_task_embeds, normalize_task
 
 
 class GateRecorder(Protocol):
@@ -67,7 +67,7 @@ class TaskState:
     def normalized_embeds(
         self, adapter: str, task_norm: str, in_features: int, device: torch.device
     ) -> torch.Tensor | None:
-        """The same at the router's scale and on the layer's device; computed once per input width."""
+        """The same at the router's scale, on the layer's device; computed once per input width."""
         embeds = self.embeds_of(adapter)
         if embeds is None:
             return None
@@ -151,9 +151,9 @@ def user_scope(state: TaskState) -> Iterator[None]:
 def task_context(task_embeds: torch.Tensor) -> Iterator[None]:
     """Route whatever runs inside the block by these task embeddings.
 
-    For layers without a `PeftModel` around them (`inject_adapter_in_model`, `model.add_adapter`) and
-    for calls whose arguments are not yours. The scope belongs to this thread, or to this coroutine.
-    Arguments given to a call inside win.
+    For layers without a `PeftModel` around them (`inject_adapter_in_model`, `model.add_adapter`)
+    and for calls whose arguments are not yours. The scope belongs to this thread, or to this
+    coroutine. Arguments given to a call inside win.
 
     Args:
         task_embeds: `(n, task_dim)`, one row per example of the batch.
@@ -172,49 +172,3 @@ def task_context(task_embeds: torch.Tensor) -> Iterator[None]:
     recorder = None if outer is None else outer.recorder
     with user_scope(TaskState(task_embeds=task_embeds, recorder=recorder)):
         yield
-
-
-def check_task_embeds(task_embeds: Any) -> None:
-    """Raise `ValueError` unless given a float tensor `(n, task_dim)`."""
-    found = type(task_embeds).__name__
-    if isinstance(task_embeds, torch.Tensor):
-        if task_embeds.dim() == 2 and task_embeds.is_floating_point():
-            return
-        found = f"of shape {tuple(task_embeds.shape)} and dtype {task_embeds.dtype}"
-    raise ValueError(
-        f"`task_embeds` must be a float tensor of shape (batch, task_dim), got {found}. "
-        "Pass e.g. `task_embeds=encoder(prompts)`."
-    )
-
-
-class _CarryState:
-    """A checkpoint function that recomputes under the state it was called with."""
-
-    def __init__(self, checkpoint: Callable[..., Any]) -> None:
-        self.checkpoint = checkpoint
-
-    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        state = current_state()
-        if state is None or (torch.compiler.is_compiling() and state.aux is None):
-            return self.checkpoint(function, *args, **kwargs)
-
-        def under_state(*inner_args: Any, **inner_kwargs: Any) -> Any:
-            with entered(state):
-                return function(*inner_args, **inner_kwargs)
-
-        return self.checkpoint(under_state, *args, **kwargs)
-
-
-def carry_into_recompute(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a checkpoint function so that what it recomputes in backward sees the task of its forward.
-
-    For reentrant and non-reentrant checkpointing, and several forwards before one backward: each call
-    carries its own state. Idempotent.
-
-    Args:
-        checkpoint: `torch.utils.checkpoint.checkpoint` or a partial of it.
-
-    Returns:
-        A function with the same arguments.
-    """
-    return checkpoint if isinstance(checkpoint, _CarryState) else _CarryState(checkpoint)

@@ -60,7 +60,7 @@ def tasks_of_tokens(
 
 
 def rows_of_tokens(shape: torch.Size, state: TaskState, layer: TokenLayout) -> torch.Tensor | None:
-    """Index `(tokens,)` of each token's row of the batch, or document of packed rows; None if unknown."""
+    """Index `(tokens,)` of each token's row of the batch (or packed document); None if unknown."""
     if state.rows is None and state.token_tasks is None:
         return None
     rows = state.rows or 1

@@ -43,6 +43,7 @@ class ConditionedMethod:
         return _Unbound(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the method under its task."""
         model, name = self.__self__, self.__name__
         inner = self.own or partial(getattr(type(model), name), model)
         return self.conditioned(model, inner, args, kwargs)
