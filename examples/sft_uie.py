@@ -243,9 +243,6 @@ def main(
         sys.stdout = io.StringIO()  # one process tells it
     output, seed = Path(training.output_dir), training.seed
     check_options(data, training, model)
-    pushes, repository = training.push_to_hub, training.hub_model_id or str(output)
-    if pushes and is_main:
-        repository = check_hub(training)
     set_seed(seed)
     documents, dev_documents, test = read_documents(data, seed)
     tokenizer, encoder = load_readers(moe, model)
@@ -258,6 +255,9 @@ def main(
     dev = training_rows(dev_documents, tokenizer, **writing) if dev_documents else None
     run = describe_run((data, moe, training, model), (rows, dev))
     longer = not data.overwrite_output_dir and check_output(output, run)
+    pushes, repository = training.push_to_hub, training.hub_model_id or str(output)
+    if pushes and is_main:
+        repository = check_hub(training)
 
     trainer = make_trainer(data, moe, training, model, encoder, tokenizer, rows, dev)
     trainer.accelerator.wait_for_everyone()
