@@ -183,7 +183,24 @@ def _generate(
         return inner(*args, **kwargs)
 
 
-_METHODS: dict[str, Callable[..., Any]] = {"forward": _forward, "generate": _generate}
+def _init_continuous_batching(
+    model: nn.Module, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The model's `init_continuous_batching`, which `generate_batch` goes through as well."""
+    conditioner = conditioner_of(model)
+    if conditioner is not None and conditioner.task_readers():
+        raise ValueError(
+            "Continuous batching packs the tokens of several requests into one row, and the router "
+            f"of {sorted(conditioner.task_readers())} reads each request's task. Use `generate`."
+        )
+    return inner(*args, **kwargs)
+
+
+_METHODS: dict[str, Callable[..., Any]] = {
+    "forward": _forward,
+    "generate": _generate,
+    "init_continuous_batching": _init_continuous_batching,
+}
 
 
 def _carry_task_into_recompute(model: nn.Module) -> None:
