@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft_taskmoe import TaskMoELoraConfig, attach_task_encoder, task_context
-from peft_taskmoe.task_scope import current_state
 from peft_taskmoe.export import experts_from_loras, from_reference_checkpoint, to_lora
 from peft_taskmoe.layer import TaskMoELoraLayer
+from peft_taskmoe.task_scope import current_state
 from tiny import TASK_DIM
 
 LLAMA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
