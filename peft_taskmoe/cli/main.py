@@ -8,11 +8,16 @@ from __future__ import annotations
 import argparse
 import traceback
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import version
 
-from . import convert, extract, score
 from .messages import Exit, StoppedError, print_any_character, say, show
 
+_COMMANDS = {
+    "extract": "extract records from texts",
+    "score": "score records against gold documents",
+    "convert": "turn data sets into JSONL documents",
+}
 _CODES = (
     "Exit codes: 0 done; 1 done, but some lines could not be used; 2 nothing done; 3 stopped by an "
     "error, what was written stays; 130 interrupted."
@@ -55,11 +60,8 @@ def parser() -> argparse.ArgumentParser:
     whole.add_argument("--version", action="version", version=version("peft_taskmoe"))
     whole.set_defaults(run=lambda args: _print_help(whole))
     commands = whole.add_subparsers(metavar="command")
-    for name, module, words in (
-        ("extract", extract, "extract records from texts"),
-        ("score", score, "score records against gold documents"),
-        ("convert", convert, "turn data sets into JSONL documents"),
-    ):
+    for name, words in _COMMANDS.items():
+        module = import_module(f"{__package__}.{name}")
         command = commands.add_parser(name, help=words, description=words, epilog=_CODES)
         module.add_arguments(command)
         command.set_defaults(run=module.run)

@@ -1,4 +1,4 @@
-"""What extraction has to know of a model's task routers: whether they read, and who reads for them."""
+"""What extraction knows of a model's task routers: whether they read, and who reads for them."""
 
 from __future__ import annotations
 

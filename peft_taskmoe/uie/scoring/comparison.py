@@ -10,7 +10,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..tables import Table, Tabular, none_if_nan, percent
+from ..tables import Table, none_if_nan, percent
+from ..tabular import Tabular
 from .bootstrap import (
     Clusters,
     Interval,

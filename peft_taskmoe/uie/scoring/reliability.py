@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..records import Document, Record, record_key, spans_of
-from ..tables import Table, Tabular, none_if_nan
+from ..tables import Table, none_if_nan
+from ..tabular import Tabular
 from .bootstrap import Interval, check_resampling, percentile_interval, resampled_sums
 from .matching import Answers, Documents, Match, items_of, parts_of, tasks_of, usable
 
