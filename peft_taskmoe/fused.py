@@ -171,7 +171,8 @@ def _gates(
         elif token_tasks is not None:
             logits = logits + spread_over_tokens(per_task, tokens, token_tasks).t()
         else:  # broadcast: each task owns an equal share of consecutive tokens
-            by_task = logits.view(shape.num_experts, per_task.shape[0], -1)
+            n = per_task.shape[0]
+            by_task = logits.view(shape.num_experts, n, tokens // n)
             logits = (by_task + per_task.t().unsqueeze(-1)).view(shape.num_experts, tokens)
     assert logits is not None
     if shape.top_k is not None:
@@ -181,7 +182,8 @@ def _gates(
 
 def _mix(h: torch.Tensor, gates: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """`experts.mix_bottleneck` for `(e*r, tokens)` and `(e, tokens)`."""
-    by_expert = h.view(gates.shape[0], -1, gates.shape[1])
+    experts, tokens = gates.shape
+    by_expert = h.view(experts, h.shape[0] // experts, tokens)
     gates = gates.to(h.dtype).unsqueeze(1)
     if out is None:
         return (by_expert * gates).view(h.shape)
@@ -217,7 +219,7 @@ def _grad_of_logits(
     One tensor `(e*r [+ e], tokens)`, so that one product takes both to the weights and to x.
     """
     (experts, tokens), rank = gates.shape, h.shape[0]
-    d_gates = (dz * h).view(experts, -1, tokens).sum(1, dtype=gates.dtype)
+    d_gates = (dz * h).view(experts, rank // experts, tokens).sum(1, dtype=gates.dtype)
     both = h.new_empty(rank + experts * shape.reads_token, tokens)
     _mix(dz, gates, out=both[:rank])
     in_place = shape.reads_token and h.dtype == gates.dtype
@@ -252,7 +254,7 @@ def _grad_of_task(
     """Gradients of the router's task part `(e, task_dim)` and of the task embeddings."""
     experts, n = d_logits.shape[0], task.shape[0]
     if token_tasks is None:
-        per_task = d_logits.view(experts, n, -1).sum(2)
+        per_task = d_logits.view(experts, n, d_logits.shape[1] // n).sum(2)
     else:
         per_task = d_logits.new_zeros(n, experts).index_add_(0, token_tasks, d_logits.t()).t()
     per_task = per_task.to(router.dtype)

@@ -19,18 +19,8 @@ def test_the_update_equals_the_loops(num_experts, r) -> None:
     router = torch.randn(num_experts, 6, dtype=torch.float64)
     gates = reference.all_gates(x, router, None, [])
     update = expert_update(x, gates, weight_a, weight_b, 1.7)
-    expected = reference.adapted_linear(
-        x,
-        torch.zeros(5, 6, dtype=torch.float64),
-        None,
-        weight_a,
-        weight_b,
-        router,
-        None,
-        [],
-        r=r,
-        scaling=1.7,
-    )
+    base, weights = torch.zeros(5, 6, dtype=torch.float64), (weight_a, weight_b, router)
+    expected = reference.adapted_linear(x, base, None, *weights, None, [], r=r, scaling=1.7)
     torch.testing.assert_close(update, expected, rtol=0, atol=1e-12)
 
 
@@ -78,7 +68,7 @@ def test_dropout_reaches_the_first_and_the_last_feature() -> None:
 
 
 def test_dropout_takes_more_draws_where_the_first_fall_short(monkeypatch) -> None:
-    """Gaps of 1 only, as if the smallest number were drawn each time: every feature is dropped, whatever the number of draws."""
+    """Gaps of 1 only, as if 0 were drawn each time, drop every feature."""
     monkeypatch.setattr(torch, "rand", lambda size, dtype: torch.zeros(size, dtype=dtype))
     assert draw_dropped(torch.empty(10_000), 0.05).tolist() == list(range(10_000))
 
