@@ -1,9 +1,11 @@
-"""Imports run one way, the core never knows extraction, and some modules stay light: read from the sources with `ast`."""
+"""How the package is built: levels, no import circle, no private names across files; read with `ast`."""
 
 from __future__ import annotations
 
 import ast
 import sys
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -13,154 +15,149 @@ import peft_taskmoe
 ROOT = Path(peft_taskmoe.__file__).parent
 PACKAGE = ROOT.name
 
-# A module imports from levels before its own, and within its own level only what stands in WITHIN.
+# A file of the core, or a folder, imports from the levels above its own line only.
 LEVELS = [
-    {
-        "help_only",
-        "checkpoints",
-        "peft_type",
-        "cache",
-        "config",
-        "router",
-        "experts",
-        "fused",
-        "conditioning",
-        "encoder",
-        "encoder_chunks",
-        "encoder_config",
-        "encoder_loading",
-        "collator",
-        "automatic",
-    },
-    {"layer"},
-    {"model", "inspection"},
-    {"registration", "export", "training_log"},
+    {"router", "experts", "adapter_weight", "encoder_config", "encoder_chunks", "encoder_loading"},
+    {"peft_type", "wrapping", "help_only", "cache", "checkpoints"},
+    {"fused", "aux_loss", "config", "prompts"},
+    {"decoding", "task_scope", "encoder"},
+    {"token_rows", "call_arguments", "collator", "task_encoders"},
+    {"base_layers"},
+    {"adapters"},
+    {"layer", "conditioning"},
+    {"model", "attach", "inspection"},
+    {"registration", "callback"},
+    {"export"},
     {"__init__"},
+    {"uie"},
+    {"cli"},
+    {"__main__"},
 ]
-WITHIN = {
-    "config": {"encoder_config", "peft_type"},
-    "encoder": {"cache", "encoder_chunks", "encoder_config", "encoder_loading"},
-    "encoder_chunks": {"encoder_config"},
-    "encoder_loading": {"encoder_config"},
-    "fused": {"router", "experts"},
-    "conditioning": {"router"},
-    "collator": {"encoder"},
-    "automatic": {"encoder"},
-}
-PURE_TORCH = {"router", "experts", "fused", "conditioning"}
-WITHOUT_TORCH = {
+WITHIN_A_LEVEL = {("encoder_chunks", "encoder_config"), ("encoder_loading", "encoder_config")}
+PURE_TORCH = ("router", "experts", "fused", "decoding", "aux_loss", "task_scope", "token_rows")
+WITHOUT_TORCH = (
     *("records", "schema", "prompt", "parse", "scoring", "tables", "view"),
     *("extraction/jobs", "extraction/questions", "extraction/results"),
-}
+)
+UNSAFE = {"eval", "exec", "compile", "__import__", "pickle.load", "pickle.loads"}
 
 
-def imported(path: Path) -> set[str]:
-    """Full names of everything a file imports, at its top or inside a function; relative imports made absolute."""
-    relative = path.relative_to(ROOT.parent).with_suffix("").parts
-    parent = relative[:-1]
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            start = parent[: len(parent) - node.level + 1] if node.level else ()
-            module = ".".join((*start, node.module) if node.module else start)
-            found |= {f"{module}.{alias.name}" for alias in node.names} | {module}
+def name_of(path: Path) -> str:
+    """A file's full name, e.g. `peft_taskmoe.uie.view` for that folder's `__init__.py`."""
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {name_of(path): path for path in sorted(ROOT.rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
+
+
+def for_types_only(tree: ast.Module) -> set[ast.AST]:
+    """Everything below `if TYPE_CHECKING:`."""
+    found: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            found |= {inner for statement in node.body for inner in ast.walk(statement)}
     return found
 
 
-def role(path: Path) -> str:
-    """The name directly below the package: a module's, or that of the folder it is in."""
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+@cache
+def imported(name: str) -> set[tuple[str, str]]:
+    """Modules, and what is taken of them, that a file imports, at its top or in a function."""
+    is_folder = FILES[name].name == "__init__.py"
+    folder = (name if is_folder else name.rpartition(".")[0]).split(".")
+    found, skipped = set(), for_types_only(TREES[name])
+    for node in set(ast.walk(TREES[name])) - skipped:
+        if isinstance(node, ast.Import):
+            found |= {(alias.name, "") for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            start = folder[: len(folder) - node.level + 1] if node.level else []
+            module = ".".join((*start, *filter(None, [node.module])))
+            found |= {(module, alias.name) for alias in node.names}
+    return found
 
 
-def core_files() -> list[Path]:
-    """All but extraction and the command line, which stand on the core."""
-    outside = {"cli", "uie", "__main__"}
-    return sorted(path for path in ROOT.rglob("*.py") if role(path) not in outside)
+def files_imported(name: str) -> set[str]:
+    """The package's own files that a file imports."""
+    whole = {(f"{module}.{taken}", module) for module, taken in imported(name)}
+    found = {longer if longer in FILES else module for longer, module in whole}
+    return found & set(FILES) - {name}
 
 
-def imports_of_package(path: Path) -> set[str]:
-    """The package's own modules that a file imports, e.g. `{"router", "uie"}`."""
-    parts = [name.split(".") for name in imported(path) if name.split(".")[0] == PACKAGE]
-    known = {role(file) for file in core_files()} | {"uie"}
-    return {part[1] for part in parts if len(part) > 1 and part[1] in known}
+def role(name: str) -> str:
+    """A file of the core or, below it, the folder."""
+    return "__init__" if name == PACKAGE else name.split(".")[1]
 
 
-def test_every_module_of_the_core_has_its_level() -> None:
-    listed = set().union(*LEVELS)
-    assert {role(path) for path in core_files()} - listed == set()
+def test_imports_run_from_level_to_level() -> None:
+    level = {role: i for i, roles in enumerate(LEVELS) for role in roles}
+    assert {role(name) for name in FILES} == set(level)
+    wrong = []
+    for name in FILES:
+        for other in files_imported(name):
+            pair = role(name), role(other)
+            below = level[pair[1]] < level[pair[0]]
+            if not (below or pair[0] == pair[1] or pair in WITHIN_A_LEVEL):
+                wrong.append(f"{name} imports {other}")
+    assert not wrong
 
 
-@pytest.mark.parametrize("path", core_files(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_run_one_way(path) -> None:
-    own = role(path)
-    level = next(i for i, modules in enumerate(LEVELS) if own in modules)
-    before = set().union(*LEVELS[:level]) if level else set()
-    allowed = before | WITHIN.get(own, set()) | {own}
-    assert imports_of_package(path) <= allowed
+def test_no_import_circle() -> None:
+    try:
+        TopologicalSorter({name: files_imported(name) for name in FILES}).prepare()
+    except CycleError as error:
+        pytest.fail(f"circle: {' <- '.join(error.args[1])}")
 
 
-def test_within_the_first_level_there_is_no_cycle() -> None:
-    done: set[str] = set()
-    waiting = {name: WITHIN.get(name, set()) for name in LEVELS[0]}
-    while waiting:
-        ready = {name for name, needs in waiting.items() if needs <= done}
-        assert ready, f"cycle among {sorted(waiting)}"
-        done |= ready
-        waiting = {name: needs for name, needs in waiting.items() if name not in ready}
+def test_no_private_name_crosses_files() -> None:
+    private = [
+        (name, module, taken)
+        for name in FILES
+        for module, taken in imported(name)
+        if module.split(".")[0] == PACKAGE and f"{module}.{taken}".count("._")
+    ]
+    assert not private
 
 
-@pytest.mark.parametrize("path", core_files(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_the_core_never_imports_extraction(path) -> None:
-    assert "uie" not in imports_of_package(path)
-
-
-@pytest.mark.parametrize("name", sorted(PURE_TORCH))
-def test_the_method_itself_knows_no_peft_and_no_transformers(name) -> None:
-    outside = {module.split(".")[0] for module in imported(ROOT / f"{name}.py")}
+@pytest.mark.parametrize("name", PURE_TORCH)
+def test_the_method_itself_imports_no_peft_and_no_transformers(name) -> None:
+    name = f"{PACKAGE}.{name}"
+    outside = {module.split(".")[0] for module, _ in imported(name)}
     assert outside <= {"torch", PACKAGE, *sys.stdlib_module_names}
+    assert {role(other) for other in files_imported(name)} <= set(PURE_TORCH)
 
 
-@pytest.mark.parametrize("name", sorted(WITHOUT_TORCH))
+@pytest.mark.parametrize("name", WITHOUT_TORCH)
 def test_what_reads_and_scores_text_is_free_of_torch(name) -> None:
-    uie = ROOT / "uie"
-    files = [*uie.glob(f"{name}.py"), *(uie / name).glob("*.py")]
-    outside = {module.split(".")[0] for path in files for module in imported(path)}
+    start = f"{PACKAGE}.uie.{name.replace('/', '.')}"
+    files = [file for file in FILES if f"{file}.".startswith(f"{start}.")]
+    outside = {module.split(".")[0] for file in files for module, _ in imported(file)}
     assert files and not outside & {"torch", "transformers", "peft", "safetensors"}
 
 
-@pytest.mark.parametrize(
-    "path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT))
-)
-def test_every_file_has_a_role_and_says_it(path) -> None:
-    assert path.stem not in {"utils", "base", "common", "helpers", "misc"}
-    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
-    assert docstring and len(docstring) > 40
+def test_every_file_opens_with_one_sentence() -> None:
+    for name, path in FILES.items():
+        assert path.stem not in {"utils", "base", "common", "helpers", "misc"}
+        first, *rest = (ast.get_docstring(TREES[name]) or "").split("\n")
+        assert len(first) > 25 and first[-1] in ".:" and rest[:1] in ([], [""]), name
 
 
-@pytest.mark.parametrize(
-    "path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT))
-)
-def test_nothing_runs_what_it_reads(path) -> None:
+def test_nothing_runs_what_it_reads() -> None:
     """No eval, exec or unpickling anywhere: what a model or a file says is data."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call):
-            called = ast.unparse(node.func)
-            assert called not in {
-                "eval",
-                "exec",
-                "compile",
-                "__import__",
-                "pickle.load",
-                "pickle.loads",
-            }
-            if called == "torch.load":
-                assert "weights_only=True" in map(ast.unparse, node.keywords)
+    for name, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in UNSAFE, name
+                if called == "torch.load":
+                    assert "weights_only=True" in map(ast.unparse, node.keywords), name
 
 
 def test_the_public_names_are_there() -> None:
-    assert {
-        "TaskMoELoraConfig", "TaskMoELoraModel", "TaskEncoder", "attach_task_encoder", "task_context", "TaskCollator",
-    } <= set(peft_taskmoe.__all__)  # fmt: skip
+    assert set(peft_taskmoe.__all__) == {
+        "ChecksumCallback", "RoutingCallback", "TaskCollator", "TaskEncoder", "TaskEncoderConfig",
+        "TaskMoELoraConfig", "TaskMoELoraModel", "attach_task_encoder", "checkpoint_fault",
+        "experts_from_loras", "from_reference_checkpoint", "heat_map", "log_routing",
+        "newest_whole_checkpoint", "record_gates", "task_context", "to_lora",
+    }  # fmt: skip
     assert all(hasattr(peft_taskmoe, name) for name in peft_taskmoe.__all__)

@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..optional import needed
 from ..records import Entity
-from ..tables import Table
 from .layout import (
     MAX_LINES,
     MAX_MARKED,
@@ -31,6 +30,9 @@ from .layout import (
     numbered,
     parts_of,
 )
+
+if TYPE_CHECKING:
+    from ..tables import Table
 
 _MAX_NUMBERS = 12  # of relations and events, in one tag
 
