@@ -112,7 +112,7 @@ def test_adapters_of_every_kind_side_by_side():
         )
     model.base_model.set_adapter(["default", "wide"])
     with pytest.raises(
-        ValueError, match=r"6 dimensions.*adapter \"wide\" was built for `task_dim=9`"
+        ValueError, match=r"6 dimensions.*adapter \"wide\" has `task_dim=9`"
     ):
         run(model)
 
@@ -448,7 +448,7 @@ def test_merging_one_or_all_of_several():
 def test_a_router_that_reads_the_token_refuses_to_merge(adapter):
     model = with_two("llama", adapter)
     expected = run(model)
-    message = r'adapter "default" reads the token.*cannot be merged.*`to_lora\(model, ...\)`'
+    message = r'Adapter "default" cannot be merged: its router reads the token.*`to_lora\(model, ...\)`'
     for names in (None, ["other", "default"]):
         with task_context(tasks(1)):
             with pytest.raises(ValueError, match=message):
@@ -465,7 +465,7 @@ def test_merging_needs_one_task():
         model.merge_adapter()
     with (
         task_context(tasks()),
-        pytest.raises(ValueError, match=r"needs the one task.*but 3 task embeddings"),
+        pytest.raises(ValueError, match="needs one task, but 3 task embeddings are in scope"),
     ):
         model.merge_and_unload()
 

@@ -202,7 +202,7 @@ INTEGERS = [(field, value) for field in ("num_experts", "r", "task_dim", "top_k"
     ({"bias": "lora_only"}, "`bias` must be one of ['none', 'all', 'taskmoe_lora_only'], got"),
     ({"use_rslora": 1}, "`use_rslora` must be true or false, got 1."),
     ({"top_k": 9}, "`top_k` must be at most `num_experts` = 8, got 9. None keeps all gates."),
-    ({"router_aux_loss_coef": -1}, "`router_aux_loss_coef` must not be negative, got -1. 0.0 turns"),
+    ({"router_aux_loss_coef": -1}, "`router_aux_loss_coef` must not be negative, got -1."),
     ({"target_modules": 3}, "`target_modules` must be a name, a regex or a list of names, got 3."),
     ({"layers_pattern": "layers"}, "`layers_pattern` has no effect without `layers_to_transform`."),
     ({"layers_to_transform": [0], "target_modules": ".*q_proj"},

@@ -292,7 +292,7 @@ def test_errors_say_what_to_do(adapted, tiny_model):
             record.layers()
         with (
             pytest.raises(
-                ValueError, match=r"3 task names were given for a batch of 2 rows.*one name per row"
+                ValueError, match=r"3 task names were given for 2 rows.*one name per row"
             ),
             record.task(["a", "b", "c"]),
         ):
