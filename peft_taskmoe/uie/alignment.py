@@ -27,7 +27,7 @@ MAX_OCCURRENCES = 10_000
 
 _PLACES_BUDGET = 5_000_000
 _MOST_BEYOND_BUDGET = 100
-_SCAN_BUDGET = 5_000_000_000  # characters
+_SCAN_BUDGET = 1_000_000_000  # characters
 _SCANS = 2_000  # of the whole text, that are always within the budget
 _MOST_TIMES_TEXT = 8  # a mention that is longer than the text by more than this is not in it
 
@@ -92,7 +92,7 @@ class TextIndex:
 
         So that no text and answer can make it slow, there are budgets. Once the places found so
         far, weighed by the length of their mentions, exceed 5,000,000 characters, 100 places of
-        each further mention are looked at. Once 5,000,000,000 characters and the whole text 2,000
+        each further mention are looked at. Once 1,000,000,000 characters and the whole text 2,000
         times were searched through, further mentions are not looked for (`searched` is false).
         """
         if mention not in self._found:
