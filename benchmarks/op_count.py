@@ -1,15 +1,15 @@
-"""ATen operations per adapted linear, forward and backward: ours against PEFT's LoRA. On a GPU each of them is a launch or a view.
+"""Shows the ATen operations per adapted linear, forward and backward: ours against PEFT's LoRA.
 
     python benchmarks/op_count.py             # eager, as on a GPU
     python benchmarks/op_count.py --device cpu
-    python benchmarks/op_count.py --compiled  # kernels that torch.compile makes of it, products included
+    python benchmarks/op_count.py --compiled  # kernels that torch.compile makes of it
 
-Counted is what reaches the dispatcher while the seven linears of a Llama layer of SmolLM2-135M's shape run forward and backward, less what
-the linears take without adapters, divided by seven; views and allocations, which launch nothing, are counted apart. Layers that read the
-same tensor (q, k and v; gate and up) are one function of ours. It takes another way under a dispatch mode, so it is called here directly;
-the normalisation of the task, once per forward and width, is therefore not included; compiled, where a single linear of 576 x 576 is
-counted, it is. Tensors of the meta device, which have no data, take the ways of a GPU's, but for dropout itself (LoRA's is one operation
-forward and one backward there); on a CPU ours joins the products of a layer that reads alone. Knows no model and measures no time.
+On a GPU each operation is a launch or a view. Counted is what reaches the dispatcher while the
+seven linears of a Llama layer of SmolLM2-135M's shape run, less what they take without adapters,
+divided by seven; views and allocations, which launch nothing, are counted apart. The fused function
+is called directly, since layers take another way under a dispatch mode. The task's normalisation,
+once a forward and width, is in the compiled count of one linear only. Tensors of the meta device
+take the ways of a GPU's, but for dropout, one operation forward and one backward for LoRA there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -30,12 +30,27 @@ from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_taskmoe import TaskMoELoraConfig, task_context
-from peft_taskmoe.fused import ExpertShape, FusedUpdate, LayerTensors
+from peft_taskmoe.fused import ExpertShape, FusedUpdate
 
 VIEWS = {
-    "view", "_unsafe_view", "t", "transpose", "expand", "slice", "unsqueeze", "squeeze", "alias", "detach", "as_strided",
-    "_reshape_alias", "split", "split_with_sizes", "select", "promote_types", "new_empty", "empty", "empty_like",
-}  # fmt: skip
+    *("view", "_unsafe_view", "t", "transpose", "expand", "slice", "unsqueeze", "squeeze"),
+    *("alias", "detach", "as_strided", "_reshape_alias", "split", "split_with_sizes", "select"),
+    *("promote_types", "new_empty", "empty", "empty_like"),
+}
+WIDTH, NUM_EXPERTS, R, TASK_DIM = 576, 8, 4, 768
+LLAMA_LAYER = (
+    *((576, 576), (576, 192), (576, 192), (576, 576)),
+    *((576, 1536), (576, 1536), (1536, 576)),
+)
+"""In- and out-features of q, k, v, o, gate, up, down."""
+
+
+class PerLinear(NamedTuple):
+    """Operations of all seven linears, divided by seven, and which they are."""
+
+    launched: float
+    views: float
+    which: dict[str, int]
 
 
 class Counting(TorchDispatchMode):
@@ -52,19 +67,14 @@ class Counting(TorchDispatchMode):
 
 
 def counted(
-    forward: Callable[[torch.Tensor], Sequence[torch.Tensor]], width: int, device: str
+    forward: Callable[[torch.Tensor], torch.Tensor], width: int, device: str
 ) -> Counter[str]:
     """Operations of one forward and backward of a batch of 4 rows of 256 tokens."""
     x = torch.randn(4, 256, width, requires_grad=True, device=device)
     with Counting() as mode:
-        outs = forward(x)
-        torch.autograd.backward(outs, [torch.ones_like(out) for out in outs])
+        out = forward(x)
+        out.backward(torch.ones_like(out))
     return mode.counts
-
-
-WIDTH, NUM_EXPERTS, R, TASK_DIM = 576, 8, 4, 768
-LLAMA_LAYER = ((576, (576, 192, 192)), (576, (576,)), (576, (1536, 1536)), (1536, (576,)))
-"""In-features, and the out-features of the linears that read the same tensor: q, k, v; o; gate, up; down."""
 
 
 def adapted(config: PeftConfig, in_features: int = WIDTH, out_features: int = WIDTH) -> nn.Module:
@@ -73,59 +83,44 @@ def adapted(config: PeftConfig, in_features: int = WIDTH, out_features: int = WI
     return inject_adapter_in_model(config, model)["linear"]
 
 
-def of_readers(
-    in_features: int, outs: Sequence[int], dropout: float, device: str
+def of_linear(
+    in_features: int, out_features: int, dropout: float, device: str
 ) -> dict[str, Counter[str]]:
-    """Operations beyond the linears' own, of the linears that read one tensor."""
-    weights = [torch.randn(out, in_features, device=device) for out in outs]
+    """Operations beyond the linear's own, by method."""
+    weight = torch.randn(out_features, in_features, device=device)
     config = LoraConfig(r=36, lora_alpha=36, lora_dropout=dropout, target_modules=["linear"])
-    loras = [adapted(config, in_features, out).to(device) for out in outs]
-    tensors: list[torch.Tensor | None] = []
-    for weight, out in zip(weights, outs, strict=True):
-        sizes = (
+    lora = adapted(config, in_features, out_features).to(device)
+    a, b, router = (
+        torch.randn(*size, requires_grad=True, device=device)
+        for size in (
             (NUM_EXPERTS * R, in_features),
-            (out, NUM_EXPERTS * R),
+            (out_features, NUM_EXPERTS * R),
             (NUM_EXPERTS, in_features + TASK_DIM),
         )
-        tensors += LayerTensors(
-            None,
-            weight,
-            None,
-            *(torch.randn(*size, requires_grad=True, device=device) for size in sizes),
-        )
-    task, shape = (
-        torch.randn(4, TASK_DIM, device=device),
-        ExpertShape(NUM_EXPERTS, R, None, True, True),
     )
-    alone = counted(lambda x: [F.linear(x, weight) for weight in weights], in_features, device)
+    task = torch.randn(4, TASK_DIM, device=device)
+    shape = ExpertShape(NUM_EXPERTS, R, None, reads_token=True, reads_task=True)
+
+    def ours(x: torch.Tensor) -> torch.Tensor:
+        return FusedUpdate.apply(
+            x, None, weight, None, a, b, router, task, None, shape, 1.0, dropout
+        )
+
     found = {
-        "LoRA-36": counted(lambda x: [lora(x) for lora in loras], in_features, device),
-        "ours 8x4": counted(
-            lambda x: FusedUpdate.apply(
-                x, task, None, shape, (1.0,) * len(outs), dropout, *tensors
-            ),
-            in_features,
-            device,
-        ),
+        "LoRA-36": counted(lora, in_features, device),
+        "ours 8x4": counted(ours, in_features, device),
     }
+    alone = counted(lambda x: F.linear(x, weight), in_features, device)
     for counts in found.values():
         counts.subtract(alone)
     return found
 
 
-class PerLinear(NamedTuple):
-    """Of all seven linears, divided by seven."""
-
-    launched: float
-    views: float
-    which: dict[str, int]
-
-
 def per_linear(dropout: float, device: str) -> dict[str, PerLinear]:
     """What eager mode launches, by method."""
     totals: dict[str, Counter[str]] = {}
-    for in_features, outs in LLAMA_LAYER:
-        for name, counts in of_readers(in_features, outs, dropout, device).items():
+    for sizes in LLAMA_LAYER:
+        for name, counts in of_linear(*sizes, dropout, device).items():
             totals.setdefault(name, Counter()).update(counts)
     found = {}
     for name, counts in totals.items():
@@ -137,54 +132,51 @@ def per_linear(dropout: float, device: str) -> dict[str, PerLinear]:
 
 def eager(device: str) -> Table:
     """The table of it."""
-    table = Table(
-        title=f"operations per adapted linear of a Llama layer, forward and backward, {device}"
-    )
+    table = Table(title=f"operations per adapted linear of a Llama layer, {device}")
     for column in ("dropout", "method", "operations", "views, allocations", "which, of all seven"):
         table.add_column(column, overflow="fold")
     for dropout in (0.0, 0.05):
         for name, found in per_linear(dropout, device).items():
-            table.add_row(
-                str(dropout), name, f"{found.launched:.1f}", f"{found.views:.1f}",
-                ", ".join(f"{op} {n}" for op, n in found.which.items()),
-            )  # fmt: skip
+            which = ", ".join(f"{op} {n}" for op, n in found.which.items())
+            counts = (f"{found.launched:.1f}", f"{found.views:.1f}")
+            table.add_row(str(dropout), name, *counts, which)
     return table
 
 
 def compiled() -> Table:
     """Calls of products and of fused kernels in the code that torch.compile generates."""
-    table = Table(
-        title="kernels per adapted layer beyond the linear layer's two products, compiled"
-    )
+    table = Table(title="kernels per adapted layer beyond the linear's two products, compiled")
     for column in ("dropout", "method", "kernels", "products", "fused"):
         table.add_column(column, overflow="fold")
-    task = torch.randn(4, TASK_DIM)
     for dropout in (0.0, 0.05):
         common = {"lora_dropout": dropout, "target_modules": ["linear"]}
-        for name, config in (
-            ("LoRA-36", LoraConfig(r=36, lora_alpha=36, **common)),
-            (
-                "ours 8x4",
-                TaskMoELoraConfig(num_experts=NUM_EXPERTS, r=R, task_dim=TASK_DIM, **common),
-            ),
-        ):
-            torch.compiler.reset()
-            layer = torch.compile(adapted(config), fullgraph=True)
-
-            def step(layer: nn.Module = layer) -> None:
-                with task_context(task):
-                    out = layer(torch.randn(4, 256, WIDTH, requires_grad=True))
-                out.backward(torch.ones_like(out))
-
-            _, sources = run_and_get_code(step)
-            bodies = [source[source.index("def call(") :] for source in sources]
-            products = sum(len(re.findall(r"extern_kernels\.\w*mm\(", body)) for body in bodies) - 2
-            fused = sum(
-                len(re.findall(r"\b(?:cpp|triton)_\w*fused_\w+(?:\.run)?\(", body))
-                for body in bodies
-            )
-            table.add_row(str(dropout), name, str(products + fused), str(products), str(fused))
+        ours = TaskMoELoraConfig(num_experts=NUM_EXPERTS, r=R, task_dim=TASK_DIM, **common)
+        configs = {"LoRA-36": LoraConfig(r=36, lora_alpha=36, **common), "ours 8x4": ours}
+        for name, config in configs.items():
+            products, fused = kernels(config)
+            counts = (products + fused, products, fused)
+            table.add_row(str(dropout), name, *map(str, counts))
     return table
+
+
+def kernels(config: PeftConfig) -> tuple[int, int]:
+    """Products and fused kernels of an adapted layer, compiled, beyond the linear's own."""
+    torch.compiler.reset()
+    layer, task = torch.compile(adapted(config), fullgraph=True), torch.randn(4, TASK_DIM)
+
+    def step() -> None:
+        with task_context(task):
+            out = layer(torch.randn(4, 256, WIDTH, requires_grad=True))
+        out.backward(torch.ones_like(out))
+
+    _, sources = run_and_get_code(step)
+    bodies = [source[source.index("def call(") :] for source in sources]
+    fused = r"\b(?:cpp|triton)_\w*fused_\w+(?:\.run)?\("
+    counts = [
+        sum(len(re.findall(one, body)) for body in bodies)
+        for one in (r"extern_kernels\.\w*mm\(", fused)
+    ]
+    return counts[0] - 2, counts[1]
 
 
 def main() -> None:
@@ -192,12 +184,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--compiled", action="store_true", help="Count what torch.compile makes of the layer."
-    )
-    parser.add_argument(
-        "--device", default="meta", help="Where the tensors of the eager count lie."
-    )
+    parser.add_argument("--compiled", action="store_true", help="count what torch.compile makes")
+    parser.add_argument("--device", default="meta", help="where the tensors of the count lie")
     args = parser.parse_args()
     Console().print(compiled() if args.compiled else eager(args.device))
 
