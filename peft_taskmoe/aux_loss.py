@@ -82,23 +82,12 @@ class AuxLossLog:
 
     @torch.compiler.disable
     def add_to_outputs(self, aux: AuxLoss, outputs: Any) -> Any:
-        """Add the loss where the outputs have one; else see to its gradient, or warn once.
-
-        A trainer that computes `-c sum_t log p_t` itself from the model's `log_probs` of the
-        labels, as TRL's `SFTTrainer` does, gives every label the gradient -c; c times their number
-        is the weight. Other losses, such as DPO's, have no such weight.
-        """
-        by_name = isinstance(outputs, dict)
-        loss: Any = None
-        log_probs: Any = None
-        counted: Any = None
-        if by_name:
-            names = ("loss", "log_probs", "label_mask")
-            loss, log_probs, counted = (outputs.get(name) for name in names)
-        elif isinstance(outputs, tuple) and outputs:
-            loss = outputs[0]
+        """Add the loss where the outputs have one; else see to its gradient, or warn once."""
+        named = outputs if isinstance(outputs, dict) else {}
+        loss: Any = outputs[0] if isinstance(outputs, tuple) and outputs else named.get("loss")
+        log_probs, counted = named.get("log_probs"), named.get("label_mask")
         added = isinstance(loss, torch.Tensor) and loss.dim() == 0
-        if added and by_name:
+        if added and named:
             outputs["loss"] = aux.added_to(loss)
         elif added:
             outputs = (aux.added_to(loss), *outputs[1:])

@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from .aux_loss import AuxLoss
 from .router import check_task_embeds, normalize_task
 
-
-class GateRecorder(Protocol):
-    """Takes the gates of each adapted layer that runs."""
-
-    def __call__(
-        self, layer: Any, adapter: str, gates: torch.Tensor, token_rows: torch.Tensor | None
-    ) -> None:
-        """Take the gates `(tokens, e)` of one layer, and each token's row or document if known."""
+GateRecorder = Callable[[Any, str, torch.Tensor, torch.Tensor | None], None]
+"""Takes a layer, its adapter's name, gates `(tokens, e)`, each token's row or document if known."""
 
 
 @dataclass(slots=True, eq=False)
