@@ -156,8 +156,6 @@ def carry_out(
         }
         if args.measure == "dev":
             return figures
-    if args.measure == "likelihood":
-        return figures
     if encoder is not None and args.swapped_embeddings and len(data.zero_shot) > 1:
         other = swapped(data.zero_shot)
         figures["nll_swapped"] = {
@@ -167,6 +165,8 @@ def carry_out(
             )
             for name, docs in data.zero_shot.items()
         }
+    if args.measure == "likelihood":
+        return figures
     if run.configuration.method == "moelora":
         sets = {name: docs[: args.gate_documents] for name, docs in {**data.dev, **data.zero_shot}.items()}
         figures["gates"] = _once(folder / "gates.json", lambda: measure.gates(sets))
