@@ -21,7 +21,7 @@ LEVELS = [
     {"peft_type", "wrapping", "help_only", "cache", "checkpoints"},
     {"fused", "aux_loss", "config", "prompts"},
     {"decoding", "task_scope", "encoder"},
-    {"token_rows", "call_arguments", "collator", "task_encoders"},
+    {"token_rows", "call_arguments", "recompute", "collator", "task_encoders"},
     {"base_layers"},
     {"adapters"},
     {"layer", "conditioning"},

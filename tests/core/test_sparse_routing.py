@@ -41,8 +41,8 @@ def gradients(model) -> dict[str, torch.Tensor]:
 
 
 def last_aux_loss(model: PeftModel) -> float | None:
-    """The load-balancing loss of the last forward that had one."""
-    return conditioner_of(model.get_base_model()).aux_log.last
+    """The load-balancing loss of the forward since the last look."""
+    return conditioner_of(model.get_base_model()).aux_log.take_mean()
 
 
 def reference_loss(

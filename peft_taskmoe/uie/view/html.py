@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..optional import needed
 from ..records import Entity
+from ..tables import Table
 from .layout import (
     MAX_LINES,
     MAX_MARKED,
@@ -30,9 +31,6 @@ from .layout import (
     numbered,
     parts_of,
 )
-
-if TYPE_CHECKING:
-    from ..tables import Table
 
 _MAX_NUMBERS = 12  # of relations and events, in one tag
 
