@@ -1,4 +1,4 @@
-"""Draws the pictures of the documents: the method as an SVG, and a page of extractions as a browser shows it.
+"""Draws the pictures of the documents: the method as an SVG, and a page of extractions.
 
 python docs/make_pictures.py                        # docs/images/method.svg
 python docs/make_pictures.py --browser chromium     # also docs/images/extractions.png

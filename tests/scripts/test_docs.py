@@ -1,7 +1,9 @@
-"""Every code block of README and documents runs, with tiny local models under the names of the Hub."""
+"""Every code block of README and documents runs, with tiny models under the names of the Hub."""
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import re
 import shlex
@@ -13,6 +15,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
+import trl
 import yaml
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -153,6 +156,7 @@ def names(tmp_path, monkeypatch) -> dict[str, Any]:
     monkeypatch.setattr(PeftModel, "push_to_hub", PeftModel.save_pretrained)
     monkeypatch.setattr(transformers.Trainer, "push_to_hub", transformers.Trainer.save_model)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", published_adapter)
+    monkeypatch.setattr(trl, "SFTConfig", functools.partial(SFTConfig, use_cpu=True))
     return starting_names()
 
 
@@ -226,7 +230,7 @@ def _check_script(script: Path, arguments: list[str]) -> None:
         if word.startswith("--") and word != "--config":
             name = word[2:].split("=")[0]
             assert name in trl or re.search(rf"\b{name.replace('-', '[-_]')}\b", sources), word
-    for before, word in zip(arguments, arguments[1:], strict=False):
+    for before, word in itertools.pairwise(arguments):
         if before == "--config":
             assert (ROOT / word).is_file(), word
 
