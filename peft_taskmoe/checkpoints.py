@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from transformers import TrainerCallback
-from transformers.trainer_pt_utils import safe_globals
 
 CHECKSUMS = "checksums.json"
 _STATES = {  # beginning of a file's name: the keys that its content must have
@@ -105,7 +105,9 @@ def _read_archive(file: Path) -> Any:
     with zipfile.ZipFile(file) as archive:
         if changed := archive.testzip():
             raise ValueError(f"{changed} is not what was saved")
-    with safe_globals():
+    core = np._core if hasattr(np, "_core") else np.core  # the second is numpy 1
+    states = [core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype("uint32"))]
+    with torch.serialization.safe_globals(states):  # what random states consist of
         return torch.load(file, map_location="meta", weights_only=True)
 
 
