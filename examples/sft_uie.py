@@ -11,7 +11,7 @@
         --output_dir outputs/codellama-7b --num_train_epochs 3 --learning_rate 3e-4 \
         --per_device_train_batch_size 4 --gradient_accumulation_steps 8 --push_to_hub
 
-A data set is a JSONL file of documents (see docs/extraction.md) or the id of a Hub data set with
+A data set is a JSONL file of documents (see docs/formats.md) or the id of a Hub data set with
 these columns. Every option can stand in a YAML file (`--config`), and those of TRL's `SFTConfig`
 are taken as well. The same command again resumes an interrupted run.
 """
