@@ -24,7 +24,7 @@ from torch import nn
 from trl import ModelConfig, SFTConfig
 
 import peft_taskmoe
-from peft_taskmoe import cli
+from peft_taskmoe import cli, uie
 from peft_taskmoe.uie import PROBLEM_KINDS, Document, Entity, Extractor, Span, completion_text
 from peft_taskmoe.uie.schema import Schema
 from running import ROOT
@@ -265,6 +265,11 @@ def test_links_and_pictures_lead_somewhere(page) -> None:
             assert anchor in anchors_of(file), target
         if page.parent.name == "docs":  # the site holds this folder alone
             assert file.resolve().is_relative_to(page.parent), target
+
+
+def test_the_reference_has_every_public_name() -> None:
+    named = re.findall(r"^::: \S*\.(\w+)$", (ROOT / "docs" / "api.md").read_text("utf-8"), re.M)
+    assert sorted(named) == sorted([*peft_taskmoe.__all__, *uie.__all__])
 
 
 def test_the_guide_names_every_kind_of_problem_and_every_exit_code() -> None:
