@@ -16,8 +16,9 @@ if not is_help_only():  # `peft-taskmoe --help` answers at once: torch and PEFT 
     from .config import TaskMoELoraConfig
     from .encoder import TaskEncoder, TaskEncoderConfig
     from .export import experts_from_loras, from_reference_checkpoint, to_lora
-    from .inspection import heat_map, record_gates
+    from .inspection import record_gates
     from .model import TaskMoELoraModel
+    from .plots import heat_map, load_plot, similarity_map, token_gates
     from .task_scope import task_context
 
 __all__ = [
@@ -33,9 +34,12 @@ __all__ = [
     "experts_from_loras",
     "from_reference_checkpoint",
     "heat_map",
+    "load_plot",
     "log_routing",
     "newest_whole_checkpoint",
     "record_gates",
+    "similarity_map",
     "task_context",
     "to_lora",
+    "token_gates",
 ]

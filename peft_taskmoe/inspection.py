@@ -1,9 +1,7 @@
 """Gates looked at from outside: recorded per layer and task, and summed up.
 
-It puts a recorder into the scope that the layers hand their gates to, and keeps sums of them,
-never the gates of single tokens. It changes no layer and no output beyond the rounding of the
-plain form (`router.py`, `experts.py`), which the layers use while someone looks. It knows no
-export and no encoder; pandas and matplotlib only where asked for.
+It puts a recorder into the scope that the layers hand their gates to. Outputs do not change beyond
+the rounding of the plain form (`router.py`, `experts.py`), which the layers use meanwhile.
 
 To see what the task does to a model at test time, run the same batch under another task embedding,
 e.g. that of another example (`task_embeds.roll(1, 0)`) or none (`torch.zeros_like(task_embeds)`),
@@ -16,17 +14,15 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .conditioning import base_model_of, conditioner_of
 from .layer import Linear
 from .task_scope import GateRecorder, TaskState, current_state, user_scope
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Measure = Literal["cosine", "js"]
 
@@ -317,6 +313,55 @@ def recording(recorder: GateRecorder) -> Iterator[None]:
         yield
 
 
+def gates_by_token(
+    model: nn.Module, prompt: str, tokenizer: Any = None, adapter: str | None = None
+) -> tuple[list[str], dict[str, torch.Tensor]]:
+    """The gates of every token of one prompt.
+
+    Args:
+        model: A causal language model with a Task-Aware MoELoRA adapter.
+        prompt: The prompt.
+        tokenizer: The model's tokenizer; None: the attached one, or that of the model's name.
+        adapter: Which adapter, if several are active.
+
+    Returns:
+        The tokens as text, and for each layer its gates, `(tokens, e)` float32.
+
+    Raises:
+        ValueError: If no adapter, or not the named one, has gates for the prompt.
+    """
+    base: Any = base_model_of(model)
+    conditioner = conditioner_of(base)
+    assert conditioner is not None
+    tokenizer = tokenizer or conditioner.encoders.reader_for(base).tokenizer
+    names = {id(layer): name for name, layer in adapted_layers(model).items()}
+    found: dict[str, dict[str, torch.Tensor]] = {}
+
+    def keep(layer: Any, of: str, gates: torch.Tensor, token_rows: torch.Tensor | None) -> None:
+        if id(layer) in names:
+            found.setdefault(of, {})[names[id(layer)]] = gates.float().cpu()
+
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(base.device)
+    with evaluating(model), recording(keep):
+        model(input_ids=ids)
+    wanted = adapter if adapter is not None or len(found) != 1 else next(iter(found))
+    if wanted not in found:
+        raise ValueError(f"`adapter` must be one with gates, {[*found]}, got {adapter!r}.")
+    return [tokenizer.decode([token]) for token in ids[0].tolist()], found[wanted]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run a block without gradients and dropout."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
 def adapted_layers(model: nn.Module) -> dict[str, Linear]:
     """The adapted layers of a model by their names in the base model."""
     outer: Any = model
@@ -395,48 +440,3 @@ def _similarity(a: torch.Tensor, b: torch.Tensor, measure: Measure) -> float:
     entropies = [torch.special.entr(gates).sum(-1) for gates in ((a + b) / 2, a, b)]
     divergence = (entropies[0] - (entropies[1] + entropies[2]) / 2).mean() / math.log(2.0)
     return 1.0 - divergence.clamp(min=0.0).item()
-
-
-def heat_map(
-    record: GateRecord, tasks: Sequence[str] | None = None, adapter: str | None = None
-) -> Figure:
-    """Draw the mean gates: one panel per task, a row per layer, a column per expert.
-
-    Args:
-        record: What `record_gates` yielded.
-        tasks: Which tasks; None for all.
-        adapter: Which adapter, if several were recorded.
-
-    Returns:
-        A matplotlib `Figure`: `heat_map(record).savefig("gates.png")`. A notebook shows it by
-        itself.
-
-    Raises:
-        ImportError: If matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "`heat_map` needs matplotlib. Run `pip install 'peft_taskmoe[plot]'`."
-        ) from error
-    names = record.tasks(adapter) if tasks is None else list(tasks)
-    layers = record.layers(adapter)
-    gates = [record.mean_gates(name, adapter) for name in names]
-    experts = gates[0].shape[1]
-    top = max(values.max().item() for values in gates)
-    figure = Figure(
-        figsize=(2.0 + len(names) * (0.6 + 0.25 * experts), 1.2 + 0.18 * len(layers)),
-        layout="constrained",
-    )
-    axes = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
-    for ax, name, values in zip(axes, names, gates, strict=True):
-        image = ax.imshow(
-            values.numpy(), vmin=0.0, vmax=top, aspect="auto", interpolation="nearest"
-        )
-        ax.set_title(name)
-        ax.set_xlabel("expert")
-        ax.set_xticks(range(experts))
-    axes[0].set_yticks(range(len(layers)), labels=layers, fontsize=6)
-    figure.colorbar(image, ax=list(axes), label="mean gate")
-    return figure
