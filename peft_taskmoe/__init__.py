@@ -18,6 +18,7 @@ if not is_help_only():  # `peft-taskmoe --help` answers at once: torch and PEFT 
     from .export import experts_from_loras, from_reference_checkpoint, to_lora
     from .inspection import record_gates
     from .model import TaskMoELoraModel
+    from .nearest import nearest_tasks, save_task_centroids
     from .plots import heat_map, load_plot, similarity_map, token_gates
     from .task_scope import task_context
 
@@ -36,8 +37,10 @@ __all__ = [
     "heat_map",
     "load_plot",
     "log_routing",
+    "nearest_tasks",
     "newest_whole_checkpoint",
     "record_gates",
+    "save_task_centroids",
     "similarity_map",
     "task_context",
     "to_lora",

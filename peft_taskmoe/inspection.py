@@ -337,9 +337,11 @@ def gates_by_token(
     names = {id(layer): name for name, layer in adapted_layers(model).items()}
     found: dict[str, dict[str, torch.Tensor]] = {}
 
-    def keep(layer: Any, of: str, gates: torch.Tensor, token_rows: torch.Tensor | None) -> None:
+    def keep(
+        layer: Any, adapter: str, gates: torch.Tensor, token_rows: torch.Tensor | None
+    ) -> None:
         if id(layer) in names:
-            found.setdefault(of, {})[names[id(layer)]] = gates.float().cpu()
+            found.setdefault(adapter, {})[names[id(layer)]] = gates.float().cpu()
 
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(base.device)
     with evaluating(model), recording(keep):

@@ -62,6 +62,8 @@ def heat_map(
     figure = _figure(figsize=(max(4.0, size[0]), max(2.5, size[1])))
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     spread = _spread(np.stack(gates) - 1 / experts)
+    wide = (figure.get_figwidth() - 1.5) / columns / len(kinds) > 0.09 * max(map(len, kinds))
+    turned = 0 if wide else 45
     for ax, name, values in zip(panels.flat, names, gates, strict=False):
         drawn = np.full((len(blocks), len(kinds), experts), np.nan)
         for (block, kind), of_layer in zip(cells, values, strict=True):
@@ -73,12 +75,12 @@ def heat_map(
         step = 1 + (len(blocks) - 1) // 16
         ax.set_yticks(range(0, len(blocks), step), labels=blocks[::step], fontsize=8)
         middles = [(i + 0.5) * experts - 0.5 for i in range(len(kinds))]
-        turned = 0 if len(kinds) == 1 else 45
         ax.set_xticks(middles, labels=kinds, fontsize=8, rotation=turned)
     for ax in panels.flat[len(names) :]:
         ax.set_axis_off()
     figure.supxlabel(f"kind of layer, each with its experts 0 to {experts - 1}", fontsize=9)
-    figure.supylabel("block", fontsize=9)
+    for ax in panels[:, 0]:
+        ax.set_ylabel("block", fontsize=9)
     _bar(figure, image, panels, f"mean gate (equal use: 1/E = {1 / experts:.3g})")
     return figure
 
@@ -130,18 +132,20 @@ def similarity_map(
     left.set(xlabel="1 - similarity", yticks=[])
     left.spines[["top", "right", "left"]].set_visible(False)
     apart = values[~np.eye(len(names), dtype=bool)]
-    image = ax.imshow(values[np.ix_(order, order)], cmap="cividis", vmin=apart.min(), vmax=1.0)
-    ax.set_aspect("auto")
+    values = np.where(np.eye(len(names), dtype=bool), np.nan, values)[np.ix_(order, order)]
+    ax.set_facecolor("0.85")  # a task and itself
+    image = ax.imshow(values, cmap="cividis", vmin=apart.min(), vmax=apart.max(), aspect="auto")
     labels = [names[i] for i in order]
     ax.set_xticks(range(len(names)), labels=labels, rotation=45, ha="right", **_PLAIN)
     ax.set_yticks(range(len(names)), labels=labels, **_PLAIN)
     ax.yaxis.tick_right()
     if len(names) <= _MAX_NUMBERED:
-        middle = (apart.min() + 1) / 2
-        for (i, j), value in np.ndenumerate(values[np.ix_(order, order)]):
-            ink = "black" if value > middle else "white"
-            ax.text(j, i, f"{value:.3f}", ha="center", va="center", fontsize=7, color=ink)
-    _bar(figure, image, np.array([ax]), f"similarity of the mean gates ({measure})")
+        middle = (apart.min() + apart.max()) / 2
+        for (i, j), value in np.ndenumerate(values):
+            ink = "white" if value < middle else "black"
+            words = "1" if i == j else f"{value:.3f}"
+            ax.text(j, i, words, ha="center", va="center", fontsize=7, color=ink)
+    _bar(figure, image, np.array([ax]), f"similarity of the mean gates ({measure})", "neither")
     return figure
 
 
@@ -185,7 +189,7 @@ def token_gates(
         words = [_visible(token) for token in tokens[part]]
         ax.set_xticks(range(len(words)), labels=words, rotation=90, fontsize=8, **_PLAIN)
         ax.set_xlim(-0.5, min(_TOKENS_PER_LINE, len(tokens)) - 0.5)
-        ax.set_yticks(range(experts), fontsize=7)
+        ax.set_yticks(range(experts), labels=range(experts), fontsize=7)
     where = "mean over layers" if layer is None else layer
     figure.supylabel("expert", fontsize=9)
     figure.supxlabel(f"token of the prompt ({where})", fontsize=9)
@@ -275,8 +279,10 @@ def _differences(ax: Axes, gates: NDArray[Any], experts: int, spread: float) -> 
     )
 
 
-def _bar(figure: Figure, image: AxesImage, panels: NDArray[Any], words: str) -> None:
-    bar = figure.colorbar(image, ax=panels.tolist(), aspect=40, pad=0.01, extend="both")
+def _bar(
+    figure: Figure, image: AxesImage, panels: NDArray[Any], words: str, extend: str = "both"
+) -> None:
+    bar = figure.colorbar(image, ax=list(panels.flat), aspect=40, pad=0.02, extend=extend)
     bar.set_label(words, fontsize=9)
     bar.ax.tick_params(labelsize=8)
 

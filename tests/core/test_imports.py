@@ -26,7 +26,7 @@ LEVELS = [
     {"adapters"},
     {"layer", "conditioning"},
     {"model", "attach", "inspection"},
-    {"registration", "callback"},
+    {"registration", "callback", "nearest", "plots"},
     {"export"},
     {"__init__"},
     {"uie"},
@@ -157,7 +157,8 @@ def test_the_public_names_are_there() -> None:
     assert set(peft_taskmoe.__all__) == {
         "ChecksumCallback", "RoutingCallback", "TaskCollator", "TaskEncoder", "TaskEncoderConfig",
         "TaskMoELoraConfig", "TaskMoELoraModel", "attach_task_encoder", "checkpoint_fault",
-        "experts_from_loras", "from_reference_checkpoint", "heat_map", "log_routing",
-        "newest_whole_checkpoint", "record_gates", "task_context", "to_lora",
+        "experts_from_loras", "from_reference_checkpoint", "heat_map", "load_plot", "log_routing",
+        "nearest_tasks", "newest_whole_checkpoint", "record_gates", "save_task_centroids",
+        "similarity_map", "task_context", "to_lora", "token_gates",
     }  # fmt: skip
     assert all(hasattr(peft_taskmoe, name) for name in peft_taskmoe.__all__)

@@ -1,4 +1,4 @@
-"""What `record_gates` reports, against gates computed by the plain loops of `reference.py`, and what it must leave alone."""
+"""What `record_gates` reports, against the plain loops of `reference.py`, and leaves alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from peft_taskmoe import TaskMoELoraConfig, task_context
 from peft_taskmoe.conditioning import TaskState, current_state, entered
-from peft_taskmoe.inspection import heat_map, record_gates
+from peft_taskmoe.inspection import record_gates
 from peft_taskmoe.layer import TaskMoELoraLayer
 from reference import all_gates
 from tiny import TASK_DIM, VOCAB
@@ -207,7 +207,7 @@ def test_rows_of_different_adapters(adapted):
     assert record.tasks("default") == ["a", "c"] and record.tasks("other") == ["b"]
     assert {(s.task, s.tokens) for s in record.stats()} == {("a", 4), ("b", 2), ("c", 4)}
     with pytest.raises(
-        ValueError, match="`adapter` is None, but the gates of 'default', 'other' were recorded"
+        ValueError, match=r"one of those recorded, \['default', 'other'\], got None"
     ):
         record.layers()
 
@@ -251,33 +251,13 @@ def test_tables(adapted):
     assert frame["mean"].map(sum).to_numpy() == pytest.approx(1.0, abs=1e-6)
 
 
-def test_heat_map_draws_the_mean_gates(adapted, tmp_path):
-    pytest.importorskip("matplotlib")
-    model = adapted()
-    with record_gates(model) as record, torch.no_grad(), record.task(["a", "b"]):
-        model(**batch(), task_embeds=torch.randn(2, TASK_DIM))
-    figure = heat_map(record)
-    panels = [ax for ax in figure.axes if ax.get_title()]
-    assert [ax.get_title() for ax in panels] == ["a", "b"]
-    np.testing.assert_allclose(panels[1].images[0].get_array(), record.mean_gates("b").numpy())
-    assert [t.get_text() for t in panels[0].get_yticklabels()] == record.layers()
-    figure.savefig(tmp_path / "gates.png")
-    assert (tmp_path / "gates.png").stat().st_size > 1000
-
-
-def test_optional_packages_are_named_where_missing(adapted, monkeypatch):
+def test_pandas_is_named_where_missing(adapted, monkeypatch):
     model = adapted()
     with record_gates(model) as record, torch.no_grad():
         model(**batch(), task_embeds=torch.randn(2, TASK_DIM))
     monkeypatch.setitem(sys.modules, "pandas", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(
-        ImportError,
-        match=r"`to_frame` needs pandas, which is not installed. Run `pip install pandas`",
-    ):
+    with pytest.raises(ImportError, match=r"`to_frame` needs pandas.*`pip install pandas`"):
         record.to_frame()
-    with pytest.raises(ImportError, match="`heat_map` needs matplotlib, which is not installed"):
-        heat_map(record)
 
 
 def test_errors_say_what_to_do(adapted, tiny_model):
