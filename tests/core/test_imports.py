@@ -1,4 +1,4 @@
-"""How the package is built: levels, no import circle, no private names across files; read with `ast`."""
+"""How the package is built: levels, no import circle, no private names across files; by `ast`."""
 
 from __future__ import annotations
 
