@@ -1,7 +1,7 @@
-"""`torch.compile`: no graph break in an adapted layer, no recompilation between batches, the same outputs and gradients.
+"""`torch.compile`: no graph break in an adapted layer, no recompilation, the same gradients.
 
-`fullgraph=True` raises at the first graph break, which `.item()` and branches on data are; `error_on_recompile` at the first
-recompilation. Both are on wherever a test does not say otherwise.
+`fullgraph=True` raises at the first graph break, which `.item()` and branches on data are;
+`error_on_recompile` at the first recompilation. Both are on unless a test says otherwise.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from peft_taskmoe import attach_task_encoder, task_context
 from peft_taskmoe.layer import Linear
 from tiny import TASK_DIM
 
-SMALL = {"num_hidden_layers": 1}
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
@@ -40,14 +40,23 @@ def batch(
     ids = torch.randint(4, 60, (rows, length), generator=generator)
     mask = torch.ones_like(ids)
     mask[-1, -2:] = 0
-    made = {
-        "input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100),
-        "task_embeds": torch.randn(rows, TASK_DIM, generator=generator, dtype=torch.float64),
-    }  # fmt: skip
-    if dynamic:
-        for value in made.values():
-            mark_dynamic(value, 0)
+    made = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    made["task_embeds"] = torch.randn(rows, TASK_DIM, generator=generator, dtype=torch.float64)
+    for value in made.values() if dynamic else ():
+        mark_dynamic(value, 0)
     return made
+
+
+@pytest.fixture
+def model(adapted):
+    """A model of one layer, in float64."""
+    return lambda **settings: adapted(model_changes={"num_hidden_layers": 1}, **settings).double()
+
+
+@pytest.fixture
+def layer(model):
+    """One adapted layer (16 -> 16), in float64."""
+    return lambda **settings: model(**settings).get_base_model().model.layers[0].self_attn.q_proj
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -56,30 +65,30 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-def same_step(
-    model: PeftModel, compiled: Any, inputs: dict[str, torch.Tensor], **kwargs: Any
-) -> None:
+def same_step(model: PeftModel, compiled: Any, inputs: dict[str, torch.Tensor]) -> None:
     """One training step of each gives the same loss, logits and gradients."""
-    expected = model(**inputs, **kwargs)
+    expected = model(**inputs)
     expected.loss.backward()
     wanted = gradients(model)
-    found = compiled(**inputs, **kwargs)
+    found = compiled(**inputs)
     found.loss.backward()
     torch.testing.assert_close((found.loss, found.logits), (expected.loss, expected.logits))
     torch.testing.assert_close(gradients(model), wanted)
     assert wanted and all(grad.abs().max() > 0 for grad in wanted.values())
 
 
-@pytest.fixture
-def layer(adapted):
-    """One adapted layer (16 -> 16), in float64."""
-    return lambda **settings: (
-        adapted(model_changes=SMALL, **settings)
-        .double()
-        .get_base_model()
-        .model.layers[0]
-        .self_attn.q_proj
-    )
+def same_layer(eager: Linear, compiled: Any, **close: float) -> None:
+    """The same outputs and gradients for three batches."""
+    assert isinstance(eager, Linear)
+    dtype = eager.base_layer.weight.dtype
+    for seed in range(3):
+        x = torch.randn(2, 5, 16, dtype=dtype, requires_grad=True)
+        weights = [x, *(p for p in eager.parameters() if p.requires_grad)]
+        with task_context(batch(seed=seed)["task_embeds"].to(dtype)):
+            outs = compiled(x), eager(x)
+        grads = (torch.autograd.grad(out.square().sum(), weights) for out in outs)
+        torch.testing.assert_close(*outs, **close)
+        torch.testing.assert_close(*grads, **close)
 
 
 @pytest.mark.parametrize("settings", [
@@ -87,29 +96,19 @@ def layer(adapted):
 ])  # fmt: skip
 def test_a_layer_is_one_graph(layer, settings) -> None:
     eager = layer(**settings).train("lora_dropout" not in settings)
-    assert isinstance(eager, Linear)
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(eager, backend=counter, fullgraph=True)
-    for seed in range(3):
-        x, task = (
-            torch.randn(2, 5, 16, dtype=torch.float64, requires_grad=True),
-            batch(seed=seed)["task_embeds"],
-        )
-        with task_context(task):
-            expected, found = eager(x), compiled(x)
-        torch.testing.assert_close(found, expected)
-        wanted = torch.autograd.grad(
-            expected.square().sum(), [x, *filter(lambda p: p.requires_grad, eager.parameters())]
-        )
-        got = torch.autograd.grad(
-            found.square().sum(), [x, *filter(lambda p: p.requires_grad, eager.parameters())]
-        )
-        torch.testing.assert_close(got, wanted)
+    same_layer(eager, torch.compile(eager, backend=counter, fullgraph=True))
     assert counter.frame_count == 1
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on a CPU")
+def test_inductor(layer) -> None:
+    eager = layer(top_k=2).float().train()
+    same_layer(eager, torch.compile(eager, fullgraph=True), atol=1e-4, rtol=1e-4)
+
+
 def test_a_layer_takes_two_products_more_than_lora(layer) -> None:
-    """LoRA has two forward and four backward; ours those, and the task's forward and backward: the token's is part of A's."""
+    """LoRA's two forward and four backward, and the task's; the token's is part of A's."""
     products: list[int] = []
 
     def count(graph: torch.fx.GraphModule, _: Any) -> Any:
@@ -127,81 +126,51 @@ def test_a_layer_takes_two_products_more_than_lora(layer) -> None:
     assert products == [base + 2 + 1, base + 4 + 1]
 
 
-def test_a_model_is_one_graph_for_all_batches(adapted) -> None:
+def test_a_model_is_one_graph_for_all_batches(model) -> None:
     """Batches of other contents and of other sizes, one graph."""
-    model = adapted(model_changes=SMALL).double().train()
+    eager = model().train()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    compiled = torch.compile(eager, backend=counter, fullgraph=True)
     for rows in (2, 2, 3, 5):
-        same_step(model, compiled, batch(rows, seed=counter.frame_count + rows, dynamic=True))
+        same_step(eager, compiled, batch(rows, seed=counter.frame_count + rows, dynamic=True))
     assert counter.frame_count == 1
 
 
-def test_inference_is_one_graph(adapted) -> None:
-    model = adapted(model_changes=SMALL, target_modules=["q_proj", "down_proj"], top_k=2).double()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+def test_inference_is_one_graph(model) -> None:
+    eager = model(target_modules=["q_proj", "down_proj"], top_k=2)
+    compiled = torch.compile(eager, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         for seed in range(2):
             inputs = batch(seed=seed)
-            torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
+            torch.testing.assert_close(compiled(**inputs).logits, eager(**inputs).logits)
 
 
-def test_gradient_checkpointing(adapted) -> None:
-    """transformers' own checkpointing breaks the graph around the layers; gradients stay what they are."""
-    model = adapted(model_changes=SMALL, target_modules=["q_proj", "down_proj"]).double().train()
-    compiled = torch.compile(model, backend="aot_eager")
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.enable_input_require_grads()
+@pytest.mark.parametrize("coefficient, checkpointing", [(0.0, True), (0.7, False), (0.7, True)])
+def test_checkpointing_and_the_load_balancing_loss(model, coefficient, checkpointing) -> None:
+    """Both break the graph around the layers; gradients stay what they are."""
+    settings = {"router_aux_loss_coef": coefficient, "target_modules": ["q_proj", "down_proj"]}
+    eager = model(**settings).train()
+    if checkpointing:
+        eager.gradient_checkpointing_enable({"use_reentrant": False})
+        eager.enable_input_require_grads()
+    compiled = torch.compile(eager, backend="aot_eager")
     with dynamo_config.patch(error_on_recompile=False):
         for seed in range(2):
-            same_step(model, compiled, batch(seed=seed))
+            same_step(eager, compiled, batch(seed=seed))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_load_balancing_loss_leaves_the_graph(adapted, checkpointing) -> None:
-    """Its gradient's weight is known in backward only, so each layer breaks the graph there; nothing of it is lost."""
-    model = (
-        adapted(model_changes=SMALL, router_aux_loss_coef=0.7, target_modules=["q_proj"])
-        .double()
-        .train()
-    )
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
-    compiled = torch.compile(model, backend="aot_eager")
-    with dynamo_config.patch(error_on_recompile=False):
-        same_step(model, compiled, batch())
-
-
-def test_packing_and_the_encoder_stay_outside(adapted, tiny_encoder, word_tokenizer) -> None:
-    """Reading prompts is no matter of tensors, so the automatic way breaks the graph before the model, not in it."""
-    model = attach_task_encoder(
-        adapted(model_changes=SMALL, target_modules=["q_proj"]).double(),
-        tiny_encoder,
-        word_tokenizer,
-    )
-    inputs = batch(1, 8)
+def test_packing_and_the_encoder_stay_outside(model, tiny_encoder, word_tokenizer) -> None:
+    """Reading prompts breaks the graph before the model, not in it."""
+    eager = attach_task_encoder(model(target_modules=["q_proj"]), tiny_encoder, word_tokenizer)
     packed = {
-        "input_ids": inputs["input_ids"], "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]]),
+        "input_ids": batch(1, 8)["input_ids"],
+        "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]]),
         "labels": torch.tensor([[-100, -100, 5, 6, -100, 7, 8, 9]]),
-    }  # fmt: skip
-    compiled = torch.compile(model, backend="aot_eager")
+    }
+    other = {**packed, "input_ids": packed["input_ids"].flip(1)}
+    compiled = torch.compile(eager, backend="aot_eager")
     with torch.no_grad(), dynamo_config.patch(error_on_recompile=False):
-        expected = model(**packed).logits
-        torch.testing.assert_close(compiled(**packed).logits, expected)
-        other = {**packed, "input_ids": packed["input_ids"].flip(1)}
-        torch.testing.assert_close(compiled(**other).logits, model(**other).logits)
-    assert not torch.allclose(model(**other).logits, expected)
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on a CPU")
-def test_inductor(layer) -> None:
-    eager = layer(top_k=2).float().train()
-    compiled = torch.compile(eager, fullgraph=True)
-    x, task = torch.randn(2, 5, 16, requires_grad=True), batch()["task_embeds"].float()
-    weights = [x, *filter(lambda p: p.requires_grad, eager.parameters())]
-    with task_context(task):
-        expected, found = eager(x), compiled(x)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-    wanted, got = (torch.autograd.grad(out.square().sum(), weights) for out in (expected, found))
-    torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+        expected = [eager(**inputs).logits for inputs in (packed, other)]
+        found = [compiled(**inputs).logits for inputs in (packed, other)]
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(*expected)

@@ -1,4 +1,4 @@
-"""Half precision, autocast and mixed dtypes of adapter and base: held against `reference.py` in float64 within rounding."""
+"""Half precision, autocast and mixed dtypes of adapter and base, within rounding of float64."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from peft import get_peft_model
 
 import reference
 from peft_taskmoe import TaskMoELoraConfig, task_context
-from peft_taskmoe.task_scope import TaskState, entered
 from peft_taskmoe.layer import Linear
+from peft_taskmoe.task_scope import TaskState, entered
 from tiny import TASK_DIM, randomise
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -23,15 +23,12 @@ BATCH: dict[str, Any] = {"input_ids": IDS, "labels": LABELS, "task_embeds": TASK
 
 @pytest.fixture
 def adapted_in(tiny_model):
-    """`adapted_in(bfloat16, autocast_adapter_dtype=True, ...)`: base in one dtype, adapter as PEFT makes it."""
+    """`adapted_in(bfloat16, autocast=True, ...)`: base in one dtype, adapter as PEFT makes it."""
 
-    def make(dtype: torch.dtype, autocast_adapter_dtype: bool = True, **settings: Any):
-        config = TaskMoELoraConfig(
-            **{"task_dim": TASK_DIM, "num_experts": 3, "r": 2, "lora_dropout": 0.0, **settings}
-        )
-        model = get_peft_model(
-            tiny_model(dtype=dtype), config, autocast_adapter_dtype=autocast_adapter_dtype
-        )
+    def make(dtype: torch.dtype, autocast: bool = True, **settings: Any):
+        small = {"task_dim": TASK_DIM, "num_experts": 3, "r": 2, "lora_dropout": 0.0}
+        config = TaskMoELoraConfig(**{**small, **settings})
+        model = get_peft_model(tiny_model(dtype=dtype), config, autocast_adapter_dtype=autocast)
         return randomise(model)
 
     return make
@@ -41,63 +38,58 @@ def layer_of(model) -> Linear:
     return model.get_base_model().model.layers[0].self_attn.q_proj
 
 
+def weights_of(layer: Linear) -> list[torch.nn.Parameter]:
+    """A, B and the router."""
+    return [getattr(layer, name)["default"].weight for name in layer.adapter_layer_names]
+
+
 def exact(layer: Linear, x: torch.Tensor) -> torch.Tensor:
     """The layer's output from its own (rounded) weights and inputs, in float64."""
     config = layer.configs["default"]
-    a, b, router = (
-        weights["default"].weight.detach().double()
-        for weights in (layer.taskmoe_lora_A, layer.taskmoe_lora_B, layer.taskmoe_lora_router)
-    )
     out = reference.adapted_linear(
-        x.detach().double().reshape(-1, x.shape[-1]), layer.base_layer.weight.double(), None, a, b, router, TASKS.double(),
-        [row for row in range(x.shape[0]) for _ in range(x.shape[1])], r=config.r, scaling=layer.scaling["default"],
-        top_k=config.top_k, task_norm=config.task_norm,
-    )  # fmt: skip
+        x.detach().double().flatten(0, 1),
+        layer.base_layer.weight.double(),
+        None,
+        *(weight.detach().double() for weight in weights_of(layer)),
+        TASKS.double(),
+        [row for row in range(x.shape[0]) for _ in range(x.shape[1])],
+        r=config.r,
+        scaling=layer.scaling["default"],
+        task_norm=config.task_norm,
+    )
     return out.view(*x.shape[:-1], -1)
 
 
 def worst(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float(
-        (found.detach().double() - expected.detach()).abs().max() / expected.detach().abs().max()
-    )
+    difference = found.detach().double() - expected.detach()
+    return float(difference.abs().max() / expected.detach().abs().max())
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
+@pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 def test_a_layer_is_right_to_the_rounding_of_its_dtype(
-    adapted_in, dtype, autocast_adapter_dtype, training
+    adapted_in, dtype, autocast, training
 ) -> None:
-    layer = layer_of(adapted_in(dtype, autocast_adapter_dtype)).train(training)
-    own = torch.float32 if autocast_adapter_dtype else dtype
-    assert (
-        layer.taskmoe_lora_A["default"].weight.dtype
-        == layer.taskmoe_lora_router["default"].weight.dtype
-        == own
-    )
+    layer = layer_of(adapted_in(dtype, autocast)).train(training)
+    own = torch.float32 if autocast else dtype
+    assert {weight.dtype for weight in weights_of(layer)} == {own}
     x = torch.randn(2, 5, 16, dtype=dtype, requires_grad=True)
     with task_context(TASKS):
         found = layer(x)
     assert found.dtype == dtype
     assert worst(found, exact(layer, x)) < 4 * torch.finfo(dtype).eps
     found.sum().backward()
-    assert x.grad.dtype == dtype and torch.isfinite(x.grad).all()
-    for weights in (layer.taskmoe_lora_A, layer.taskmoe_lora_B, layer.taskmoe_lora_router):
-        grad = weights["default"].weight.grad
-        assert grad.dtype == own and torch.isfinite(grad).all() and grad.abs().max() > 0
+    for of, expected in ((x, dtype), *((weight, own) for weight in weights_of(layer))):
+        assert of.grad.dtype == expected
+        assert torch.isfinite(of.grad).all() and of.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 def test_gates_are_float32(adapted_in, dtype) -> None:
     """A softmax rounded to bfloat16 would sum to one within a percent only."""
-    layer = layer_of(adapted_in(dtype, autocast_adapter_dtype=False, num_experts=8))
-    seen = []
-    with entered(
-        TaskState(
-            task_embeds=TASKS,
-            recorder=lambda layer, adapter, gates, token_tasks: seen.append(gates),
-        )
-    ):
+    layer, seen = layer_of(adapted_in(dtype, autocast=False, num_experts=8)), []
+    with entered(TaskState(task_embeds=TASKS, recorder=lambda *args: seen.append(args[2]))):
         layer(torch.randn(2, 5, 16, dtype=dtype))
     (gates,) = seen
     assert gates.dtype == torch.float32
@@ -107,7 +99,7 @@ def test_gates_are_float32(adapted_in, dtype) -> None:
 @pytest.mark.parametrize("aux", [0.0, 0.5])  # the fused and the plain form
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
 def test_autocast(adapted_in, base, aux) -> None:
-    """Under bf16 autocast the adapter computes in bf16, keeps its gradients in its own dtype, and stays near float32."""
+    """The adapter computes in bf16, keeps gradients in its own dtype, and stays near float32."""
     model = adapted_in(base, router_aux_loss_coef=aux).train()
     plain = adapted_in(torch.float32, router_aux_loss_coef=aux).train()
     expected = plain(**BATCH)
@@ -120,20 +112,19 @@ def test_autocast(adapted_in, base, aux) -> None:
             assert layer(x).dtype == torch.bfloat16
             assert worst(layer(x), exact(layer, x)) < 6 * torch.finfo(torch.bfloat16).eps
     found.loss.backward()
-    # Every weight is random, so rounding grows from layer to layer: directions are what can be compared
-    assert (
-        torch.cosine_similarity(found.logits.float().flatten(), expected.logits.flatten(), dim=0)
-        > 0.98
+    # Every weight is random, so rounding grows from layer to layer: directions can be compared
+    logits = (found.logits.float().flatten(), expected.logits.flatten())
+    assert torch.cosine_similarity(*logits, dim=0) > 0.98
+    got, wanted = (
+        torch.cat([p.grad.flatten() for p in each.parameters() if p.requires_grad])
+        for each in (model, plain)
     )
-    wanted = torch.cat([p.grad.flatten() for p in plain.parameters() if p.requires_grad])
-    got = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
-    assert got.dtype == torch.float32
-    assert torch.cosine_similarity(got, wanted, dim=0) > 0.9
+    assert got.dtype == torch.float32 and torch.cosine_similarity(got, wanted, dim=0) > 0.9
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_half_precision_models_train_and_generate(adapted_in, dtype) -> None:
-    model = adapted_in(dtype, autocast_adapter_dtype=False).train()
+    model = adapted_in(dtype, autocast=False).train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
     losses = []
     for _ in range(4):
@@ -144,16 +135,15 @@ def test_half_precision_models_train_and_generate(adapted_in, dtype) -> None:
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     model.eval()
-    generated = model.generate(
-        input_ids=IDS, task_embeds=TASKS, max_new_tokens=3, do_sample=False, eos_token_id=None
-    )
+    settings = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    generated = model.generate(input_ids=IDS, task_embeds=TASKS, **settings)
     with torch.no_grad():
         first = model(input_ids=IDS, task_embeds=TASKS).logits[:, -1].argmax(-1)
     assert generated.shape == (2, 9) and torch.equal(generated[:, 6], first)
 
 
 def test_a_gradient_scaler_changes_no_gradient(adapted_in) -> None:
-    """fp16 training multiplies the loss; the load-balancing loss is multiplied and divided with it."""
+    """fp16 training multiplies the loss, and the load-balancing loss with it."""
     found = []
     for scale in (1.0, 256.0):
         model = adapted_in(torch.float32, router_aux_loss_coef=0.5).train()
@@ -179,6 +169,5 @@ def test_a_model_cast_after_injection(adapted_in) -> None:
     model = adapted_in(torch.float32).to(torch.bfloat16).train()
     loss = model(**BATCH).loss
     loss.backward()
-    assert torch.isfinite(loss) and all(
-        p.grad.dtype == torch.bfloat16 for p in model.parameters() if p.requires_grad
-    )
+    assert torch.isfinite(loss)
+    assert {p.grad.dtype for p in model.parameters() if p.requires_grad} == {torch.bfloat16}
