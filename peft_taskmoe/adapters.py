@@ -28,6 +28,7 @@ class TaskMoELoraLayer(BaseTunerLayer):
     other_param_names = (
         "num_experts", "r", "lora_alpha", "scaling", "lora_dropout", "configs", "shapes",
     )  # fmt: skip
+    cast_input_dtype_enabled = True  # PEFT's `disable_input_dtype_casting` sets it
 
     def __init__(self, base_layer: nn.Module, layout: TokenLayout | None = None) -> None:
         self.base_layer = base_layer
@@ -163,11 +164,21 @@ class TaskMoELoraLayer(BaseTunerLayer):
             ValueError: See `get_delta_weight`; or if the base is quantised or, with `safe_merge`,
                 the result is not finite. The layer is then unchanged.
         """
+        deltas, merged = self.merged_weight(safe_merge, adapter_names)
+        if deltas:
+            self.get_base_layer().weight.data = merged
+            self._deltas.update(deltas)
+            self.merged_adapters.extend(deltas)
+
+    def merged_weight(
+        self, safe_merge: bool, adapter_names: list[str] | None
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """What `merge` adds, by adapter, and the base weight with it; changes nothing."""
         names = check_adapters_to_merge(self, adapter_names)
         deltas = {n: self.get_delta_weight(n) for n in names if n in self.taskmoe_lora_A}
-        if not deltas:
-            return
         weight = self.get_base_layer().weight
+        if not deltas:
+            return deltas, weight
         if not weight.is_floating_point():
             raise ValueError(
                 f"The base weight is quantised ({weight.dtype}), and adding to it would round the "
@@ -181,9 +192,7 @@ class TaskMoELoraLayer(BaseTunerLayer):
                     f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be "
                     "broken; the base weight was left as it was."
                 )
-        weight.data = merged
-        self._deltas.update(deltas)
-        self.merged_adapters.extend(deltas)
+        return deltas, merged
 
     def unmerge(self) -> None:
         """Take the merged adapters out of the base weight."""

@@ -19,7 +19,7 @@ _READ_BY_SCAN_KERNELS = ("out_proj", "x_proj", "dt_proj")
 _SEQUENCE_FIRST = ("xlnet", "longformer", "led", "fsmt")
 _POSITIONS_ONLY = ("pos_proj", "pos_q_proj", "pos_key_proj", "pos_query_proj")
 _POSITION_BIAS = ("disentangled_att_bias", "disentangled_attention_bias")
-_EXPERT = re.compile(r"(^|\.)\w*experts\.(\w+)\.")
+_EXPERT = re.compile(r"(^|\.)\w*experts\.(\w+\.|\w*\d$)")
 
 
 def linear_features(base_layer: nn.Module) -> tuple[int, int]:

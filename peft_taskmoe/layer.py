@@ -185,8 +185,9 @@ class Linear(nn.Module, TaskMoELoraLayer):
         """Add one adapter's update to the output of any base layer."""
         if not (torch.compiler.is_compiling() or self._wants_gates(adapter_name, state)):
             return self._fused(x, out, None, adapter_name, task).to(out.dtype)
-        weight_a, weight_b, router_weight = self.weights_of(adapter_name)
-        dtype = self._dtype(x, weight_a)
+        weights = self.weights_of(adapter_name)
+        dtype = self._dtype(x, weights[0])
+        weight_a, weight_b, router_weight = (weight.to(dtype) for weight in weights)
         h, logits = self._plain(x.to(dtype), adapter_name, weight_a, router_weight, task)
         gates = self._gates(x, logits, adapter_name, state, token_rows)
         mixed = mix_bottleneck(h, gates * self.scaling[adapter_name])
@@ -275,10 +276,10 @@ class Linear(nn.Module, TaskMoELoraLayer):
         return state.recorder is not None or wants_loss
 
     def _dtype(self, x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
-        """What an adapter computes in: autocast's dtype, or its own."""
+        """What an adapter computes in: autocast's dtype, or its own; the input's if that stays."""
         if torch.is_autocast_enabled(x.device.type):
             return torch.get_autocast_dtype(x.device.type)
-        return weight.dtype
+        return weight.dtype if self.cast_input_dtype_enabled else x.dtype
 
     def _frozen_base(
         self, x: torch.Tensor, adapter_name: str, dtype: torch.dtype | None = None

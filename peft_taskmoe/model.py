@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -113,18 +113,20 @@ class TaskMoELoraModel(BaseTuner):
         tower = tower_of(key, self.model)
         if tower is not None and tower not in self._left_out:
             self._left_out.append(tower)
-            warnings.warn(
-                f"The layers of `{tower}` are not adapted: they see a row per image or sound, but "
-                'a task belongs to a text. `router_inputs="token"` adapts them.',
-                UserWarning,
-                stacklevel=2,
-            )
         return tower is not None
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         """Create the adapted layers, as every tuner does, and condition the model's calls."""
         self._left_out: list[str] = []
         super().inject_adapter(model, *args, **kwargs)
+        if self._left_out:
+            warnings.warn(
+                f"The layers of `{'`, `'.join(self._left_out)}` are not adapted: they see a row per"
+                " image or sound, but a task belongs to a text. "
+                '`router_inputs="token"` adapts them.',
+                UserWarning,
+                stacklevel=2,
+            )
         install_conditioning(model)
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
@@ -139,10 +141,40 @@ class TaskMoELoraModel(BaseTuner):
             "`to_lora` makes of each."
         )
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """Merge in place, as every tuner does; if a layer refuses, none is changed."""
+        self._check_merge(safe_merge, adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_merge(safe_merge, adapter_names)
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         remove_conditioning(model)
         return model
+
+    def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
+        """Let every layer refuse before any is changed."""
+        for layer in self.model.modules():
+            if isinstance(layer, TaskMoELoraLayer):
+                with onload_layer(layer):
+                    layer.merged_weight(safe_merge, adapter_names)
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        if isinstance(new_module, TaskMoELoraLayer):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:  # unloading: there is no weight to hand over, and a trained head may have none
+            setattr(parent, child_name, new_module)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -62,10 +62,10 @@ class TaskEncoders:
                     f'The config of adapter "{adapter}" names no task encoder. Pass one: '
                     '`attach_task_encoder(model, TaskEncoder("Salesforce/codet5-base"))`.'
                 )
-            if named not in self._loaded:
+            encoder = self._attached_as(named) or self._loaded.get(named)
+            if encoder is None:
                 logger.info('Loading the task encoder "%s".', named.name_or_path)
-                self._loaded[named] = TaskEncoder.from_config(named)
-            encoder = self._loaded[named]
+                encoder = self._loaded[named] = TaskEncoder.from_config(named)
         if encoder.task_dim != config.task_dim:
             raise ValueError(
                 f"The encoder gives vectors of {encoder.task_dim} dimensions, but the router of "
@@ -73,6 +73,11 @@ class TaskEncoders:
                 f"trained with, or build it with `task_dim={encoder.task_dim}`."
             )
         return encoder
+
+    def _attached_as(self, config: TaskEncoderConfig) -> TaskEncoder | None:
+        """The one attached encoder of this config: adapters may be copied, as TRL's "ref" is."""
+        found = {id(e): e for e in self._attached.values() if e.config == config}
+        return next(iter(found.values())) if len(found) == 1 else None
 
     def embed(
         self, adapters: Mapping[str, TaskMoELoraConfig], texts: list[str], device: torch.device
@@ -91,7 +96,7 @@ class TaskEncoders:
         embeds = {}
         for adapter, config in adapters.items():
             encoder = self.encoder_of(adapter, config)
-            if adapter not in self._attached:
+            if any(encoder is loaded for loaded in self._loaded.values()):
                 encoder.to(device)
             key = (id(encoder), encoder.config.text)
             if key not in found:

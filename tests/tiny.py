@@ -6,6 +6,7 @@ It knows no expected value: those come from `reference.py` or from the tests. No
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -87,3 +88,11 @@ def randomise(model: nn.Module, seed: int = 1, std: float = 0.2) -> nn.Module:
         if "taskmoe_lora_" in name:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * std)
     return model
+
+
+@dataclass
+class FakeTokenizer:
+    """Token 7 is the word `t7`; below 4 they are special."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
+        return " ".join(f"t{i}" for i in ids if i >= 4 or not skip_special_tokens)

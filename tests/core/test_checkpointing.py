@@ -24,9 +24,9 @@ from torch.utils.checkpoint import (
 
 from cases import MODELS, SMALL, adapted, config_for, logits_of, louder, tasks
 from peft_taskmoe import TaskMoELoraConfig, task_context
-from peft_taskmoe.conditioning import carry_into_recompute, current_state
 from peft_taskmoe.layer import TaskMoELoraLayer
-from peft_taskmoe.conditioning import conditioner_of
+from peft_taskmoe.recompute import carry_into_recompute
+from peft_taskmoe.task_scope import current_state
 
 torch.set_num_threads(1)
 
@@ -161,8 +161,6 @@ def test_gradients_of_every_schedule_stay(kind, adapter, run):
 @pytest.mark.parametrize("kind", KINDS)
 def test_dropout_is_drawn_again_as_it_was(kind, run):
     model = loud("llama", lora_dropout=0.4)
-    if kind == "selective":  # computes every layer alone, each with a mask of its own
-        conditioner_of(model.get_base_model()).group([])
     expected = gradients(model, run(model, "llama"))
     switch_on(model, kind)
     assert_same(gradients(model, run(model, "llama")), expected)

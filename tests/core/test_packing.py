@@ -167,7 +167,7 @@ def test_wrapped_packing_warns_that_documents_are_cut(sft) -> None:
     assert "position_ids" not in batch
     with pytest.warns(
         UserWarning,
-        match=r"examples have no prompt.*cuts documents \(`packing_strategy=\"wrapped\"`",
+        match=r"examples have no prompt.*`packing_strategy=\"bfd\"`",
     ):
         trainer.model(**batch)
     with warnings.catch_warnings():  # once
@@ -181,26 +181,3 @@ def test_split_documents_warn_too(sft) -> None:
     with pytest.warns(UserWarning, match="examples have no prompt"):
         for batch in batches:
             trainer.model(**batch)
-
-
-def test_documents_are_told_apart_by_their_positions() -> None:
-    positions = torch.tensor(
-        [[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]]
-    )  # a document of one token among them
-    assert packed_documents(positions, None).tolist() == [0, 0, 0, 1, 1, 2, 3, 3, 3, 3]
-    assert packed_documents(torch.arange(5).expand(2, 5), None) is None
-    assert (
-        packed_documents(positions, torch.ones(2, 5)) is None
-    )  # a mask says that rows are examples
-    assert packed_documents(None, None) is None
-
-
-def test_a_prompt_ends_at_the_first_label_that_a_loss_reads() -> None:
-    ids = torch.tensor([[5, 6, 7, 8], [0, 5, 6, 7], [5, 6, 7, 0]])
-    mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1], [1, 1, 1, 0]])
-    labels = torch.tensor([[-100, -100, 7, -100], [-100, 5, 6, 7], [-100, -100, -100, -100]])
-    # Nothing predicts a first token, so its label (second row) begins no answer: packed rows mask it, others do not.
-    assert prompt_ids(ids, labels, mask, None) == [[5, 6], [5], [5, 6, 7]]
-    assert prompt_ids(ids, None, mask, None) == [[5, 6, 7, 8], [5, 6, 7], [5, 6, 7]]
-    documents = torch.tensor([0, 0, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3])
-    assert prompt_ids(ids, labels, None, documents) == [[5, 6], [7, 8], [0], [5, 6, 7, 0]]

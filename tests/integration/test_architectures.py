@@ -218,7 +218,7 @@ def test_what_is_no_linear_layer_is_refused(layer):
 def test_multihead_attention_refuses_its_uncalled_projection():
     model = nn.Sequential(nn.MultiheadAttention(8, 2))
     with pytest.raises(
-        TypeError, match=r"read by its parent without being called.*`exclude_modules`"
+        ValueError, match=r"read by nn.MultiheadAttention without calling.*out_proj"
     ):
         get_peft_model(model, TaskMoELoraConfig(**SMALL, target_modules=["out_proj"]))
 

@@ -537,7 +537,7 @@ def test_selections_that_find_nothing_say_so():
         adapted("llama", target_modules=["q_proj"], rank_pattern={"nowhere": 3})
     with pytest.raises(
         ValueError,
-        match=r"`layers_to_transform` does not go together with `target_modules='.\*q_proj'`",
+        match=r"`layers_to_transform` does not work with the regex `target_modules='.\*q_proj'`",
     ):
         config_for("llama", target_modules=".*q_proj", layers_to_transform=[0])
 

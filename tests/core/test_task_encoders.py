@@ -1,4 +1,4 @@
-"""The automatic way: what the prompt of an example is, and what `attach_task_encoder` makes of `input_ids`."""
+"""An attached encoder: which call of a model is routed by the embedding of which text."""
 
 from __future__ import annotations
 
@@ -17,17 +17,8 @@ from peft_taskmoe import (
     attach_task_encoder,
     task_context,
 )
-from peft_taskmoe.automatic import PromptEncoder, packed_documents, prompt_ids
 from peft_taskmoe.conditioning import conditioner_of
-from tiny import TASK_DIM
-
-
-@dataclass
-class FakeTokenizer:
-    """Token 7 is the word `t7`; below 4 they are special."""
-
-    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
-        return " ".join(f"t{i}" for i in ids if i >= 4 or not skip_special_tokens)
+from tiny import TASK_DIM, FakeTokenizer
 
 
 @dataclass
@@ -67,108 +58,11 @@ def attached(adapted):
     return make
 
 
-@pytest.mark.parametrize(
-    "labels, mask, expected",
-    [
-        (None, None, [[4, 5, 6, 7, 8], [9, 10, 11, 12, 13]]),
-        ([[PAD, PAD, 6, 7, 8], [PAD, 10, PAD, 12, 13]], None, [[4, 5], [9]]),  # before the *first* label
-        ([[PAD] * 5, [9, 10, 11, 12, 13]], None, [[4, 5, 6, 7, 8], [9]]),  # nothing predicts a first token
-        (None, [[1, 1, 1, 0, 0], [0, 0, 1, 1, 1]], [[4, 5, 6], [11, 12, 13]]),  # padded right, padded left
-        ([[PAD, PAD, 6, PAD, PAD], [PAD, PAD, PAD, PAD, 13]], [[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]], [[4, 5], [10, 11, 12]]),
-    ],
-)  # fmt: skip
-def test_the_prompt_is_what_precedes_the_first_label(labels, mask, expected) -> None:
-    labels = None if labels is None else torch.tensor(labels)
-    mask = None if mask is None else torch.tensor(mask)
-    assert prompt_ids(IDS, labels, mask, None) == expected
-
-
-def test_a_label_per_row_is_no_answer() -> None:
-    """Sequence classification: the whole text is the prompt, whatever its class."""
-    assert prompt_ids(IDS, torch.tensor([0, 1]), None, None) == IDS.tolist()
-
-
-def test_a_mask_of_another_shape_hides_nothing() -> None:
-    """A 4-D mask says who sees whom, not what is padding."""
-    assert prompt_ids(IDS, None, torch.zeros(2, 1, 5, 5), None) == IDS.tolist()
-
-
-@pytest.mark.parametrize(
-    "positions, mask, expected",
-    [
-        ([[0, 1, 2, 0, 1]], None, [0, 0, 0, 1, 1]),
-        ([[0, 0, 1, 0, 0]], None, [0, 1, 1, 2, 3]),  # documents of one token
-        (
-            [[0, 1, 0, 1], [0, 1, 2, 3]],
-            None,
-            [0, 0, 1, 1, 2, 2, 2, 2],
-        ),  # a row is a new document in any case
-        ([[0, 1, 2, 3], [0, 1, 2, 3]], None, None),  # nothing starts over
-        ([[5, 6, 7, 8]], None, None),  # a later piece of one document
-        ([[0, 1, 0, 1]], [[1, 1, 1, 1]], None),  # padded batches have a mask, packed ones none
-        ([[3]], None, None),  # a decoding step
-        (None, None, None),
-    ],
-)
-def test_packed_documents_start_where_positions_do(positions, mask, expected) -> None:
-    positions = None if positions is None else torch.tensor(positions)
-    mask = None if mask is None else torch.tensor(mask)
-    found = packed_documents(positions, mask)
-    assert (None if found is None else found.tolist()) == expected
-
-
-def test_positions_in_three_dimensions_are_not_packing() -> None:
-    assert packed_documents(torch.zeros(3, 1, 4, dtype=torch.long), None) is None
-
-
-def test_packed_prompts_are_found_per_document() -> None:
-    documents = torch.tensor([0, 0, 0, 1, 1])
-    labels = torch.tensor([[PAD, 5, 6, PAD, 8]])
-    assert prompt_ids(IDS[:1], labels, None, documents) == [[4], [7]]
-
-
-def test_the_encoder_reads_the_prompt_without_special_tokens() -> None:
-    encoder = FakeEncoder()
-    ids = torch.tensor([[1, 4, 5, 2, 0]])
-    found = PromptEncoder(encoder, FakeTokenizer()).tasks_of(ids)
-    assert encoder.calls == [["t4 t5"]] and found.token_tasks is None
-    assert torch.equal(found.task_embeds, encoder.vectors("t4 t5"))
-
-
-def test_a_prompt_is_decoded_once() -> None:
-    decoded = []
-
-    class Counting(FakeTokenizer):
-        def decode(self, ids, skip_special_tokens=False):
-            decoded.append(ids)
-            return super().decode(ids, skip_special_tokens)
-
-    prompts = PromptEncoder(FakeEncoder(), Counting())
-    for _ in range(3):
-        prompts.tasks_of(IDS)
-    assert decoded == IDS.tolist()
-
-
-@pytest.mark.parametrize("end", ['# This is the text to analyze\ntext = "x"', 'text = "x"'])
-def test_a_schema_encoder_reads_the_part_before_the_text(end) -> None:
-    class Prompt(FakeTokenizer):
-        def decode(self, ids, skip_special_tokens=False):
-            return f'class A:\n    """Not text = "y" inside a line."""\n{end}\nresult ='
-
-    encoder = FakeEncoder(config=TaskEncoderConfig(name_or_path="fake", text="schema"))
-    PromptEncoder(encoder, Prompt()).tasks_of(IDS[:1])
-    assert encoder.calls == [['class A:\n    """Not text = "y" inside a line."""\n']]
-    with pytest.raises(
-        ValueError, match=r"reads only the schema .* has no such line: 't4 t5.* pass `task_embeds`"
-    ):
-        PromptEncoder(encoder, FakeTokenizer()).tasks_of(IDS[:1])
-
-
 def test_training_without_labels_cannot_tell_the_prompt(attached) -> None:
     model, encoder = attached()
     with pytest.raises(
         ValueError,
-        match=r"without `labels`, so the answers cannot be told from the prompts.* Pass `task_embeds` instead",
+        match=r"without `labels`, so the router would read the answers.* Pass `task_embeds`",
     ):
         model.train()(input_ids=IDS)
     assert encoder.calls == []
@@ -183,7 +77,7 @@ def test_labels_seen_with_the_same_batch_count(attached) -> None:
     ids = IDS.clone()
     expected = model.train()(input_ids=ids, labels=labels).logits
     assert torch.equal(model(input_ids=ids).logits, expected)
-    assert len(encoder.calls) == 1
+    assert encoder.calls == [["t4 t5", "t9 t10 t11 t12"]] * 2
     with pytest.raises(ValueError, match="without `labels`"):
         model(input_ids=IDS)
     ids[0, 0] = 20  # changed in place: no longer the batch that the labels came with
@@ -195,25 +89,13 @@ def test_examples_without_a_prompt_warn_once(attached) -> None:
     model, encoder = attached()
     with pytest.warns(
         UserWarning,
-        match=r"2 of 2 examples have no prompt: their labels begin at the first token.*pass `task_embeds`",
+        match=r"2 of 2 examples have no prompt: their labels begin at the first token.*`task_embeds`",
     ):
         model(input_ids=IDS, labels=IDS)
     assert encoder.calls == [["t4", "t9"]]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(input_ids=IDS, labels=IDS)
-
-
-def test_a_padding_token_behind_packed_documents_takes_the_task_before_it() -> None:
-    """`pad_to_multiple_of` adds documents of one special token, which say nothing to encode."""
-    encoder = FakeEncoder()
-    ids, positions = torch.tensor([[4, 5, 6, 0, 0]]), torch.tensor([[0, 1, 2, 0, 0]])
-    labels = torch.tensor([[PAD, PAD, 6, PAD, PAD]])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # and is no example without a prompt
-        found = PromptEncoder(encoder, FakeTokenizer()).tasks_of(ids, labels, None, positions)
-    assert encoder.calls == [["t4 t5"] * 3]
-    assert found.token_tasks.tolist() == [0, 0, 0, 1, 2]
 
 
 def test_forward_routes_each_row_by_its_prompt(attached) -> None:
@@ -328,12 +210,21 @@ def test_embeddings_alone_have_no_text(attached) -> None:
     model(inputs_embeds=embeds, task_embeds=torch.randn(2, TASK_DIM))
 
 
-def test_attaching_writes_the_encoder_into_a_config_that_names_none(attached) -> None:
-    model, encoder = attached()
+@pytest.mark.parametrize("named", [None, TaskEncoderConfig(name_or_path="another")])
+def test_the_config_names_the_attached_encoder_from_then_on(attached, named) -> None:
+    model, encoder = attached(task_encoder=named)
     assert model.peft_config["default"].task_encoder == encoder.config
-    named = TaskEncoderConfig(name_or_path="another")
-    model, _ = attached(task_encoder=named)
-    assert model.peft_config["default"].task_encoder == named
+
+
+def test_a_schema_encoder_reads_the_part_before_the_text(adapted) -> None:
+    class Prompt(FakeTokenizer):
+        def decode(self, ids, skip_special_tokens=False):
+            return 'class A:\n    pass\ntext = "x"\nresult ='
+
+    encoder = FakeEncoder(config=TaskEncoderConfig(name_or_path="fake", text="schema"))
+    model = attach_task_encoder(adapted(), encoder, Prompt())
+    model(input_ids=IDS[:1])
+    assert encoder.calls == [["class A:\n    pass\n"]]
 
 
 def test_the_encoder_is_no_part_of_the_model(adapted, tiny_encoder, word_tokenizer) -> None:
@@ -362,31 +253,32 @@ def test_the_config_names_the_encoder_to_load(
     model = adapted(task_encoder={"name_or_path": str(tmp_path), "pooling": "max"})
     model.get_base_model().config._name_or_path = str(tmp_path)
     assert attach_task_encoder(model) is model
-    prompts = conditioner_of(model.get_base_model()).prompt_encoder
-    assert isinstance(prompts.encoder, TaskEncoder) and prompts.encoder.config.pooling == "max"
-    assert prompts.tokenizer.decode([4, 5]) == "w4 w5"
+    encoders = conditioner_of(model.get_base_model()).encoders
+    encoder = encoders.encoder_of("default", model.peft_config["default"])
+    assert isinstance(encoder, TaskEncoder) and encoder.config.pooling == "max"
+    assert encoders.reader.tokenizer.decode([4, 5]) == "w4 w5"
     model(input_ids=IDS)
 
 
 def test_what_cannot_be_attached_says_so(adapted, tiny_model, tiny_encoder, word_tokenizer) -> None:
     with pytest.raises(
         ValueError,
-        match=r"The adapter's config names no task encoder .*`attach_task_encoder\(model, TaskEncoder\(",
+        match=r'config of adapter "default" names no task encoder.*attach_task_encoder\(model, TaskEnc',
     ):
         attach_task_encoder(adapted())
     with pytest.raises(
-        ValueError, match=r"no Task-Aware MoELoRA adapter, so there is no router .*`get_peft_model"
+        ValueError, match=r"`LlamaForCausalLM` has no Task-Aware MoELoRA adapter.*`get_peft_model"
     ):
         attach_task_encoder(tiny_model(), tiny_encoder, word_tokenizer)
     with pytest.raises(
         ValueError,
-        match=r"base model has no name to load its tokenizer from.*`attach_task_encoder\(model, encoder, tokenizer\)`",
+        match=r"base model has no name to load its tokenizer from.*\(model, encoder, tokenizer\)`",
     ):
         attach_task_encoder(adapted(), tiny_encoder)
     other = get_peft_model(tiny_model(), TaskMoELoraConfig(task_dim=5))
     with pytest.raises(
         ValueError,
-        match=rf"vectors of {TASK_DIM} dimensions, but .* `task_dim=5`.*`TaskMoELoraConfig\(task_dim={TASK_DIM}\)`",
+        match=rf"encoder has {TASK_DIM} dimensions, but .* `task_dim=5`.*`task_dim={TASK_DIM}`",
     ):
         attach_task_encoder(other, tiny_encoder, word_tokenizer)
     with pytest.raises(ValueError, match="no task embedding"):
