@@ -33,6 +33,7 @@ from peft_taskmoe import (
 from peft_taskmoe.task_scope import current_state
 from peft_taskmoe.uie import (
     Argument,
+    Calibration,
     Document,
     Entity,
     EntityType,
@@ -56,6 +57,7 @@ from peft_taskmoe.uie.extraction.generation import Generator
 from peft_taskmoe.uie.extraction.placement import placement
 from peft_taskmoe.uie.extraction.questions import Question
 from peft_taskmoe.uie.extraction.reading import token_ends
+from peft_taskmoe.uie.scoring.calibration import Curve
 from scripted import (
     BOS,
     EOS,
@@ -1190,6 +1192,25 @@ def test_from_pretrained_loads_adapter_encoder_tokenizer_and_format(saved, token
     inner = Extractor.from_pretrained(saved.parent, subfolder="adapter", max_new_tokens=2)
     assert inner.format == extractor.format
     assert "<<new>>" in inner.tokenizer.get_vocab()
+
+
+def test_the_calibration_beside_an_adapter_is_applied_unless_asked_not_to(saved):
+    save_format(PromptFormat(), saved)
+    halves = Calibration({"all": Curve(9, (0.0, 1.0), (0.0, 0.5))})
+    halves.save(saved)
+    assert Extractor.from_pretrained(saved).calibration == halves
+    assert Extractor.from_pretrained(saved, calibrated=False).calibration is None
+    (saved / "uie_calibration.json").write_text('{"curves": {}}')
+    with pytest.raises(ValueError, match="is no calibration"):
+        Extractor.from_pretrained(saved)
+    plain, halved = (scripted(calibration=one) for one in (None, halves))
+    (before,), (after,) = (one(["Ada met Bob."], WORDS) for one in (plain, halved))
+    values = [record.confidence for record in before.records]
+    assert [r.confidence for r in after.records] == pytest.approx([v / 2 for v in values])
+    assert after.answers == before.answers  # the model's own
+    (none,) = halved(["Ada met Bob."], WORDS, thresholds=0.51)  # of the calibrated confidence
+    assert not none.records and {one.kind for one in none.problems} == {"low_confidence"}
+    assert plain.fingerprint() != halved.fingerprint()
 
 
 def test_from_pretrained_without_a_format_warns_unless_one_is_passed(saved):

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..records import Event, Problem, Record, record_key, shift_record
+from ..scoring.calibration import Calibration
 from .prompts import PromptWindow
 from .questions import Question, Thresholds
 from .results import Answer, Extraction
@@ -47,7 +48,13 @@ class TextJobs:
         """Whether every prompt is answered."""
         return all(job.answer is not None for job in self.jobs)
 
-    def extraction(self, thresholds: Thresholds, *, all_occurrences: bool = False) -> Extraction:
+    def extraction(
+        self,
+        thresholds: Thresholds,
+        *,
+        all_occurrences: bool = False,
+        calibration: Calibration | None = None,
+    ) -> Extraction:
         """What its answers say, put together."""
         answers = tuple(job.answer for job in self.jobs if job.answer is not None)
         found = [(_window(answer, self.text), answer.parsed.records) for answer in answers]
@@ -56,6 +63,8 @@ class TextJobs:
         problems += _cut_by_windows(found, merged)
         if all_occurrences:
             merged = every_place(self.text, merged)
+        if calibration is not None:
+            merged = calibration.apply(merged)
         kept = []
         for record in merged:
             least = (

@@ -22,12 +22,13 @@ from ...encoder import TaskEncoder
 from ..prompt import PromptFormat
 from ..records import Document, Event, Problem
 from ..schema import Schema
+from ..scoring.calibration import Calibration
 from .batches import Job, TextJobs, batches_of, read_ahead
 from .fingerprint import weights_checksum
 from .format_file import load_format
 from .generation import Generator, Prompt
 from .jobs import Item, checksum, write_lines
-from .loading import load_model
+from .loading import load_calibration, load_model
 from .placement import placement
 from .prefix import PrefixCache
 from .prompts import PromptWindow, prompt_windows
@@ -61,6 +62,8 @@ class Extractor:
             all of them. Answers are the same but for rounding. Not where the router, or a
             prompt-learning method of PEFT, reads the whole prompt, nor for models that keep
             anything but keys and values. It pays where a schema fills whole batches.
+        calibration: What makes of a record's confidence the share of right ones; `answers` keep
+            the model's own. None: confidences as the model gives them.
 
     Raises:
         ValueError: A length that cannot be, an encoder-decoder, or `prefix_caching` where it
@@ -89,6 +92,7 @@ class Extractor:
         all_occurrences: bool = False,
         constrained: bool = False,
         prefix_caching: bool = False,
+        calibration: Calibration | None = None,
     ) -> None:
         context = _context(model)
         lengths = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
@@ -117,6 +121,7 @@ class Extractor:
         self.overlap = overlap
         self.all_occurrences = all_occurrences
         self.prefix_caching = prefix_caching
+        self.calibration = calibration
         self.generator = Generator(model, tokenizer, AnswerEnds(model, tokenizer))
         if constrained:
             from .constrained import Constraint
@@ -139,6 +144,7 @@ class Extractor:
         subfolder: str | None = None,
         token: str | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
+        calibrated: bool = True,
         **options: Any,
     ) -> Extractor:
         """Load an adapter with its base model, tokenizer, task encoder and prompt format.
@@ -157,6 +163,8 @@ class Extractor:
             token: Access token for the Hub.
             model_kwargs: Passed to `AutoModelForCausalLM.from_pretrained`, such as
                 `{"device_map": "auto"}`.
+            calibrated: Apply the calibration beside the adapter, where there is one. False to fit
+                another.
             **options: `tokenizer`, to use another one, and the other arguments of `Extractor`.
 
         Returns:
@@ -173,6 +181,8 @@ class Extractor:
         model, tokenizer = load_model(adapter, base_model, tokenizer, given, put)
         if options.get("format") is None:
             options["format"] = load_format(adapter, **where)
+        if calibrated and options.get("calibration") is None:
+            options["calibration"] = load_calibration(adapter, **where)
         return cls(model, tokenizer, encoder, **options)
 
     def __call__(
@@ -368,7 +378,8 @@ class Extractor:
         """A checksum of all that decides what is found in a text, as a resumed job must have it.
 
         It covers a sample of the model's weights with those of the base model, the task encoder,
-        the prompt format, and the settings but for `batch_size` and `prefix_caching`.
+        the prompt format, the calibration, and the settings but for `batch_size` and
+        `prefix_caching`.
 
         Args:
             schemas: What is asked of every text, if that is the same.
@@ -382,6 +393,7 @@ class Extractor:
                 asdict(self.format),
                 *(self.max_new_tokens, self.max_prompt_tokens, self.overlap, self.all_occurrences),
                 self.generator.constraint is not None,
+                None if self.calibration is None else asdict(self.calibration),
                 weights_checksum(self.model),
                 None if reader is None else [one.fingerprint() for one in reader.encoders],
             ]
@@ -423,7 +435,11 @@ class Extractor:
                     self._answer_batch(batch)
                     while text is not None and text.done:  # and so are those before it
                         bar.update()
-                        yield text.extraction(thresholds, all_occurrences=self.all_occurrences)
+                        yield text.extraction(
+                            thresholds,
+                            all_occurrences=self.all_occurrences,
+                            calibration=self.calibration,
+                        )
                         text = next(waiting, None)
 
     def _prompts(self, questions: Sequence[Question]) -> TextJobs:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..scoring.calibration import CALIBRATION_FILE, Calibration
 from .format_file import file_beside
 
 
@@ -57,6 +58,12 @@ def load_model(
         raise ValueError(f"The weights of {str(adapter)!r} lack `{error.args[0]}`.") from error
     _check_complete(adapter, model, weights)
     return model, tokenizer
+
+
+def load_calibration(adapter: str | Path, **where: Any) -> Calibration | None:
+    """The calibration beside an adapter, if there is one; `where` as for `load_format`."""
+    path = file_beside(adapter, CALIBRATION_FILE, **where)
+    return None if path is None else Calibration.load(path)
 
 
 def _check_finite(adapter: str | Path, weights: Mapping[str, torch.Tensor]) -> None:
