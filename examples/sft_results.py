@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import HfApi
 from rich.console import Console
 from sft_checks import ADAPTER_FILES, PAGE, Documents, fail, first_line
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 import peft_taskmoe
+from peft_taskmoe.model_card import write_card
 from peft_taskmoe.uie import (
     Extraction,
     Extractions,
@@ -32,37 +33,6 @@ from peft_taskmoe.uie.view import tables_to_html
 
 LOSSES = {"loss", "router_aux_loss", "eval_loss", "train_loss"}
 Answers = dict[str, dict[str, Extraction]]  # by data set and id
-
-CARD = """---
-{header}
----
-
-# Task-Aware MoELoRA adapter for information extraction
-
-{num_experts} experts of rank {r} on every adapted layer of `{base_model}`, routed by
-`{router_inputs}`. The task embedding comes from the frozen encoder `{encoder}`,
-which reads the {encoder_text}.
-
-## Load it
-
-```python
-import peft_taskmoe  # registers the method: without it, PEFT stops with KeyError: 'TASKMOE_LORA'
-from peft_taskmoe.uie import Extractor
-
-extractor = Extractor.from_pretrained("{repository}")
-extractor("Ariane 5 lifted off.", {{"Launcher": "a vehicle that carries payloads to space"}})
-```
-
-## Data
-
-Trained on {data}.
-
-## Scores
-
-{scores}
-
-Made with peft_taskmoe {version}, seed {seed}.
-"""
 
 
 class PlainProgress(TrainerCallback):
@@ -140,7 +110,7 @@ def write_results(
     """Score, and write the prompt format, a page, the card, and last of all results.json."""
     folder = Path(trainer.args.output_dir)
     save_format(format, folder)
-    scores = "Not scored."
+    after = None
     if documents:
         answers = answer(trainer, documents, format, data, "after training")
         after = score_answers(documents, answers)
@@ -148,33 +118,30 @@ def write_results(
         Console(width=min(80, Console().width)).print(table.to_rich())
         write_page(folder, table, answers)
         print(f"The scores and extractions as a page: {folder / PAGE}")
-        scores = after.to_markdown()
         results["scores"] = after.to_dict()
         results["scores_before"] = None if before is None else before.to_dict()
     results["prompt_format"] = asdict(format)
     results["versions"] = {"peft_taskmoe": peft_taskmoe.__version__, "torch": torch.__version__}
-    write_card(folder, results, scores)
+    _write_card(trainer, results, after)
     text = json.dumps(results, indent=2, ensure_ascii=False, default=sorted) + "\n"  # sets
     (folder / "results.json").write_text(text, encoding="utf-8")
 
 
-def write_card(folder: Path, results: dict[str, Any], scores: str) -> None:
-    """The model card: base, encoder, how to load (with the import), data, scores."""
-    adapter, encoder = results["adapter"], results["adapter"]["task_encoder"]
-    tags = ["peft_taskmoe", "information-extraction", "lora"]
-    header = ModelCardData(base_model=results["base_model"], library_name="peft", tags=tags)
-    trained = (f"{name} ({n} documents)" for name, n in results["train_documents"].items())
-    card = CARD.format(
-        header=header.to_yaml(),
-        **{name: adapter[name] for name in ("num_experts", "r", "router_inputs")},
-        **{name: results[name] for name in ("base_model", "repository", "seed")},
-        encoder=encoder["name_or_path"],
-        encoder_text=encoder["text"],
-        data=", ".join(trained),
-        scores=scores,
-        version=peft_taskmoe.__version__,
+def _write_card(trainer: SFTTrainer, results: dict[str, Any], report: ScoreReport | None) -> None:
+    """The adapter's model card with data and scores, in place of the one that TRL wrote."""
+    folder = Path(trainer.args.output_dir)
+    (folder / "README.md").unlink(missing_ok=True)
+    trained = ", ".join(f"{name} ({n} documents)" for name, n in results["train_documents"].items())
+    f1 = {name: report.select([name]).average_f1() for name in report.answers} if report else {}
+    scores = report.to_markdown() if report else "Not scored."
+    made = f"Made with peft_taskmoe {peft_taskmoe.__version__}, seed {results['seed']}."
+    write_card(
+        folder,
+        trainer.accelerator.unwrap_model(trainer.model).peft_config["default"],
+        adapter=results["repository"],
+        sections=f"## Data\n\nTrained on {trained}.\n\n## Scores\n\n{scores}\n\n{made}",
+        scores={name: round(value, 4) for name, value in f1.items() if value == value},
     )
-    ModelCard(card).save(folder / "README.md")
 
 
 def push(folder: Path, repository: str, training: SFTConfig) -> None:

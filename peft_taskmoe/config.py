@@ -6,11 +6,13 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from peft import PeftConfig
 
 from .encoder_config import TaskEncoderConfig
+from .model_card import write_card
 from .peft_type import TASKMOE_LORA
 
 ROUTER_INPUTS = ("token+task", "token", "task")
@@ -153,6 +155,17 @@ class TaskMoELoraConfig(PeftConfig):
     def reads_task(self) -> bool:
         """Whether the router reads the task embedding."""
         return "task" in self.router_inputs
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save the config; where PEFT wrote a model card, write the method's instead.
+
+        Args:
+            save_directory: The folder of the adapter.
+            **kwargs: PEFT's.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        if (Path(save_directory) / "README.md").is_file():
+            write_card(save_directory, self)
 
     def _check(self) -> None:
         """Raise `ValueError` naming field, value and what is allowed."""
