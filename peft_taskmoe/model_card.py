@@ -107,9 +107,9 @@ def _fill_header(data: Any, config: Any, extracts: bool, scores: Mapping[str, fl
     base = config.base_model_name_or_path or ""
     on_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) and not Path(base).exists()
     data.base_model = base if on_hub else None  # the Hub refuses a card that names a folder
-    tags = {tag for tag in data.tags or () if on_hub or not tag.startswith("base_model:")}
-    tags |= {"peft_taskmoe", "mixture-of-experts"}
-    data.tags = sorted(tags | ({"information-extraction"} if extracts else set()))
+    tags = [tag for tag in data.tags or () if not tag.startswith("base_model:adapter:")]
+    tags += ["peft_taskmoe", "mixture-of-experts", *(["information-extraction"] * extracts)]
+    data.tags = sorted({*tags, *([f"base_model:adapter:{base}"] if on_hub else [])})
     data.library_name, data.license = "peft", data.license or "unknown"
     if config.task_type == "CAUSAL_LM":
         data.pipeline_tag = data.pipeline_tag or "text-generation"

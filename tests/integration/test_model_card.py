@@ -172,7 +172,9 @@ def test_a_base_of_the_hub_is_named_in_the_header(adapted, tmp_path) -> None:
     assert data.base_model is None and not any("base_model:" in tag for tag in data.tags)
     config.base_model_name_or_path = "codellama/CodeLlama-7b-hf"
     write_card(tmp_path, config, adapter="user/adapter")
-    assert ModelCard.load(tmp_path / "README.md").data.base_model == "codellama/CodeLlama-7b-hf"
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert data.base_model == "codellama/CodeLlama-7b-hf"
+    assert "base_model:adapter:codellama/CodeLlama-7b-hf" in data.tags
     assert 'from_pretrained("user/adapter")' in read(tmp_path)
 
 
