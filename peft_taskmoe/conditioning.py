@@ -229,7 +229,8 @@ def _state_for(
         ValueError: If a task is needed and missing, or does not fit the batch.
     """
     outer = outer or TaskState()
-    state = TaskState(adapter_names=outer.adapter_names, recorder=outer.recorder, owner=conditioner)
+    recorder = outer.recorder or conditioner.recorder
+    state = TaskState(adapter_names=outer.adapter_names, recorder=recorder, owner=conditioner)
     note_shape(state, call)
     readers = conditioner.task_readers(outer.adapter_names)
     input_ids = call.get("input_ids")

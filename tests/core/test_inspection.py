@@ -1,9 +1,11 @@
-"""What `record_gates` reports, against the plain loops of `reference.py`, and leaves alone."""
+"""What `record_gates` and `RoutingCallback` report, against gates computed by plain loops."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,10 +13,10 @@ import torch
 from scipy.spatial.distance import jensenshannon
 from torch import nn
 
-from peft_taskmoe import TaskMoELoraConfig, task_context
-from peft_taskmoe.conditioning import TaskState, current_state, entered
-from peft_taskmoe.inspection import record_gates
+from peft_taskmoe import RoutingCallback, TaskMoELoraConfig, task_context
+from peft_taskmoe.inspection import GateRecord, record_gates
 from peft_taskmoe.layer import TaskMoELoraLayer
+from peft_taskmoe.task_scope import TaskState, current_state, entered
 from reference import all_gates
 from tiny import TASK_DIM, VOCAB
 
@@ -26,39 +28,42 @@ def batch(rows=2, length=5):
     }
 
 
-def layers_of(model):
-    base = model.get_base_model()
-    return {name: m for name, m in base.named_modules() if isinstance(m, TaskMoELoraLayer)}
+def recorded(model, inputs, embeds, names) -> GateRecord:
+    """The gates of one forward."""
+    with record_gates(model) as record, torch.no_grad(), record.task(names):
+        model(**inputs, task_embeds=embeds)
+    return record
 
 
-def expected_gates(model, inputs, task_embeds, adapter="default"):
+def expected_gates(model, inputs, task_embeds):
     """Gates of every layer and token, by the plain loops, from the inputs that a hook sees."""
     seen = {}
+    layers = {
+        name: module
+        for name, module in model.get_base_model().named_modules()
+        if isinstance(module, TaskMoELoraLayer)
+    }
     hooks = [
-        layer.register_forward_pre_hook(
-            lambda m, args, name=name: seen.__setitem__(name, args[0].detach())
-        )
-        for name, layer in layers_of(model).items()
+        layer.register_forward_pre_hook(lambda m, args: seen.__setitem__(m, args[0].detach()))
+        for layer in layers.values()
     ]
     with torch.no_grad():
         model(**inputs, task_embeds=task_embeds)
     for hook in hooks:
         hook.remove()
     found = {}
-    for name, layer in layers_of(model).items():
-        config, x = layer.configs[adapter], seen[name]
-        rows = x.shape[0]
-        flat = x.reshape(-1, x.shape[-1]).double()
-        owner = [i // (len(flat) // rows) for i in range(len(flat))]
+    for name, layer in layers.items():
+        config, x = layer.configs["default"], seen[layer].double()
+        rows, length = x.shape[:2]
         found[name] = all_gates(
-            flat,
-            layer.taskmoe_lora_router[adapter].weight.detach().double(),
+            x.flatten(0, 1),
+            layer.taskmoe_lora_router["default"].weight.detach().double(),
             task_embeds.double() if "task" in config.router_inputs else None,
-            owner,
+            [row for row in range(rows) for _ in range(length)],
             reads_token="token" in config.router_inputs,
             top_k=config.top_k,
             task_norm=config.task_norm,
-        ).view(rows, -1, config.num_experts)
+        ).view(rows, length, config.num_experts)
     return found
 
 
@@ -67,8 +72,7 @@ def test_stats_are_those_of_the_gates(adapted, settings):
     model = adapted(**settings)
     inputs, embeds = batch(), torch.randn(2, TASK_DIM)
     expected = expected_gates(model, inputs, embeds)
-    with record_gates(model) as record, torch.no_grad(), record.task(["a", "b"]):
-        model(**inputs, task_embeds=embeds)
+    record = recorded(model, inputs, embeds, ["a", "b"])
     assert record.tasks() == ["a", "b"] and set(record.layers()) == set(expected)
     slots = settings.get("top_k", 1)
     for stats in record.stats():
@@ -81,9 +85,8 @@ def test_stats_are_those_of_the_gates(adapted, settings):
         np.testing.assert_allclose(stats.load, load, atol=1e-6)
         assert stats.entropy == pytest.approx(entropy, abs=1e-5)
         assert stats.normalized_entropy == pytest.approx(entropy / math.log(3), abs=1e-5)
-        assert stats.token_variance == pytest.approx(
-            gates.var(0, correction=0).sum().item(), abs=1e-5
-        )
+        variance = gates.var(0, correction=0).sum().item()
+        assert stats.token_variance == pytest.approx(variance, abs=1e-5)
         if settings.get("router_inputs") == "task":
             assert stats.token_variance == pytest.approx(0.0, abs=1e-6)
 
@@ -92,12 +95,9 @@ def test_variance_splits_into_tokens_and_tasks(adapted):
     model = adapted()
     inputs, embeds = batch(), torch.randn(2, TASK_DIM)
     expected = expected_gates(model, inputs, embeds)
-    with record_gates(model) as record, torch.no_grad(), record.task(["a", "b"]):
-        model(**inputs, task_embeds=embeds)
+    record = recorded(model, inputs, embeds, ["a", "b"])
     for found in record.variances():
-        gates = expected[found.layer].flatten(
-            0, 1
-        )  # equal numbers of tokens: the total is that of all tokens
+        gates = expected[found.layer].flatten(0, 1)  # of equal numbers of tokens
         total = gates.var(0, correction=0).sum().item()
         assert found.within_tasks + found.between_tasks == pytest.approx(total, rel=1e-4)
         assert found.task_share == pytest.approx(found.between_tasks / total, rel=1e-4)
@@ -117,12 +117,9 @@ def test_batches_add_up_and_padding_does_not_count(adapted):
         model(**long, task_embeds=embeds)
     with torch.no_grad(), record_gates(model) as together:
         model(**padded, task_embeds=embeds.expand(2, -1))
-    assert apart.tasks() == ["all"] and [s.tokens for s in together.stats()] == [8] * len(
-        together.layers()
-    )
-    torch.testing.assert_close(
-        apart.mean_gates("all"), together.mean_gates("all"), atol=1e-5, rtol=0
-    )
+    assert apart.tasks() == ["all"] and {s.tokens for s in together.stats()} == {8}
+    gates = (each.mean_gates("all") for each in (apart, together))
+    torch.testing.assert_close(*gates, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -187,74 +184,56 @@ def test_packed_rows_are_told_apart_by_document(adapted):
         "input_ids": torch.randint(3, VOCAB, (1, 7)),
         "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]]),
     }
-    with record_gates(model) as record, torch.no_grad(), record.task(["a", "b"]):
-        model(**packed, task_embeds=embeds)
+    record = recorded(model, packed, embeds, ["a", "b"])
     assert {s.task: s.tokens for s in record.stats()} == {"a": 3, "b": 4}
 
 
 def test_rows_of_different_adapters(adapted):
-    model = adapted()
-    model.add_adapter(
-        "other", TaskMoELoraConfig(num_experts=2, r=2, task_dim=TASK_DIM, init_weights=False)
-    )
-    model.eval()
-    embeds = torch.randn(3, TASK_DIM)
-    inputs = batch(3, 4)
+    model, inputs = adapted(), batch(3, 4)
+    other = TaskMoELoraConfig(num_experts=2, r=2, task_dim=TASK_DIM, init_weights=False)
+    model.add_adapter("other", other)
     inputs["attention_mask"][1, 2:] = 0
-    with record_gates(model) as record, torch.no_grad(), record.task(["a", "b", "c"]):
-        model(**inputs, task_embeds=embeds, adapter_names=["default", "other", "default"])
+    inputs["adapter_names"] = ["default", "other", "default"]
+    record = recorded(model.eval(), inputs, torch.randn(3, TASK_DIM), ["a", "b", "c"])
     assert sorted(record.adapters) == ["default", "other"]
     assert record.tasks("default") == ["a", "c"] and record.tasks("other") == ["b"]
     assert {(s.task, s.tokens) for s in record.stats()} == {("a", 4), ("b", 2), ("c", 4)}
-    with pytest.raises(
-        ValueError, match=r"one of those recorded, \['default', 'other'\], got None"
-    ):
+    message = r"one of those recorded, \['default', 'other'\], got None"
+    with pytest.raises(ValueError, match=message):
         record.layers()
 
 
-def test_similarity_and_nearest(adapted):
-    model = adapted(router_inputs="task")
+def cosine(p: np.ndarray, q: np.ndarray) -> float:
+    return float(p.ravel() @ q.ravel() / np.sqrt((p**2).sum() * (q**2).sum()))
+
+
+def shared_bits(p: np.ndarray, q: np.ndarray) -> float:
+    divergences = [jensenshannon(u, v, base=2) ** 2 for u, v in zip(p, q, strict=True)]
+    return 1 - float(np.mean(divergences))
+
+
+@pytest.mark.parametrize("measure, by_numpy", [("cosine", cosine), ("js", shared_bits)])
+def test_similarity_and_nearest(adapted, measure, by_numpy):
     embeds = torch.randn(3, TASK_DIM)
     embeds[2] = embeds[0] + 0.05 * torch.randn(TASK_DIM)  # an unseen task that resembles "a"
-    with record_gates(model) as record, torch.no_grad(), record.task(["a", "b", "new"]):
-        model(**batch(3), task_embeds=embeds)
+    record = recorded(adapted(router_inputs="task"), batch(3), embeds, ["a", "b", "new"])
     gates = {task: record.mean_gates(task).numpy() for task in record.tasks()}
-    for measure in ("cosine", "js"):
-        similarity = record.similarity(measure)
-        for one in gates:
-            for other in gates:
-                if measure == "cosine":
-                    u, v = gates[one].ravel(), gates[other].ravel()
-                    expected = u @ v / np.sqrt(u @ u * (v @ v))
-                else:
-                    pairs = zip(gates[one], gates[other], strict=True)
-                    expected = 1 - np.mean([jensenshannon(p, q, base=2) ** 2 for p, q in pairs])
-                assert similarity[one][other] == pytest.approx(expected, abs=1e-6)
-        (best, value), (second, _) = record.nearest("new", measure=measure)
-        assert (best, second) == ("a", "b") and value == similarity["new"]["a"]
-        assert record.nearest("new", among=["b"]) == [("b", record.similarity()["new"]["b"])]
-    with pytest.raises(ValueError, match="`measure` is 'euclid', which is unknown"):
-        record.similarity("euclid")
-    with pytest.raises(
-        ValueError, match=r'Task "c" was not recorded; these were: \[\'a\', \'b\', \'new\'\]'
-    ):
-        record.nearest("c")
+    similarity = record.similarity(measure)
+    for one, other in itertools.product(gates, gates):
+        expected = by_numpy(gates[one], gates[other])
+        assert similarity[one][other] == pytest.approx(expected, abs=1e-6)
+    (best, value), (second, _) = record.nearest("new", measure=measure)
+    assert (best, second) == ("a", "b") and value == similarity["new"]["a"]
+    only = record.nearest("new", among=["b"], measure=measure)
+    assert only == [("b", similarity["new"]["b"])]
 
 
-def test_tables(adapted):
-    model = adapted()
-    with record_gates(model) as record, torch.no_grad():
-        model(**batch(), task_embeds=torch.randn(2, TASK_DIM))
+def test_tables(adapted, monkeypatch):
+    record = recorded(adapted(), batch(), torch.randn(2, TASK_DIM), "all")
     frame = record.to_frame()
     assert len(frame) == len(record.layers()) == len(record.to_dicts())
     assert list(frame["layer"]) == [row["layer"] for row in record.to_dicts()] == record.layers()
     assert frame["mean"].map(sum).to_numpy() == pytest.approx(1.0, abs=1e-6)
-
-
-def test_pandas_is_named_where_missing(adapted, monkeypatch):
-    model = adapted()
-    with record_gates(model) as record, torch.no_grad():
-        model(**batch(), task_embeds=torch.randn(2, TASK_DIM))
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ImportError, match=r"`to_frame` needs pandas.*`pip install pandas`"):
         record.to_frame()
@@ -263,32 +242,55 @@ def test_pandas_is_named_where_missing(adapted, monkeypatch):
 def test_errors_say_what_to_do(adapted, tiny_model):
     no_adapter = r"`LlamaForCausalLM` has no Task-Aware MoELoRA adapter.*get_peft_model"
     with pytest.raises(ValueError, match=no_adapter), record_gates(tiny_model()):
-        raise AssertionError("not reached")
-    model = adapted()
-    with record_gates(model) as record:
-        with pytest.raises(
-            ValueError, match=r"No gates were recorded. Run the model.*record_gates"
-        ):
-            record.layers()
-        with (
-            pytest.raises(
-                ValueError, match=r"3 task names were given for 2 rows.*one name per row"
-            ),
-            record.task(["a", "b", "c"]),
-        ):
-            model(**batch(), task_embeds=torch.randn(2, TASK_DIM))
-        with record.task("a"):
-            model(**batch(), task_embeds=torch.randn(2, TASK_DIM))
-    with pytest.raises(
-        ValueError,
-        match=r'No token of task "b" was recorded at layer "model.layers.0.self_attn.q_proj"',
-    ):
-        record.mean_gates("b")
-
-
-def test_only_the_model_named_is_recorded(adapted):
-    model, other = adapted(), adapted()
+        pass
+    model, other, embeds = adapted(), adapted(), torch.randn(2, TASK_DIM)
     with record_gates(model) as record, torch.no_grad():
-        other(**batch(), task_embeds=torch.randn(2, TASK_DIM))
-    with pytest.raises(ValueError, match="No gates were recorded"):
-        record.tasks()
+        other(**batch(), task_embeds=embeds)  # only the model named is recorded
+    with pytest.raises(ValueError, match=r"No gates were recorded. Run the model.*record_gates"):
+        record.layers()
+    with pytest.raises(ValueError, match=r"3 task names were given for 2 rows.*one name per row"):
+        recorded(model, batch(), embeds, ["a", "b", "c"])
+    record = recorded(model, batch(), embeds, "a")
+    for call, message in (
+        (lambda: record.mean_gates("b"), r'No token of task "b" was recorded at layer "model.lay'),
+        (lambda: record.similarity("euclid"), "`measure` is 'euclid', which is unknown"),
+        (lambda: record.nearest("c"), r'Task "c" was not recorded; these were: \[\'a\'\]'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def logged(model, *micro_batches) -> dict[str, float]:
+    """What a `RoutingCallback` adds to the entry of one step."""
+    args = SimpleNamespace(logging_first_step=False, logging_strategy="steps")
+    state = SimpleNamespace(global_step=1, logging_steps=2, log_history=[{}])
+    callback, logs = RoutingCallback(), {"loss": 1.0}
+    callback.on_step_begin(args, state, None, model=model)
+    for inputs, embeds in micro_batches:
+        model(**inputs, task_embeds=embeds)
+        callback.on_substep_end(args, state, None, model=model)
+    callback.on_log(args, state, None, model=model, logs=logs)
+    return state.log_history[0]
+
+
+def test_the_callback_logs_the_gates_of_one_micro_batch(adapted):
+    model, inputs, embeds = adapted(), batch(), torch.randn(2, TASK_DIM)
+    record = recorded(model, inputs, embeds, ["a", "b"])
+    found = logged(model, (inputs, embeds), (batch(), -embeds))
+    loads = np.mean([stats.mean for stats in record.stats()], axis=0)
+    expected = {f"expert_load_{i}": load for i, load in enumerate(loads)}
+    expected["gate_entropy"] = np.mean([stats.normalized_entropy for stats in record.stats()])
+    expected["task_share"] = np.mean([found.task_share for found in record.variances()])
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_callback_warns_of_dead_experts_and_of_a_task_that_is_ignored(adapted):
+    model = adapted(router_inputs="task")
+    for name, parameter in model.named_parameters():
+        if "router" in name:
+            parameter.data[:] = torch.tensor([[9.0], [-9.0], [-9.0]])
+    with pytest.warns(UserWarning) as caught:
+        logged(model, (batch(), torch.ones(2, TASK_DIM)))
+    messages = [str(warning.message) for warning in caught]
+    assert any("hardly used: expert_load_1, expert_load_2 below 1%" in text for text in messages)
+    assert any("The task explains 0.0000% of the gates' variance" in text for text in messages)
