@@ -36,7 +36,13 @@ BASE, ENCODER, ADAPTER = "codellama/CodeLlama-7b-hf", "Salesforce/codet5-base", 
 NOT_RUN = {
     ("training.md", "import torch\nfrom transformers import BitsAndBytesConfig"): "needs a GPU",
 }
-ANSWERS = {"Ariane 5 lifted off from Kourou.": ' [Launcher(span="Ariane 5")]'}
+# What the adapter of `make demo` wrote about a text.
+ANSWERS = {
+    "The probe Wayfarer 2, built by the Nordic Space Agency, left for Titan on a Helion rocket.": (
+        ' [space_agency("Nordic Space Agency"), spacecraft("Wayfarer 2"), '
+        'launcher("Helion Rocket")]'
+    )
+}
 
 
 class Block(NamedTuple):
@@ -65,7 +71,7 @@ def reason_not_to_run(page: Path, code: str) -> str | None:
 def answer(prompt: str) -> str:
     """The answer to a text of the documents: as listed, or all capitalised words as one label."""
     text, label = text_in(prompt), re.search(r"class (\w+)\((\w+)\)", prompt)
-    if text in ANSWERS and label[1] == "Launcher":
+    if text in ANSWERS:
         return ANSWERS[text]
     if label[2] != "Entity":
         return " []"
@@ -73,8 +79,8 @@ def answer(prompt: str) -> str:
     return completion_text(found, text, Schema.of(label[1]))
 
 
-def save_models() -> nn.Module:
-    """Write the models that the documents name into the current folder; return a base model."""
+def save_models() -> None:
+    """Write the models that the documents name into the current folder."""
     encoder = transformers.BertConfig(
         vocab_size=VOCAB,
         hidden_size=8,
@@ -147,7 +153,7 @@ def names(tmp_path, monkeypatch) -> dict[str, Any]:
     save_models()
 
     def load(name: str, **options: Any) -> Extractor:
-        assert name == ADAPTER
+        assert name in (ADAPTER, "outputs/demo")
         for key in ("constrained", "device", "dtype"):  # have their own tests
             options.pop(key, None)
         return Extractor(Scripted(answer), byte_tokenizer(), **options)
