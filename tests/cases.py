@@ -1,7 +1,7 @@
-"""One table of tiny models and one of adapter settings, which the compatibility tests run through every behaviour.
+"""One table of tiny models and one of adapter settings, for tests that run through all of them.
 
-It knows how to build a model from a config and what to feed it; it knows no behaviour. Everything is random, one or two
-layers deep and sixteen wide, so that a case takes milliseconds. No model has dropout of its own.
+Everything is random, one or two layers deep and sixteen wide, so that a case takes milliseconds.
+No model has dropout of its own.
 """
 
 from __future__ import annotations
@@ -11,51 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers as tf
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    GemmaConfig,
-    GemmaForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2MoeConfig,
-    Qwen2MoeForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-)
 
 from peft_taskmoe import TaskMoELoraConfig
 
 VOCAB, WIDTH, TASK_DIM, ROWS, LENGTH = 32, 16, 6, 3, 7
 NO_END = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
-
-_DECODER: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": WIDTH,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": False,
-    "initializer_range": 0.3,  # so large that the models say something
-    **NO_END,
-}
-_SHALLOW = {**_DECODER, "num_hidden_layers": 1}
-_GROUPED = {**_SHALLOW, "num_key_value_heads": 1}
-_SPARSE = {**_GROUPED, "experts_implementation": "eager"}  # its fused kernel knows no float64
 
 
 class TwoLayers(nn.Module):
@@ -78,31 +41,31 @@ class ModelCase:
 
     Attributes:
         model_class: Its class.
-        config: The arguments of its config, or None for a module without one.
-        config_class: Its config's class.
-        task_type: PEFT's task type.
+        config: The arguments of its config; empty for a module without one.
         linears: The last names of the layers that `"all-linear"` adapts.
-        target_modules: What to adapt.
+        task_type: PEFT's task type.
         modules_to_save: A module to train in full beside the adapter.
+        target_modules: What to adapt.
     """
 
     model_class: Callable[..., nn.Module]
-    config_class: Callable[..., Any] | None
     config: dict[str, Any]
-    task_type: str | None
     linears: frozenset[str]
-    target_modules: str | list[str] = "all-linear"
+    task_type: str | None = "CAUSAL_LM"
     modules_to_save: tuple[str, ...] = ("lm_head",)
+    target_modules: str | list[str] = "all-linear"
+
+    @property
+    def config_class(self) -> Callable[..., Any] | None:
+        """Its config's class, or None for a module without one."""
+        return getattr(self.model_class, "config_class", None)
 
     def build(self) -> nn.Module:
         """The model: the same weights each time, in eval mode."""
         state = torch.get_rng_state()
         torch.manual_seed(0)
-        model = (
-            self.model_class()
-            if self.config_class is None
-            else self.model_class(self.config_class(**self.config))
-        )
+        made = () if self.config_class is None else (self.config_class(**self.config),)
+        model = self.model_class(*made)
         torch.set_rng_state(state)
         return model.eval()
 
@@ -120,99 +83,72 @@ class ModelCase:
         return batch
 
 
-_ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
-_LLAMA_LINEARS = _ATTENTION | {"gate_proj", "up_proj", "down_proj"}
+def _names(names: str) -> frozenset[str]:
+    return frozenset(names.split())
+
+
+_LOUD = {"vocab_size": VOCAB, "initializer_range": 0.3, **NO_END}  # the models say something
+_SHALLOW: dict[str, Any] = {
+    **_LOUD, "hidden_size": WIDTH, "intermediate_size": 24, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": False,
+}  # fmt: skip
+_GROUPED = {**_SHALLOW, "num_key_value_heads": 1}
+_SPARSE = {**_GROUPED, "experts_implementation": "eager", "num_experts_per_tok": 2}
+_BERT = {"num_labels": 3, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_GPT2 = {
+    **_LOUD, "n_embd": WIDTH, "n_layer": 2, "n_head": 2, "n_positions": 64,
+    "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+}  # fmt: skip
+_T5 = {
+    "vocab_size": VOCAB, **NO_END, "d_model": WIDTH, "d_kv": 8, "d_ff": 24, "num_layers": 1,
+    "num_heads": 2, "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0,
+    "tie_word_embeddings": False, "dropout_rate": 0.0,
+}  # fmt: skip
+_QWEN_EXPERTS = {
+    "num_experts": 4,
+    "moe_intermediate_size": 12,
+    "shared_expert_intermediate_size": 12,
+}
+_HEAD = ("classifier",)
+_ATTENTION = _names("q_proj k_proj v_proj o_proj")
+_ALL = _ATTENTION | _names("gate_proj up_proj down_proj")
+_OF_BERT = _names("query key value dense")
+_OF_GPT_NEOX = _names("query_key_value dense dense_h_to_4h dense_4h_to_h")
 
 MODELS: dict[str, ModelCase] = {
-    "llama": ModelCase(LlamaForCausalLM, LlamaConfig, {**_GROUPED, "num_hidden_layers": 2}, "CAUSAL_LM", _LLAMA_LINEARS),
-    "qwen2": ModelCase(Qwen2ForCausalLM, Qwen2Config, _GROUPED, "CAUSAL_LM", _LLAMA_LINEARS),
-    "mistral": ModelCase(
-        MistralForCausalLM, MistralConfig, {**_GROUPED, "sliding_window": 4}, "CAUSAL_LM", _LLAMA_LINEARS
-    ),
+    "llama": ModelCase(tf.LlamaForCausalLM, {**_GROUPED, "num_hidden_layers": 2}, _ALL),
+    "qwen2": ModelCase(tf.Qwen2ForCausalLM, _GROUPED, _ALL),
+    "mistral": ModelCase(tf.MistralForCausalLM, {**_GROUPED, "sliding_window": 4}, _ALL),
     "gemma": ModelCase(
-        GemmaForCausalLM,
-        GemmaConfig,
-        {**_GROUPED, "head_dim": 8, "tie_word_embeddings": True},
-        "CAUSAL_LM",
-        _LLAMA_LINEARS,
+        tf.GemmaForCausalLM, {**_GROUPED, "head_dim": 8, "tie_word_embeddings": True}, _ALL,
         modules_to_save=("norm",),
     ),
     "gpt2": ModelCase(
-        GPT2LMHeadModel,
-        GPT2Config,
-        {"vocab_size": VOCAB, "n_embd": WIDTH, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.3,
-         "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, **NO_END},
-        "CAUSAL_LM",
-        frozenset({"c_attn", "c_proj", "c_fc"}),
-        modules_to_save=("ln_f",),
+        tf.GPT2LMHeadModel, _GPT2, _names("c_attn c_proj c_fc"), modules_to_save=("ln_f",)
     ),
-    "gpt_neox": ModelCase(
-        GPTNeoXForCausalLM,
-        GPTNeoXConfig,
-        _SHALLOW,
-        "CAUSAL_LM",
-        frozenset({"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}),
-    ),
-    "mixtral": ModelCase(
-        MixtralForCausalLM,
-        MixtralConfig,
-        {**_SPARSE, "num_local_experts": 4, "num_experts_per_tok": 2},
-        "CAUSAL_LM",
-        _ATTENTION,
-    ),
+    "gpt_neox": ModelCase(tf.GPTNeoXForCausalLM, _SHALLOW, _OF_GPT_NEOX),
+    "mixtral": ModelCase(tf.MixtralForCausalLM, {**_SPARSE, "num_local_experts": 4}, _ATTENTION),
     "qwen2_moe": ModelCase(
-        Qwen2MoeForCausalLM,
-        Qwen2MoeConfig,
-        {
-            **_SPARSE,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 12,
-            "shared_expert_intermediate_size": 12,
-        },
-        "CAUSAL_LM",
-        _LLAMA_LINEARS | {"shared_expert_gate"},
+        tf.Qwen2MoeForCausalLM, {**_SPARSE, **_QWEN_EXPERTS}, _ALL | {"shared_expert_gate"}
     ),
     "t5": ModelCase(
-        T5ForConditionalGeneration,
-        T5Config,
-        {
-            "vocab_size": VOCAB, "d_model": WIDTH, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2,
-            "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0, "tie_word_embeddings": False,
-            "dropout_rate": 0.0, **NO_END,
-        },
-        "SEQ_2_SEQ_LM",
-        frozenset({"q", "k", "v", "o", "wi_0", "wi_1", "wo"}),
+        tf.T5ForConditionalGeneration, _T5, _names("q k v o wi_0 wi_1 wo"), "SEQ_2_SEQ_LM"
     ),
     "bert_sequences": ModelCase(
-        BertForSequenceClassification,
-        BertConfig,
-        {**_SHALLOW, "num_labels": 3, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-        "SEQ_CLS",
-        frozenset({"query", "key", "value", "dense"}),
-        modules_to_save=("classifier",),
+        tf.BertForSequenceClassification, {**_SHALLOW, **_BERT}, _OF_BERT, "SEQ_CLS", _HEAD
     ),
     "bert_tokens": ModelCase(
-        BertForTokenClassification,
-        BertConfig,
-        {**_SHALLOW, "num_labels": 3, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-        "TOKEN_CLS",
-        frozenset({"query", "key", "value", "dense"}),
-        modules_to_save=("classifier",),
+        tf.BertForTokenClassification, {**_SHALLOW, **_BERT}, _OF_BERT, "TOKEN_CLS", _HEAD
     ),
     "plain": ModelCase(
-        TwoLayers, None, {}, None, frozenset({"first", "second"}), ["first", "second"], modules_to_save=("head",)
+        TwoLayers, {}, _names("first second"), None, ("head",), target_modules=["first", "second"]
     ),
 }  # fmt: skip
 
 SMALL: dict[str, Any] = {
-    "num_experts": 3,
-    "r": 2,
-    "lora_alpha": 4,
-    "lora_dropout": 0.0,
-    "task_dim": TASK_DIM,
+    "num_experts": 3, "r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "task_dim": TASK_DIM,
     "init_weights": False,
-}
+}  # fmt: skip
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "token+task": {},

@@ -37,10 +37,8 @@ def tiny_model() -> Callable[..., nn.Module]:
         config.update(changes)
         torch.manual_seed(0)
         model = cls(config)
-        for (
-            parameter
-        ) in model.parameters():  # far enough from zero for attention and adapters to show
-            if parameter.dim() > 1:
+        for parameter in model.parameters():
+            if parameter.dim() > 1:  # far enough from zero for attention and adapters to show
                 nn.init.normal_(parameter, std=0.3)
         return model.to(dtype)
 
@@ -49,16 +47,14 @@ def tiny_model() -> Callable[..., nn.Module]:
 
 @pytest.fixture
 def adapted(tiny_model) -> Callable[..., PeftModel]:
-    """`adapted("llama", num_experts=2, ...)`: a tiny model with a random adapter on it, in eval mode."""
+    """`adapted("llama", num_experts=2, ...)`: a tiny model with a random adapter, in eval mode."""
 
     def make(
         name: str = "llama", *, model_changes: dict[str, Any] | None = None, **settings: Any
     ) -> PeftModel:
-        settings = {"task_dim": TASK_DIM, "num_experts": 3, "r": 2, "lora_dropout": 0.0, **settings}
-        model = get_peft_model(
-            tiny_model(name, **(model_changes or {})), TaskMoELoraConfig(**settings)
-        )
-        return randomise(model).eval()
+        small = {"task_dim": TASK_DIM, "num_experts": 3, "r": 2, "lora_dropout": 0.0}
+        config = TaskMoELoraConfig(**{**small, **settings})
+        return randomise(get_peft_model(tiny_model(name, **(model_changes or {})), config)).eval()
 
     return make
 
@@ -70,24 +66,14 @@ def word_tokenizer() -> transformers.PreTrainedTokenizerFast:
     vocab = {token: i for i, token in enumerate([*special, *(f"w{n}" for n in range(4, VOCAB))])}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-    )
+    names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), special, strict=True))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names)
 
 
 @pytest.fixture
 def tiny_encoder(word_tokenizer) -> TaskEncoder:
     """A real `TaskEncoder` on a random BERT of `TASK_DIM` dimensions."""
     torch.manual_seed(3)
-    config = transformers.BertConfig(
-        vocab_size=VOCAB,
-        hidden_size=TASK_DIM,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        intermediate_size=8,
-    )
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    config = transformers.BertConfig(vocab_size=VOCAB, hidden_size=TASK_DIM, **sizes)
     return TaskEncoder(transformers.BertModel(config), tokenizer=word_tokenizer)
