@@ -23,6 +23,7 @@ from .encoder_config import TaskEncoderConfig
 from .encoder_loading import task_dim_of
 from .layer import Linear, repeat_names
 from .peft_type import PREFIX
+from .push import push_with_card
 from .task_scope import TaskState, current_state, user_scope
 
 _TRAINED_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
@@ -116,7 +117,7 @@ class TaskMoELoraModel(BaseTuner):
         return tower is not None
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        """Create the adapted layers, as every tuner does, and condition the model's calls."""
+        """Create the adapted layers, as every tuner does, and what comes with them."""
         self._left_out: list[str] = []
         super().inject_adapter(model, *args, **kwargs)
         if self._left_out:
@@ -128,6 +129,7 @@ class TaskMoELoraModel(BaseTuner):
                 stacklevel=2,
             )
         install_conditioning(model)
+        push_with_card()
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Unsupported.

@@ -22,7 +22,7 @@ LEVELS = [
     {"fused", "aux_loss", "config", "prompts"},
     {"decoding", "task_scope", "encoder"},
     {"token_rows", "call_arguments", "recompute", "collator", "task_encoders"},
-    {"base_layers"},
+    {"base_layers", "push"},
     {"adapters"},
     {"layer", "conditioning"},
     {"model", "attach", "inspection"},

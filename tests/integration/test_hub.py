@@ -309,6 +309,9 @@ def test_the_adapter_and_nothing_else_is_pushed(
     files = hub.files("user/adapter")
     _check_pushed_files(files)
     assert json.loads(files["adapter_config.json"])["peft_type"] == "TASKMOE_LORA"
+    card = files["README.md"].decode()
+    assert "library_name: peft" in card and "[More Information Needed]" not in card
+    assert 'from_pretrained("user/adapter")' in card and "import peft_taskmoe" in card
 
 
 def test_a_fresh_process_loads_the_pushed_adapter_bit_for_bit(
@@ -364,6 +367,16 @@ def test_pushing_the_same_adapter_again_makes_no_commit(
     head = hub.head("user/again")
     assert processes.publisher.run(push, base, "user/again", seed) == first
     assert hub.head("user/again") == head
+
+
+def test_a_card_that_a_person_wrote_on_the_hub_is_kept(
+    hub: LoopbackHub, processes: Processes, base: Path, seeds: Iterator[int], tmp_path: Path
+) -> None:
+    processes.publisher.run(push, base, "user/mine", next(seeds))
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n\n# Mine\n", encoding="utf-8")
+    processes.publisher.run(upload, "user/mine", tmp_path)
+    processes.reader.run(push, base, "user/mine", next(seeds))
+    assert hub.files("user/mine")["README.md"].decode().endswith("# Mine\n")
 
 
 # Refusals

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 
@@ -176,6 +177,11 @@ def test_a_base_of_the_hub_is_named_in_the_header(adapted, tmp_path) -> None:
     assert data.base_model == "codellama/CodeLlama-7b-hf"
     assert "base_model:adapter:codellama/CodeLlama-7b-hf" in data.tags
     assert 'from_pretrained("user/adapter")' in read(tmp_path)
+
+
+def test_a_copied_model_pushes_itself(adapted) -> None:
+    copied = copy.deepcopy(adapted())
+    assert copied._upload_modified_files.model is copied
 
 
 def test_a_config_saved_alone_has_no_card(tmp_path) -> None:
