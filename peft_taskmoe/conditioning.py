@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from .aux_loss import AuxLossLog
 from .base_layers import mark_positions
 from .call_arguments import answers_are_in_input, aux_loss_of, bind, note_shape
 from .config import TaskMoELoraConfig
+from .continuous_batching import check_paged_generate, routed_batch, routed_manager
 from .prompts import packed_documents
 from .recompute import carry_into_recompute
 from .router import check_task_embeds
@@ -156,6 +159,11 @@ def _forward(
         note_shape(outer, bind(type(model), args, kwargs))  # a step of `generate`
         return inner(*args, **kwargs)
     call = bind(type(model), args, kwargs)
+    if "write_index" in call and conditioner.task_readers():  # a manager that was made before
+        raise ValueError(
+            "This continuous batching manager was made before an adapter whose router reads the "
+            "task. Make a new one."
+        )
     state = _state_for(model, conditioner, call, task_embeds, outer)
     if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         _carry_task_into_recompute(model)
@@ -178,28 +186,34 @@ def _generate(
     elif "inputs" in call:
         call["input_ids"] = call["inputs"]
     state = _state_for(model, conditioner, call, task_embeds, current_state(), generates=True)
+    if kwargs.get("cache_implementation") == "paged" and conditioner.task_readers():
+        check_paged_generate(call)
     state.decoding = {}
     with entered(state):
         return inner(*args, **kwargs)
 
 
-def _init_continuous_batching(
-    model: nn.Module, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+def _routed(
+    run: Callable[..., Any],
+    model: nn.Module,
+    inner: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any:
-    """The model's `init_continuous_batching`, which `generate_batch` goes through as well."""
+    """A method of continuous batching, as it was where the model has no adapter any more."""
     conditioner = conditioner_of(model)
-    if conditioner is not None and conditioner.task_readers():
-        raise ValueError(
-            "Continuous batching packs the tokens of several requests into one row, and the router "
-            f"of {sorted(conditioner.task_readers())} reads each request's task. Use `generate`."
-        )
-    return inner(*args, **kwargs)
+    if conditioner is None:
+        return inner(*args, **kwargs)
+    call = dict(inspect.signature(inner).bind(*args, **kwargs).arguments)
+    further = call.pop("kwargs", {})
+    return run(model, conditioner, inner, {**call, **further})
 
 
 _METHODS: dict[str, Callable[..., Any]] = {
     "forward": _forward,
     "generate": _generate,
-    "init_continuous_batching": _init_continuous_batching,
+    "generate_batch": partial(_routed, routed_batch),
+    "init_continuous_batching": partial(_routed, routed_manager),
 }
 
 
