@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -16,12 +18,11 @@ from .task_encoders import TaskEncoders
 from .task_scope import TaskState, check_task_embeds, current_state, entered, user_scope
 
 _KEY = "task_embeds"
-_REPLACED = ("add_request", "add_requests", "_generation_step")
 _LACKING = ("stop_strings", "max_time", "prompt_lookup_num_tokens", "penalty_alpha", "dola_layers")
-_FIXED = (
-    "use_async_batching", "varlen_compile_config", "decode_compile_config", "default_compile_level",
-)  # fmt: skip
 TaskEmbeds = torch.Tensor | Mapping[str, torch.Tensor] | None
+
+# A packed forward changes the model's config while it runs: managers of one model take turns.
+_LOCKS: weakref.WeakKeyDictionary[Any, threading.Lock] = weakref.WeakKeyDictionary()
 
 
 class TaskSource(Protocol):
@@ -51,40 +52,34 @@ class RoutedRequests:
 
     def __init__(self, manager: Any, model: Any, source: TaskSource) -> None:
         self.manager, self.model, self.source = manager, model, source
-        self._add_request, self._add_requests, self._step = (
-            getattr(manager, name) for name in _REPLACED
-        )
+        self._add_request, self._add_requests = manager.add_request, manager.add_requests
+        self._step = manager._generation_step
+        self._lock = _LOCKS.setdefault(model, threading.Lock())
+        self._attention = model.config._attn_implementation
         manager.logit_processor.supported_keys[_KEY] = RequestTask
-        for name in _REPLACED:
+        for name in ("add_request", "add_requests", "_generation_step"):
             setattr(manager, name, getattr(self, name))
 
-    def add_request(
-        self,
-        input_ids: list[int],
-        *args: Any,
-        task_embeds: TaskEmbeds | Iterator[RequestTask] = None,
-        **kwargs: Any,
-    ) -> str | None:
+    def add_request(self, input_ids: list[int], *args: Any, **kwargs: Any) -> str | None:
         """The manager's `add_request`; `task_embeds` is `(task_dim,)` or `(1, task_dim)`."""
-        if isinstance(task_embeds, Iterator):
-            task = next(task_embeds)
-        else:
-            if isinstance(task_embeds, torch.Tensor) and task_embeds.dim() == 1:
-                task_embeds = task_embeds.unsqueeze(0)
-            (task,) = self._tasks([input_ids], task_embeds)
-        return self._add_request(input_ids, *args, **kwargs, **{_KEY: task})
+        given = kwargs.pop(_KEY, None)
+        if isinstance(given, torch.Tensor) and given.dim() == 1:
+            given = given.unsqueeze(0)
+        if not isinstance(given, Iterator):
+            given = iter(self._tasks([input_ids], given))
+        return self._add_request(input_ids, *args, **kwargs, **{_KEY: next(given)})
 
-    def add_requests(
-        self, inputs: list[list[int]], *args: Any, task_embeds: TaskEmbeds = None, **kwargs: Any
-    ) -> list[str]:
+    def add_requests(self, inputs: list[list[int]], *args: Any, **kwargs: Any) -> list[str]:
         """The manager's `add_requests`; `task_embeds` is `(requests, task_dim)`."""
-        tasks = iter(self._tasks(inputs, task_embeds))  # taken in order by `add_request`
-        return self._add_requests(inputs, *args, **kwargs, **{_KEY: tasks})
+        kwargs[_KEY] = iter(self._tasks(inputs, kwargs.get(_KEY)))  # `add_request` takes one each
+        return self._add_requests(inputs, *args, **kwargs)
 
     def _generation_step(self) -> None:
         """Run the prepared batch, in the manager's own thread."""
+        if self.model.config._attn_implementation != self._attention:
+            raise ValueError("Another manager of this model changed its attention implementation.")
         batch = self.manager.batch_processor.inputs_and_outputs
-        with entered(self._state(batch.requests_in_batch, batch.num_q_tokens)):
+        with self._lock, entered(self._state(batch.requests_in_batch, batch.num_q_tokens)):
             self._step()
 
     def _tasks(self, inputs: list[list[int]], task_embeds: TaskEmbeds) -> list[RequestTask]:
@@ -99,23 +94,18 @@ class RoutedRequests:
         tasks = [request.state.logit_processor_kwargs[_KEY].embeds for request in requests]
         lengths = [request.query_length for request in requests]
         lengths[-1] += tokens - sum(lengths)  # padding, which nobody reads
-        readers = self.source.task_readers()
-        for name in readers:
+        owners = torch.arange(len(tasks)).repeat_interleave(torch.tensor(lengths))
+        state = TaskState(rows=1, lengths=(tokens,), owner=self.source)
+        state.token_tasks = owners.to(self.model.device)
+        state.adapter_embeds = by_adapter = {}
+        for name in self.source.task_readers():
             if not all(name in embeds for embeds in tasks):
                 raise ValueError(
                     f'Adapter "{name}" was not active when a running request was added, so there '
                     "is no task for it. Change adapters between requests."
                 )
-        owners = torch.arange(len(tasks)).repeat_interleave(torch.tensor(lengths))
-        return TaskState(
-            adapter_embeds={
-                name: torch.stack([embeds[name] for embeds in tasks]) for name in readers
-            },
-            token_tasks=owners.to(self.model.device),
-            rows=1,
-            lengths=(tokens,),
-            owner=self.source,
-        )
+            by_adapter[name] = torch.stack([embeds[name] for embeds in tasks])
+        return state
 
 
 def embeds_of_requests(
@@ -161,9 +151,9 @@ def routed_manager(
     if not any(config.reads_task for config in source.configs().values()):
         return inner(**call)
     cached = getattr(model, "_cached_continuous_batching_manager", None)
-    if cached is not None and "_generation_step" in vars(cached):
-        return inner(**call)
     if cached is not None:
+        if "_generation_step" in vars(cached):
+            return inner(**call)
         raise ValueError(
             "The manager kept for this model was made before an adapter whose router reads the "
             "task. Call `model.destroy_cached_continuous_batching_manager()` first."
@@ -172,9 +162,10 @@ def routed_manager(
         raise ValueError("This transformers has another engine for continuous batching. Update it.")
     generation = call.get("generation_config") or model.generation_config
     _check_supported(model, source, generation)
-    config = call.get("continuous_batching_config")
-    config = config or getattr(generation, "continuous_batching_config", None)
-    call["continuous_batching_config"] = _engine_config(config)
+    given = call.get("continuous_batching_config")
+    call["continuous_batching_config"] = _engine_config(
+        given or getattr(generation, "continuous_batching_config", None)
+    )
     manager = inner(**call)
     RoutedRequests(manager, model, source)
     return manager
@@ -212,18 +203,16 @@ def check_paged_generate(call: Mapping[str, Any]) -> None:
 
 def _engine_config(config: Any) -> Any:
     """The engine's config without what is wrong for routers that read the task."""
-    if config is None:
-        from transformers.generation import ContinuousBatchingConfig
+    from transformers.generation import ContinuousBatchingConfig
 
-        config = ContinuousBatchingConfig()
-    config = deepcopy(config)
-    found = [name for name in _FIXED if getattr(config, name)]
-    if any(config.cuda_graph_booleans):
-        found.append("use_cuda_graph")
-    if found:
+    config = ContinuousBatchingConfig() if config is None else deepcopy(config)
+    compiled = (config.varlen_compile_config, config.decode_compile_config)
+    if any((*config.cuda_graph_booleans, config.use_async_batching, *compiled)) or (
+        config.default_compile_level
+    ):
         raise ValueError(
-            f"{found} cannot be used with routers that read the task: which requests a batch holds "
-            "changes at every step. Leave them out."
+            "CUDA graphs, asynchronous batching and compilation cannot be used with routers that "
+            "read the task. Leave them out of `continuous_batching_config`."
         )
     config.allow_block_sharing = False  # shared by token content, which is not all that is read
     config.use_cuda_graph = config.use_async_batching = False
@@ -240,9 +229,7 @@ def _check_supported(model: Any, source: TaskSource, generation: Any) -> None:
     if getattr(model, "_device_mesh", None) is not None:
         lacking.append("tensor parallelism")
     if lacking:
-        raise ValueError(
-            f"Continuous batching does not support {lacking}. Use `generate`."
-        )
+        raise ValueError(f"Continuous batching does not support {lacking}. Use `generate`.")
     for layer in source.layers:
         if layer.layout.partial or layer is model.get_output_embeddings():
             raise ValueError(
