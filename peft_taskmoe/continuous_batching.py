@@ -14,8 +14,9 @@ import torch
 
 from .adapters import TaskMoELoraLayer, missing_task_message, wrong_dimension_message
 from .config import TaskMoELoraConfig
+from .router import check_task_embeds
 from .task_encoders import TaskEncoders
-from .task_scope import TaskState, check_task_embeds, current_state, entered, user_scope
+from .task_scope import TaskState, current_state, entered, user_scope
 
 _KEY = "task_embeds"
 _LACKING = ("stop_strings", "max_time", "prompt_lookup_num_tokens", "penalty_alpha", "dola_layers")
@@ -206,10 +207,9 @@ def _engine_config(config: Any) -> Any:
     from transformers.generation import ContinuousBatchingConfig
 
     config = ContinuousBatchingConfig() if config is None else deepcopy(config)
-    compiled = (config.varlen_compile_config, config.decode_compile_config)
-    if any((*config.cuda_graph_booleans, config.use_async_batching, *compiled)) or (
-        config.default_compile_level
-    ):
+    compiled = config.varlen_compile_config or config.decode_compile_config
+    compiled = compiled or config.default_compile_level
+    if compiled or config.use_async_batching or any(config.cuda_graph_booleans):
         raise ValueError(
             "CUDA graphs, asynchronous batching and compilation cannot be used with routers that "
             "read the task. Leave them out of `continuous_batching_config`."
