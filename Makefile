@@ -25,7 +25,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV): some minutes, the first time only."
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) torch
-	@$(PIP) --editable '.[train,uie,gguf]'
+	@$(PIP) --editable '.[train,uie,gguf,plot]'
 	@touch $@
 
 $(VENV)/developed: $(VENV)/models

@@ -22,7 +22,7 @@ from peft_taskmoe.uie import Document, read_datasets, score
 Documents = dict[str, list[Document]]  # by data set
 
 ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", "uie_config.json"]
-ADAPTER_FILES += ["results.json", "README.md"]
+ADAPTER_FILES += ["task_centroids.safetensors", "results.json", "README.md"]
 RUN_FILE, STATE_FILE, PAGE = "run.json", "trainer_state.json", "report.html"
 
 REFUSED = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import sys
 from dataclasses import asdict
@@ -19,17 +18,17 @@ from trl import SFTConfig, SFTTrainer
 
 import peft_taskmoe
 from peft_taskmoe.model_card import write_card
+from peft_taskmoe.nearest import TaskCentroids
 from peft_taskmoe.uie import (
     Extraction,
-    Extractions,
     Extractor,
     PromptFormat,
     ScoreReport,
     save_format,
     score,
 )
+from peft_taskmoe.uie.extraction.report import write_report
 from peft_taskmoe.uie.tables import Table
-from peft_taskmoe.uie.view import tables_to_html
 
 LOSSES = {"loss", "router_aux_loss", "eval_loss", "train_loss"}
 Answers = dict[str, dict[str, Extraction]]  # by data set and id
@@ -52,15 +51,20 @@ def answer(
     """Ask the model about every document."""
     count = sum(map(len, documents.values()))
     print(f"Asking the model about {count} documents {when}.", flush=True)
-    extractor = Extractor(
+    extractor = extractor_of(trainer, format, data)
+    bar = sys.stderr.isatty()
+    return {name: extractor.documents(part, progress=bar) for name, part in documents.items()}
+
+
+def extractor_of(trainer: SFTTrainer, format: PromptFormat, data: Any) -> Extractor:
+    """An extractor with the model that is trained."""
+    return Extractor(
         trainer.accelerator.unwrap_model(trainer.model),
         trainer.processing_class,
         format=format,
         batch_size=data.eval_batch_size,
         max_new_tokens=data.max_new_tokens,
     )
-    bar = sys.stderr.isatty()
-    return {name: extractor.documents(part, progress=bar) for name, part in documents.items()}
 
 
 def score_answers(documents: Documents, answers: Answers) -> ScoreReport:
@@ -89,16 +93,6 @@ def score_table(before: ScoreReport | None, after: ScoreReport) -> Table:
     return Table("Strict micro F1", header, rows)
 
 
-def write_page(folder: Path, table: Table, answers: Answers) -> None:
-    """One HTML page with the scores and the first extractions of every data set."""
-    shown = [one for found in answers.values() for one in list(found.values())[:25]]
-    Extractions(shown, 0.0).save_html(folder / PAGE)
-    page = (folder / PAGE).read_text(encoding="utf-8")
-    scores = tables_to_html([table])
-    page = re.sub(r"<body[^>]*>", lambda body: f"{body[0]}\n{scores}", page, count=1)
-    (folder / PAGE).write_text(page, encoding="utf-8")
-
-
 def write_results(
     trainer: SFTTrainer,
     format: PromptFormat,
@@ -116,7 +110,14 @@ def write_results(
         after = score_answers(documents, answers)
         table = score_table(before, after)
         Console(width=min(80, Console().width)).print(table.to_rich())
-        write_page(folder, table, answers)
+        write_report(
+            folder / PAGE,
+            extractor_of(trainer, format, data),
+            documents,
+            answers,
+            name=results["repository"],
+            centroids=TaskCentroids.load(folder),
+        )
         print(f"The scores and extractions as a page: {folder / PAGE}")
         results["scores"] = after.to_dict()
         results["scores_before"] = None if before is None else before.to_dict()

@@ -66,6 +66,7 @@ from peft_taskmoe import (
     TaskMoELoraConfig,
     attach_task_encoder,
     log_routing,
+    save_task_centroids,
 )
 from peft_taskmoe.uie import PromptFormat, Regularisers, mix, to_prompt_completion
 
@@ -234,6 +235,15 @@ def train(trainer: SFTTrainer, output: Path) -> None:
         trainer.save_state()
 
 
+def prompts_by_task(rows: datasets.Dataset, limit: int = 16) -> dict[str, list[str]]:
+    """The first prompts of each data set."""
+    prompts: dict[str, list[str]] = {}
+    for name, prompt in zip(rows["dataset"], rows["prompt"], strict=True):
+        if len(prompts.setdefault(name, [])) < limit:
+            prompts[name].append(prompt)
+    return prompts
+
+
 def main(
     data: DataArguments, moe: TaskMoEArguments, training: SFTConfig, model: ModelConfig
 ) -> None:
@@ -279,6 +289,7 @@ def main(
         "left_out": sum(map(len, documents.values())) - len(rows),
         "loss": [entry for entry in trainer.state.log_history if LOSSES & set(entry)],
     }
+    save_task_centroids(trainer.model, prompts_by_task(rows), output)
     write_results(trainer, format, data, test, before, results)
     print(f"The adapter, its card and results.json are in {output}.")
     print(f"This took {time.perf_counter() - start:.0f} seconds.")

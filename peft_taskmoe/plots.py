@@ -122,7 +122,7 @@ def similarity_map(
     figure = _figure(figsize=(4.5 + 0.35 * len(names), 2.2 + 0.3 * len(names)))
     hierarchy, squareform = _scipy()
     values = np.array([[similarity[a][b] for b in names] for a in names])
-    distances = squareform(np.clip(1 - (values + values.T) / 2, 0, None), checks=False)
+    distances = squareform(np.clip(1 - (values + values.T) / 2, 1e-9, None), checks=False)
     tree = hierarchy.linkage(distances, "average", optimal_ordering=True)
     left, ax = figure.subplots(1, 2, width_ratios=(1, 3))
     shown = hierarchy.dendrogram(

@@ -16,6 +16,7 @@ from .messages import Exit, StoppedError, print_any_character, say, show
 _COMMANDS = {
     "extract": "extract records from texts",
     "score": "score records against gold documents",
+    "report": "write a page about an adapter: scores, routing, examples",
     "convert": "turn data sets into JSONL documents",
 }
 _CODES = (

@@ -92,6 +92,12 @@ def _print(args: argparse.Namespace, report: ScoreReport, curve: Reliability | N
     Console().print(report.table(labels=args.labels), *([curve.table()] if curve else ()))
 
 
+def dataset_name(path: Path) -> str:
+    """The name of a file's data set: that of its folder, where the file is named by its split."""
+    split = path.stem in ("train", "test", "dev", "validation") and path.parent.name
+    return path.parent.name if split else path.stem
+
+
 def _read(
     gold_files: Sequence[Path], predicted_files: Sequence[Path]
 ) -> tuple[dict[str, list[Document]], dict[str, dict[str, _Answer]], int]:
@@ -107,8 +113,7 @@ def _read(
     answers: dict[str, dict[str, _Answer]] = {}
     bad = 0
     for path, predicted in zip(gold_files, predicted_files, strict=True):
-        split = path.stem in ("train", "test", "dev", "validation") and path.parent.name
-        name = path.parent.name if split else path.stem
+        name = dataset_name(path)
         if name in gold:
             raise ValueError(f"Two gold files are called `{name}`. Give them names of their own.")
         gold[name] = read_jsonl(path).documents

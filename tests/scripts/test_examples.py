@@ -306,7 +306,7 @@ def test_tables_fit_into_80_columns(train, tmp_path, capsys, monkeypatch) -> Non
     assert table and all(len(line) <= 80 for line in table) and "before" in "".join(table)
     page = (output / "report.html").read_text(encoding="utf-8")
     texts = [json.loads(line)["text"] for line in data.read_text(encoding="utf-8").splitlines()]
-    assert "Strict micro F1" in page and data.stem in page
+    assert "Strict F1" in page and data.stem in page and "The nearest training tasks" in page
     assert sum(html.escape(text) in page for text in texts) == 2
 
 

@@ -371,7 +371,7 @@ class Extractor:
         schemas = schemas_of(schema)
         check_thresholds(thresholds, schemas)
         for one in schemas:
-            self._windows(Question("", one), None)
+            self.windows(Question("", one), None)
         return schemas
 
     def fingerprint(self, schemas: Sequence[Schema] = (), thresholds: Thresholds = None) -> str:
@@ -449,7 +449,7 @@ class Extractor:
             if not question.text.strip() or question.given == ():
                 continue  # nothing to ask
             try:
-                parts = self._windows(question, text.problems)
+                parts = self.windows(question, text.problems)
             except ValueError as error:
                 warnings.warn(f"A question was not asked: {error}", stacklevel=2)
                 text.problems.append(Problem("not_asked", str(error), ""))
@@ -457,9 +457,10 @@ class Extractor:
             text.jobs += [Job(question, part, self.generator.ids(part.prompt)) for part in parts]
         return text
 
-    def _windows(
+    def windows(
         self, question: Question, problems: list[Problem] | None
     ) -> tuple[PromptWindow, ...]:
+        """The prompts that ask a question; see `prompt_windows`."""
         return prompt_windows(
             question.text,
             question.schema,

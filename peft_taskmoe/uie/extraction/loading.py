@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ...nearest import CENTROIDS_FILE, TaskCentroids
 from ..scoring.calibration import CALIBRATION_FILE, Calibration
 from .format_file import file_beside
 
@@ -64,6 +65,12 @@ def load_calibration(adapter: str | Path, **where: Any) -> Calibration | None:
     """The calibration beside an adapter, if there is one; `where` as for `load_format`."""
     path = file_beside(adapter, CALIBRATION_FILE, **where)
     return None if path is None else Calibration.load(path)
+
+
+def load_centroids(adapter: str | Path, **where: Any) -> TaskCentroids | None:
+    """The centroids of the training tasks beside an adapter, if they are there."""
+    path = file_beside(adapter, CENTROIDS_FILE, **where)
+    return None if path is None else TaskCentroids.load(path)
 
 
 def _check_finite(adapter: str | Path, weights: Mapping[str, torch.Tensor]) -> None:

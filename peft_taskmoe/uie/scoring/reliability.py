@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,11 +126,12 @@ class Reliability(Tabular):
         header = ["confidence", "records", "mean confidence", "precision"]
         return [Table("Reliability", [*header, "precision - confidence"], rows, left=1)]
 
-    def plot(self, path: str | Path) -> None:
+    def plot(self, path: str | Path | IO[bytes]) -> None:
         """Draw the curve over the numbers of records; needs `pip install 'peft_taskmoe[plot]'`.
 
         Args:
-            path: The file; its ending says which format (`.png`, `.svg`, `.pdf`).
+            path: The file; its ending says which format (`.png`, `.svg`, `.pdf`). An open one
+                gets a PNG.
         """
         try:
             from matplotlib.figure import Figure

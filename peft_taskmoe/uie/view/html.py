@@ -52,11 +52,12 @@ def to_html(items: Sequence[Shown]) -> str:
 
 def tables_to_html(tables: Sequence[Table], notes: Sequence[str] = ()) -> str:
     """Tables below their titles, and notes."""
-    return _template("tables").render(tables=tables, notes=notes)
+    return template("tables").render(tables=tables, notes=notes)
 
 
 @cache
-def _template(name: str) -> Any:
+def template(name: str) -> Any:
+    """A template of this folder."""
     jinja2 = needed("jinja2", "uie")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
@@ -101,7 +102,7 @@ def _extractions(items: Sequence[Shown], page: bool) -> str:
     counts = Counter(record.label for item in items for record in item.records)
     shown = [_item(item) for item in items]
     return str(
-        _template("extractions").render(
+        template("extractions").render(
             page=page,
             key=f"u{hashlib.blake2b(content, digest_size=6).hexdigest()}",
             items=shown,
