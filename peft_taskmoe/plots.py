@@ -52,8 +52,22 @@ def heat_map(
         ImportError: If matplotlib is not installed.
     """
     names = record.tasks(adapter) if tasks is None else list(tasks)
-    blocks, kinds, cells = _grid(record.layers(adapter))
-    gates = [record.mean_gates(name, adapter).numpy() for name in names]
+    gates = {name: record.mean_gates(name, adapter) for name in names}
+    return gate_panels(record.layers(adapter), gates)
+
+
+def gate_panels(layers: Sequence[str], by_task: Mapping[str, torch.Tensor]) -> Figure:
+    """Draw mean gates as `heat_map` does, wherever they come from, such as `TaskCentroids`.
+
+    Args:
+        layers: Names of the layers.
+        by_task: For each task its mean gates, `(layers, e)`.
+
+    Returns:
+        A matplotlib `Figure`.
+    """
+    names, gates = list(by_task), [gates.numpy() for gates in by_task.values()]
+    blocks, kinds, cells = _grid(layers)
     experts = gates[0].shape[1]
     width, height = 1.0 + 0.14 * experts * len(kinds), 1.2 + 0.22 * len(blocks)
     columns = min(len(names), max(1, round(math.sqrt(len(names) * 1.6 * height / width))))

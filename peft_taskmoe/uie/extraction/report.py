@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...inspection import adapted_layers
-from ...nearest import TaskCentroids, compared, measure_tasks
+from ...nearest import NearTask, TaskCentroids, compared, measure_tasks
 from ...plots import heat_map, similarity_map
 from ..records import Document
 from ..tables import Table
@@ -18,7 +18,6 @@ from .questions import Question, question_of
 
 _PROMPTS = 8
 """Prompts of each data set whose gates are recorded."""
-_NEAREST = 3
 _PANELS = 6
 """Data sets that the heat map shows."""
 
@@ -108,13 +107,19 @@ def _routing(
     if centroids is None:
         notes.append("No centroids of the training tasks lie beside the adapter.")
         return shown, notes
+    near = compared(TaskCentroids.of(record, embeds), centroids)
+    return [*shown, nearest_table(near)], notes
+
+
+def nearest_table(found: Mapping[str, Sequence[NearTask]], limit: int = 3) -> Table:
+    """The first of the tasks that each data set or prompt resembles."""
     rows = [
-        (dataset, near.task, f"{near.gates:.4f}", _figure(near.embedding))
-        for dataset, found in compared(TaskCentroids.of(record, embeds), centroids).items()
-        for near in found[:_NEAREST]
+        (name, near.task, f"{near.gates:.4f}", _figure(near.embedding))
+        for name, tasks in found.items()
+        for near in tasks[:limit]
     ]
-    header = ("data set", "training task", "cosine of gates", "cosine of embeddings")
-    return [*shown, Table("The nearest training tasks", header, rows)], notes
+    header = ("of", "training task", "cosine of gates", "cosine of embeddings")
+    return Table("The nearest training tasks", header, rows)
 
 
 def _figure(value: float | None) -> str:
