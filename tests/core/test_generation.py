@@ -5,20 +5,16 @@ Compared with the row generated alone, or with one forward over the finished seq
 
 from __future__ import annotations
 
+import itertools
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    TextIteratorStreamer,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, TextIteratorStreamer
 
-from cases import MODELS, NO_END, ROWS, VOCAB, config_for, louder, rows_of, tasks
+from cases import MODELS, ROWS, config_for, louder, rows_of, tasks
 from cases import adapted as softly_adapted
 from peft_taskmoe import task_context
 from peft_taskmoe.task_scope import current_state
@@ -70,9 +66,13 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", ["llama", "t5"])
-@pytest.mark.parametrize("adapter", ["token+task", "task", "top_k"])
+CASES = [
+    *itertools.product(("llama", "t5"), ("token+task", "task", "top_k"), WAYS),
+    *((name, "token+task", way) for name in GENERATING for way in ("greedy", "without cache")),
+]
+
+
+@pytest.mark.parametrize("name, adapter, way", dict.fromkeys(CASES))
 def test_each_row_gets_the_tokens_it_gets_alone(name, adapter, way):
     model, batch, embeds = adapted(name, adapter), prompts(name), tasks()
     together = generated(model, name, batch, embeds, **WAYS[way])
@@ -80,20 +80,9 @@ def test_each_row_gets_the_tokens_it_gets_alone(name, adapter, way):
     for row in range(ROWS):
         one = generated(model, name, alone(batch, row), embeds[row : row + 1], **WAYS[way])
         assert torch.equal(together[row * per_row : (row + 1) * per_row], one)
-    assert not torch.equal(
-        generated(model, name, batch, embeds.flip(0) * -1, **WAYS[way]), together
-    )
-
-
-@pytest.mark.parametrize("name", GENERATING)
-def test_every_architecture_generates_the_same_alone_and_without_cache(name):
-    model, batch, embeds = adapted(name), prompts(name), tasks()
-    together = generated(model, name, batch, embeds)
-    assert torch.equal(generated(model, name, batch, embeds, use_cache=False), together)
-    assert not torch.equal(generated(model, name, batch, -embeds), together)
-    for row in range(ROWS):
-        one = generated(model, name, alone(batch, row), embeds[row : row + 1])
-        assert torch.equal(together[row : row + 1], one)
+    assert not torch.equal(generated(model, name, batch, -embeds.flip(0), **WAYS[way]), together)
+    if way == "greedy":
+        assert torch.equal(generated(model, name, batch, embeds, use_cache=False), together)
 
 
 def test_every_layer_takes_decode_steps_and_prepares_them_once():
@@ -151,29 +140,21 @@ def test_several_active_adapters_generate_what_their_forward_says():
     assert torch.equal(found, ids[:, -NEW:])
 
 
-def assistant(seed: int) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    settings = {**MODELS["llama"].config, "num_hidden_layers": 1, **NO_END}
+def small_assistant() -> LlamaForCausalLM:
+    torch.manual_seed(3)
+    settings = {**MODELS["llama"].config, "num_hidden_layers": 1}
     return LlamaForCausalLM(LlamaConfig(**settings)).eval()
 
 
 @pytest.mark.parametrize("row", range(2))
 @pytest.mark.parametrize(
-    "kind", ["prompt lookup", "small assistant", "unadapted base", "adapted assistant"]
+    "helper", [None, small_assistant, MODELS["llama"].build, lambda: adapted("llama", seed=9)]
 )
-def test_assisted_decoding_gives_the_greedy_tokens(kind, row):
-    model, batch, embeds = adapted("llama"), prompts(), tasks()
-    one, task = alone(batch, row), embeds[row : row + 1]
+def test_assisted_decoding_gives_the_greedy_tokens(helper, row):
+    """From the prompt, or from a smaller model, the base or another adapter."""
+    model, one, task = adapted("llama"), alone(prompts(), row), tasks()[row : row + 1]
+    settings = {"assistant_model": helper()} if helper else {"prompt_lookup_num_tokens": 2}
     expected = generated(model, "llama", one, task)
-    if kind == "prompt lookup":
-        settings = {"prompt_lookup_num_tokens": 2}
-    else:
-        helpers = {
-            "small assistant": lambda: assistant(3),
-            "unadapted base": MODELS["llama"].build,
-            "adapted assistant": lambda: adapted("llama", seed=9),
-        }
-        settings = {"assistant_model": helpers[kind]()}
     assert torch.equal(generated(model, "llama", one, task, **settings), expected)
 
 
@@ -185,32 +166,21 @@ def test_assistant_sees_the_task():
     helper.generation_config.num_assistant_tokens_schedule = "constant"
     helper.generation_config.num_assistant_tokens = 4
     helper.generation_config.assistant_confidence_threshold = 0.0
-    calls = []
-    hook = model.get_base_model().lm_head.register_forward_hook(lambda *_: calls.append(1))
-    expected = generated(model, "llama", one, task)
-    greedy_steps, _ = len(calls), calls.clear()
-    assert torch.equal(generated(model, "llama", one, task, assistant_model=helper), expected)
-    hook.remove()
+    head, calls = model.get_base_model().lm_head, []
+    with head.register_forward_hook(lambda *_: calls.append(1)):
+        expected = generated(model, "llama", one, task)
+        greedy_steps, _ = len(calls), calls.clear()
+        assert torch.equal(generated(model, "llama", one, task, assistant_model=helper), expected)
     assert len(calls) < greedy_steps
 
 
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="w0", unk_token="w0")
-
-
-def test_streaming_from_a_thread():
-    model, task, one, tokenizer = adapted("llama"), tasks(1), alone(prompts(), 0), word_tokenizer()
-    expected = tokenizer.decode(generated(model, "llama", one, task)[0])
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=30)
-    settings = {"task_embeds": task, "max_new_tokens": NEW, "do_sample": False}
-    settings["streamer"] = streamer
-    thread = threading.Thread(target=model.generate, kwargs={**one, **settings})
-    thread.start()
-    text = "".join(streamer)
-    thread.join()
-    assert text.split() == expected.split()
+def test_streaming_from_a_thread(word_tokenizer):
+    model, task, one = adapted("llama"), tasks(1), alone(prompts(), 0)
+    expected = word_tokenizer.decode(generated(model, "llama", one, task)[0])
+    streamer = TextIteratorStreamer(word_tokenizer, skip_prompt=True, timeout=30)
+    with ThreadPoolExecutor() as pool:
+        pool.submit(generated, model, "llama", one, task, streamer=streamer)
+        assert "".join(streamer).split() == expected.split()
 
 
 def test_threads_generate_for_their_own_tasks_at_the_same_time():
@@ -218,25 +188,19 @@ def test_threads_generate_for_their_own_tasks_at_the_same_time():
     embeds = [tasks(1, seed) for seed in range(4)]
     expected = [generated(model, "llama", one, task) for task in embeds]
     assert len({tuple(tokens[0].tolist()) for tokens in expected}) > 1
-    found: dict[int, list[torch.Tensor]] = {i: [] for i in range(len(embeds))}
     start = threading.Barrier(len(embeds))
 
-    def run(i: int) -> None:
+    def run(task: torch.Tensor) -> list[torch.Tensor]:
         start.wait()
-        for _ in range(3):
-            found[i].append(generated(model, "llama", one, embeds[i]))
+        return [generated(model, "llama", one, task) for _ in range(3)]
 
-    threads = [threading.Thread(target=run, args=(i,)) for i in found]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for i, results in found.items():
-        assert len(results) == 3 and all(torch.equal(result, expected[i]) for result in results)
+    with ThreadPoolExecutor(len(embeds)) as pool:
+        for results, right in zip(pool.map(run, embeds), expected, strict=True):
+            assert all(torch.equal(result, right) for result in results)
 
 
 def test_back_to_back_calls_share_nothing():
-    """Another task, other weights or a disabled adapter in between: each call gives what a fresh model gives."""
+    """Another task, other weights or a disabled adapter in between: as with a fresh model."""
     model, batch, embeds = adapted("llama"), prompts(), tasks()
     first = generated(model, "llama", batch, embeds)
     flipped = generated(adapted("llama"), "llama", batch, -embeds)
