@@ -62,8 +62,9 @@ def test_gates_equal_the_loops(top_k, router_inputs, packed) -> None:
     torch.testing.assert_close(gates.sum(-1), torch.ones(6, dtype=torch.float64), **CLOSE)
 
 
-def test_half_precision_gates_are_float32() -> None:
-    x, router = torch.randn(4, 5, dtype=torch.bfloat16), torch.randn(3, 8, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_gates_are_float32(dtype) -> None:
+    x, router = torch.randn(4, 5, dtype=dtype), torch.randn(3, 8, dtype=dtype)
     logits = sum_logits(F.linear(x, router[:, :5]), task_logits(torch.randn(2, 3), router), 4, None)
     assert logits.dtype == gates_from_logits(logits, None).dtype == torch.float32
 
