@@ -206,7 +206,7 @@ INTEGERS = [(field, value) for field in ("num_experts", "r", "task_dim", "top_k"
     ({"target_modules": 3}, "`target_modules` must be a name, a regex or a list of names, got 3."),
     ({"layers_pattern": "layers"}, "`layers_pattern` has no effect without `layers_to_transform`."),
     ({"layers_to_transform": [0], "target_modules": ".*q_proj"},
-     "`layers_to_transform` does not work with `target_modules='.*q_proj'`, a regex"),
+     "`layers_to_transform` does not work with the regex `target_modules='.*q_proj'`."),
     ({"task_encoder": {"name": "x"}}, "The task encoder has no setting ['name']. Its settings are"),
     ({"task_encoder": {"pooling": "sum"}}, "`pooling` of the task encoder must be one of"),
     ({"task_encoder": 3}, "`task_encoder`"),
