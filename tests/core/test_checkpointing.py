@@ -1,7 +1,6 @@
-"""Gradient checkpointing: what is recomputed in backward sees the task of its own forward, so the gradients stay the same.
+"""Gradient checkpointing: what is recomputed in backward sees the task of its own forward.
 
-The yardstick is the same model without checkpointing, in float64, where 1e-6 of the largest gradient leaves room for no error
-but rounding.
+Gradients are those of the same model without checkpointing, in float64.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Packing and padding-free batches of `SFTTrainer`: every token is routed by the task of its own document.
-
-It knows what TRL's collator makes of documents, and compares with the same documents given one by one.
-"""
+"""Packed and padding-free batches of `SFTTrainer`, against the same documents one by one."""
 
 from __future__ import annotations
 
@@ -36,11 +33,12 @@ PACKINGS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def sft(tiny_model, word_tokenizer, tiny_encoder, tmp_path):
-    """`sft(packing=True, ...)`: an `SFTTrainer` in fp32 on a randomised adapter, its encoder attached."""
+    """`sft(packing=True, ...)`: an `SFTTrainer` in fp32 with a random adapter and an encoder."""
 
     def make(documents=DOCUMENTS, attention: str = "sdpa", **settings: Any) -> SFTTrainer:
         arguments = {
-            "report_to": [], "use_cpu": True, "bf16": False, "per_device_train_batch_size": 4, "learning_rate": 1e-2,
+            "report_to": [], "use_cpu": True, "bf16": False, "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
             **settings,
         }  # fmt: skip
         trainer = SFTTrainer(
@@ -115,31 +113,8 @@ def test_training_with_packing_learns(sft) -> None:
     assert losses[-1] < losses[0]
 
 
-def test_one_task_per_document_may_be_given(sft, tiny_encoder, word_tokenizer) -> None:
-    trainer = sft(**PACKINGS["packing"])
-    model = trainer.model.eval()
-    batch = batch_of(trainer)
-    places = documents_in(batch)
-    embeds = tiny_encoder(
-        [
-            word_tokenizer.decode(batch["input_ids"][:, place][batch["labels"][:, place] == -100])
-            for place in places
-        ]
-    )
-    with torch.no_grad():
-        expected = model(**batch).logits
-        assert torch.equal(model(**batch, task_embeds=embeds).logits, expected)
-        assert not torch.allclose(
-            model(**batch, task_embeds=embeds.flip(0)).logits, expected, atol=1e-3
-        )
-    with pytest.raises(
-        ValueError, match=rf"There are {len(places) + 1} task embeddings for a batch of 1 rows"
-    ):
-        model(**batch, task_embeds=torch.cat((embeds, embeds[:1])))
-
-
 def test_a_cut_document_keeps_its_prompt(sft, word_tokenizer) -> None:
-    """`"bfd"` drops what does not fit. The prompt stands first, so the task stays whole unless the prompt itself is cut."""
+    """`"bfd"` drops what does not fit; the prompt, which stands first, is cut last."""
     trainer = sft(packing=True, max_length=4)
     batch = batch_of(trainer)
     tasks = prompt_ids(
@@ -154,8 +129,7 @@ def test_a_cut_document_keeps_its_prompt(sft, word_tokenizer) -> None:
 
 
 def test_wrapped_packing_warns_that_documents_are_cut(sft) -> None:
-    """`"wrapped"` hides where documents begin: a row is routed by what stands before its first answer, and a row that begins
-    within an answer by that one token. Nobody can tell from the batch, but such rows are noticed."""
+    """`"wrapped"` hides where documents begin; a row that begins within an answer has no prompt."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = sft(packing=True, packing_strategy="wrapped", max_length=5)
@@ -165,10 +139,7 @@ def test_wrapped_packing_warns_that_documents_are_cut(sft) -> None:
         if (batch["labels"][:, :2] != -100).all(1).any()
     )
     assert "position_ids" not in batch
-    with pytest.warns(
-        UserWarning,
-        match=r"examples have no prompt.*`packing_strategy=\"bfd\"`",
-    ):
+    with pytest.warns(UserWarning, match=r"examples have no prompt.*`packing_strategy=\"bfd\"`"):
         trainer.model(**batch)
     with warnings.catch_warnings():  # once
         warnings.simplefilter("error")

@@ -19,12 +19,20 @@ PAD = -100
     "labels, mask, expected",
     [
         (None, None, [[4, 5, 6, 7, 8], [9, 10, 11, 12, 13]]),
-        ([[PAD, PAD, 6, 7, 8], [PAD, 10, PAD, 12, 13]], None, [[4, 5], [9]]),  # before the *first* label
-        ([[PAD] * 5, [9, 10, 11, 12, 13]], None, [[4, 5, 6, 7, 8], [9]]),  # nothing predicts a first token
-        (None, [[1, 1, 1, 0, 0], [0, 0, 1, 1, 1]], [[4, 5, 6], [11, 12, 13]]),  # padded right, padded left
-        ([[PAD, PAD, 6, PAD, PAD], [PAD, PAD, PAD, PAD, 13]], [[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]], [[4, 5], [10, 11, 12]]),
+        # before the *first* label
+        ([[PAD, PAD, 6, 7, 8], [PAD, 10, PAD, 12, 13]], None, [[4, 5], [9]]),
+        # nothing predicts a first token
+        ([[PAD] * 5, [9, 10, 11, 12, 13]], None, [[4, 5, 6, 7, 8], [9]]),
+        # padded right, padded left
+        (None, [[1, 1, 1, 0, 0], [0, 0, 1, 1, 1]], [[4, 5, 6], [11, 12, 13]]),
+        (
+            [[PAD, PAD, 6, PAD, PAD], [PAD, PAD, PAD, PAD, 13]],
+            [[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]],
+            [[4, 5], [10, 11, 12]],
+        ),
         ([0, 1], None, [[4, 5, 6, 7, 8], [9, 10, 11, 12, 13]]),  # a class a row is no answer
-        (None, [[[[0] * 5] * 5]] * 2, [[4, 5, 6, 7, 8], [9, 10, 11, 12, 13]]),  # a 4-D mask hides nothing
+        # a 4-D mask hides nothing
+        (None, [[[[0] * 5] * 5]] * 2, [[4, 5, 6, 7, 8], [9, 10, 11, 12, 13]]),
     ],
 )  # fmt: skip
 def test_the_prompt_is_what_precedes_the_first_label(labels, mask, expected) -> None:
@@ -75,7 +83,7 @@ def test_texts_have_no_special_tokens_and_are_decoded_once() -> None:
 
 
 def test_kept_texts_take_a_bounded_number_of_bytes(monkeypatch) -> None:
-    """A token id takes 36 bytes in a key: 2,000 of them are 70 KiB, of which 65,536 used to be kept."""
+    """65,536 prompts of 2,000 tokens, which used to be kept, are 5 GiB."""
     monkeypatch.setattr("peft_taskmoe.prompts._MEMO_BYTES", 10_000)
     reader = PromptReader(FakeTokenizer())
     for start in range(50):

@@ -1,4 +1,4 @@
-"""The scope of a task: where it is visible, when it is gone, and that recomputation sees the right one."""
+"""The scope of a task: where it is visible, when it is gone, what recomputation sees."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_a_context_passes_the_recorder_on(layer) -> None:
 
 
 def test_threads_do_not_see_each_other(adapted) -> None:
-    """Two threads run the same model at once, each stopped inside its forward until the other is there."""
+    """Two threads are inside a forward of the same model at once."""
     model = adapted()
     expected = [model(input_ids=IDS, task_embeds=tasks(seed=i)).logits for i in range(2)]
     both_inside = threading.Barrier(2, timeout=20)
@@ -163,7 +163,7 @@ def test_what_is_no_task_embedding_is_refused(task, found, adapted) -> None:
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("trained_task", [True, False])
 def test_recomputation_sees_the_task_of_its_forward(use_reentrant, trained_task, layer) -> None:
-    """Two forwards with different tasks before one backward, as in DPO; each runs again out of any scope."""
+    """Two tasks before one backward, as in DPO; each block runs again out of any scope."""
     x = torch.randn(2, 3, 5, requires_grad=True)
     given = [tasks(seed=1).requires_grad_(trained_task), tasks(seed=2).requires_grad_(trained_task)]
     wanted = [x, *(p for p in layer.parameters() if p.requires_grad)] + given * trained_task

@@ -1,4 +1,4 @@
-"""An adapter whose config names its task encoder: nothing but the import is needed, wherever the adapter goes."""
+"""An adapter whose config names its task encoder needs nothing but the import."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from peft_taskmoe import TaskEncoder, TaskMoELoraConfig, attach_task_encoder
 from tiny import VOCAB, randomise
 
 PROMPTS = ["w4 w5 w6", "w9 w10 w11"]
-BATCH = {"input_ids": torch.tensor([[4, 5, 6], [9, 10, 11]]), "attention_mask": torch.ones(2, 3).long()}  # fmt: skip
+IDS = torch.tensor([[4, 5, 6], [9, 10, 11]])
+BATCH = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
 
 
 @pytest.fixture(autouse=True)
 def in_a_folder(tiny_model, word_tokenizer, tmp_path, monkeypatch) -> None:
-    """The folder `base` has a model with its tokenizer, `wide` and `slim` encoders of 6 and 4 dimensions."""
+    """The folders of a base and its tokenizer, and of encoders of 6 and 4 dimensions."""
     monkeypatch.chdir(tmp_path)
     tiny_model().save_pretrained("base")
     for seed, (name, width) in enumerate({"wide": 6, "slim": 4}.items()):

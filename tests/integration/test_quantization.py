@@ -1,4 +1,4 @@
-"""bitsandbytes bases in 4 and 8 bits, as far as they run on a CPU: adapted layers add to whatever the quantised layer gives."""
+"""bitsandbytes bases in 4 and 8 bits: adapted layers add to what the quantised layer gives."""
 
 from __future__ import annotations
 
@@ -17,15 +17,13 @@ from tiny import MODELS, TASK_DIM, randomise
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
+FOUR_BITS = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float32}
 KINDS: dict[str, dict[str, Any]] = {
-    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
-    "nf4 twice": {
-        "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": torch.float32,
-    },
-    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_compute_dtype": torch.float32},
+    "nf4": {**FOUR_BITS, "bnb_4bit_quant_type": "nf4"},
+    "nf4 twice": {**FOUR_BITS, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "fp4": {**FOUR_BITS, "bnb_4bit_quant_type": "fp4"},
     "int8": {"load_in_8bit": True},
-}  # fmt: skip
+}
 IDS = torch.arange(4, 16).view(2, 6)
 TASKS = torch.randn(2, TASK_DIM, generator=torch.Generator().manual_seed(0))
 BATCH: dict[str, Any] = {"input_ids": IDS, "labels": IDS, "task_embeds": TASKS}
@@ -39,8 +37,7 @@ def config(**settings: Any) -> TaskMoELoraConfig:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A tiny Llama on disk: quantisation happens while loading. Wide enough for its blocks of 64 weights, and for
-    the blocks of 32 outputs that bitsandbytes packs for inference on a CPU with AVX-512's bfloat16 units."""
+    """A tiny Llama on disk, wide enough for blocks of 64 weights and of 32 outputs."""
     cls, made = MODELS["llama"]()
     made.update(
         {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16, "num_hidden_layers": 1}
@@ -105,7 +102,7 @@ def plain_update(layer: Linear, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_kbit_training(quantised, kind, use_reentrant) -> None:
-    """`prepare_model_for_kbit_training` freezes the base, casts its norms and turns checkpointing on."""
+    """It freezes the base, casts its norms and turns checkpointing on."""
     prepared = prepare_model_for_kbit_training(
         quantised(kind), gradient_checkpointing_kwargs={"use_reentrant": use_reentrant}
     )
@@ -179,7 +176,8 @@ def test_qlora_of_trl(saved, tiny_encoder, word_tokenizer, tmp_path) -> None:
     trainer = SFTTrainer(
         str(saved),
         SFTConfig(
-            str(tmp_path), report_to=[], use_cpu=True, max_steps=6, logging_steps=1, learning_rate=1e-2, disable_tqdm=True
+            str(tmp_path), report_to=[], use_cpu=True, max_steps=6, logging_steps=1,
+            learning_rate=1e-2, disable_tqdm=True,
         ),
         train_dataset=data, processing_class=word_tokenizer, peft_config=config(),
         quantization_config=BitsAndBytesConfig(**KINDS["nf4"]),

@@ -1,4 +1,4 @@
-"""Bases that are no text decoders: every row is routed by its own task, or the layer is left out or refused by name."""
+"""Bases that are no text decoders: rows are routed by their own task, or layers refused by name."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def rows_and_all(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]
 
 @pytest.mark.parametrize("name", BASES)
 def test_a_row_in_a_batch_equals_the_row_alone(name) -> None:
-    """Longformer, LED and XLNet hand (length, rows, d) to their layers, DeBERTa relative positions."""
+    """Longformer, LED and XLNet hand (length, rows, d) to layers, DeBERTa relative positions."""
     model = adapt(BASES[name]())
     assert_rows_are_those_alone(model, rows_and_all(batch_of(3, 8)))
     assert_rows_are_those_alone(model, rows_and_all(batch_of(2, 8)))
@@ -308,12 +308,11 @@ def _divided_view(x: torch.Tensor) -> torch.Tensor:
     return view.transpose(-3, -2).reshape(x.shape)
 
 
-IN_PLACE = [nn.ReLU(inplace=True), lambda x: x.add_(1), lambda x: x.mul_(2), _half_doubled, _divided_view]  # fmt: skip
+IN_PLACE = [nn.ReLU(inplace=True), lambda x: x.add_(1), _half_doubled, _divided_view]
 
 
 @pytest.mark.parametrize("operation", IN_PLACE)
-@pytest.mark.parametrize("aux", [0.0, 0.5])
-def test_in_place_operations_behind_an_adapted_layer(operation, aux) -> None:
+def test_in_place_operations_behind_an_adapted_layer(operation) -> None:
     """The gradients are those of the same operation on a copy."""
 
     class Net(nn.Module):
@@ -329,11 +328,9 @@ def test_in_place_operations_behind_an_adapted_layer(operation, aux) -> None:
     for copies in (False, True):
         torch.manual_seed(0)
         targets = ["first", "second"]
-        model = adapt(Net(copies), target_modules=targets, router_aux_loss_coef=aux).train()
+        model = adapt(Net(copies), target_modules=targets).train()
         x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # this loss has no place for the load-balancing loss
-            model(x, task_embeds=tasks(2)).square().sum().backward()
+        model(x, task_embeds=tasks(2)).square().sum().backward()
         found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
     torch.testing.assert_close(found[0], found[1])
     assert all(grad.abs().max() > 0 for grad in found[0].values())
