@@ -55,15 +55,6 @@ def test_fresh_adapter_changes_nothing(name):
 
 
 @pytest.mark.parametrize(("name", "adapter"), CASES)
-def test_adapter_changes_the_output(name, adapter):
-    batch = MODELS[name].inputs()
-    model = adapted(name, adapter)
-    with torch.no_grad():
-        changed = logits_of(model(**batch, task_embeds=tasks()))
-    assert (changed - logits_of(MODELS[name].build()(**batch))).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize(("name", "adapter"), CASES)
 def test_each_row_is_routed_by_its_own_task(name, adapter):
     """A row gives what it gives alone, and a change of a task reaches its row only."""
     model, batch = adapted(name, adapter), MODELS[name].inputs()

@@ -236,10 +236,8 @@ def test_models_with_accelerate_hooks(build, saved):
     model = build(MODELS["llama"].build())
     for _ in range(2):  # up to rounding: layers whose base is hooked are computed alone
         torch.testing.assert_close(logits(model), saved[1])
-    assert model.generate(**BATCH, task_embeds=tasks(), max_new_tokens=2).shape == (
-        ROWS,
-        LENGTH + 2,
-    )
+    tokens = model.generate(**BATCH, task_embeds=tasks(), max_new_tokens=2)
+    assert tokens.shape == (ROWS, LENGTH + 2)
     model.train()(**BATCH, task_embeds=tasks(), labels=BATCH["input_ids"]).loss.backward()
     base = model.unload()
     with torch.no_grad():
@@ -358,13 +356,6 @@ class TestTransformersOwnIntegration:
                 ROWS,
                 LENGTH + 2,
             )
-
-    def test_a_task_is_asked_for(self, saved):
-        model = AutoModelForCausalLM.from_pretrained(saved[0])
-        with pytest.raises(
-            ValueError, match=r"no task embedding.*`with task_context\(task_embeds\):`"
-        ):
-            model(**BATCH)
 
 
 class TestInjection:
@@ -488,17 +479,6 @@ def test_fan_in_fan_out_is_read_off_the_layer(given):
     """As PEFT's LoRA does, but without leaving a wrong setting in the saved config."""
     assert adapted("gpt2", fan_in_fan_out=given).peft_config["default"].fan_in_fan_out is True
     assert adapted("llama", fan_in_fan_out=given).peft_config["default"].fan_in_fan_out is False
-
-
-def test_init_weights():
-    fresh, random = (
-        layers_of(adapted("llama", init_weights=True)),
-        layers_of(adapted("llama", init_weights=False)),
-    )
-    for name in fresh:
-        assert fresh[name].taskmoe_lora_B["default"].weight.count_nonzero() == 0
-        assert fresh[name].taskmoe_lora_A["default"].weight.count_nonzero() > 0
-        assert random[name].taskmoe_lora_B["default"].weight.count_nonzero() > 0
 
 
 @pytest.mark.parametrize("bias", ["none", "all", "taskmoe_lora_only"])
