@@ -1,7 +1,8 @@
-"""Draws the pictures of the documents: the method as an SVG, and a page of extractions.
+"""Draws the pictures of the documents: the method, a page of extractions, the demonstration's gates.
 
-python docs/make_pictures.py                        # docs/images/method.svg
-python docs/make_pictures.py --browser chromium     # also docs/images/extractions.png
+python docs/make_pictures.py                          # docs/images/method.svg
+python docs/make_pictures.py --browser chromium       # also docs/images/extractions.png
+python docs/make_pictures.py --adapter outputs/demo   # also docs/images/gates.png
 """
 
 from __future__ import annotations
@@ -162,18 +163,43 @@ def screenshot(browser: str, page: Path, picture: Path, width: int, height: int)
     )
 
 
+def draw_gates(adapter: str, picture: Path) -> None:
+    """Draw the gates of an adapter for the four tasks of the demonstration's test documents."""
+    import torch
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoTokenizer
+
+    from peft_taskmoe import heat_map, record_gates
+    from peft_taskmoe.uie import build_example, load_format, read_jsonl
+
+    model = AutoPeftModelForCausalLM.from_pretrained(adapter).eval()
+    tokenizer, form = AutoTokenizer.from_pretrained(adapter), load_format(adapter)
+    by_task: dict[str, list[str]] = {}
+    for document in read_jsonl("examples/data/demo/test_seen.jsonl").documents:
+        by_task.setdefault(document.task, []).append(build_example(document, format=form).prompt)
+    with record_gates(model) as record, torch.no_grad():
+        for task, prompts in by_task.items():
+            for prompt in prompts[:3]:
+                with record.task(task):
+                    model(**tokenizer(prompt, return_tensors="pt"))
+    heat_map(record).savefig(picture, dpi=70)
+
+
 def main() -> None:
     """Draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--browser", help="A Chromium, for the page of extractions.")
-    browser = parser.parse_args().browser
+    parser.add_argument("--adapter", help="What `make demo` trained, for the picture of its gates.")
+    args = parser.parse_args()
     IMAGES.mkdir(exist_ok=True)
     (IMAGES / "method.svg").write_text(method_svg(), encoding="utf-8")
-    if browser:
+    if args.adapter:
+        draw_gates(args.adapter, IMAGES / "gates.png")
+    if args.browser:
         with tempfile.TemporaryDirectory() as folder:
             page = Path(folder) / "extractions.html"
             example().save_html(page)
-            screenshot(browser, page, IMAGES / "extractions.png", 860, 500)
+            screenshot(args.browser, page, IMAGES / "extractions.png", 860, 500)
 
 
 if __name__ == "__main__":
