@@ -1,4 +1,4 @@
-"""Draws the pictures of the documents: the method, a page of extractions, the demonstration's gates.
+"""The pictures of the documents: the method, a page of extractions, the demonstration's gates.
 
 python docs/make_pictures.py                          # docs/images/method.svg
 python docs/make_pictures.py --browser chromium       # also docs/images/extractions.png
