@@ -143,36 +143,26 @@ class TaskMoELoraModel(BaseTuner):
             "`to_lora` makes of each."
         )
 
-    def merge_adapter(
-        self, adapter_names: list[str] | None = None, safe_merge: bool = False
-    ) -> None:
+    def merge_adapter(self, adapter_names: Any = None, safe_merge: bool = False) -> None:
         """Merge in place, as every tuner does; if a layer refuses, none is changed."""
-        self._check_merge(safe_merge, adapter_names)
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        self._check_merge(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names, safe_merge)
 
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> nn.Module:
+    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
         if merge:
-            self._check_merge(safe_merge, adapter_names)
-        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+            self._check_merge(kwargs.get("adapter_names"), kwargs.get("safe_merge", False))
+        model = super()._unload_and_optionally_merge(merge, **kwargs)
         remove_conditioning(model)
         return model
 
-    def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         """Let every layer refuse before any is changed."""
         for layer in self.model.modules():
             if isinstance(layer, TaskMoELoraLayer):
                 with onload_layer(layer):
                     layer.merged_weight(safe_merge, adapter_names)
 
-    def _replace_module(
-        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
-    ) -> None:
+    def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
         if isinstance(new_module, TaskMoELoraLayer):
             super()._replace_module(parent, child_name, new_module, child)
         else:  # unloading: there is no weight to hand over, and a trained head may have none
