@@ -17,6 +17,7 @@ _COMMANDS = {
     "extract": "extract records from texts",
     "score": "score records against gold documents",
     "report": "write a page about an adapter: scores, routing, examples",
+    "serve": "answer HTTP requests",
     "convert": "turn data sets into JSONL documents",
 }
 _CODES = (

@@ -31,6 +31,7 @@ LEVELS = [
     {"export"},
     {"__init__"},
     {"uie"},
+    {"serving"},
     {"cli"},
     {"__main__"},
 ]

@@ -425,25 +425,21 @@ class Extractor:
     ) -> Iterator[Extraction]:
         shown = progress if progress is not None else total is None or total > self.batch_size
         with tqdm(total=total, disable=not shown, desc="Extracting", unit="text") as bar:
-            for texts in read_ahead(map(self._prompts, asked), self.batch_size, at_once=at_once):
+            for texts in read_ahead(map(self.text_jobs, asked), self.batch_size, at_once=at_once):
                 waiting = iter(texts)
                 text = next(waiting, None)
                 jobs = [job for one in texts for job in one.jobs]
                 for batch in itertools.chain(
                     batches_of(jobs, self.batch_size, by_schema=self.prefix_caching), [[]]
                 ):
-                    self._answer_batch(batch)
+                    self.answer_jobs(batch)
                     while text is not None and text.done:  # and so are those before it
                         bar.update()
-                        yield text.extraction(
-                            thresholds,
-                            all_occurrences=self.all_occurrences,
-                            calibration=self.calibration,
-                        )
+                        yield self.extraction_of(text, thresholds)
                         text = next(waiting, None)
 
-    def _prompts(self, questions: Sequence[Question]) -> TextJobs:
-        """The prompts of one text."""
+    def text_jobs(self, questions: Sequence[Question]) -> TextJobs:
+        """The prompts that ask these questions, all about one text."""
         text = TextJobs(questions[0].text if questions else "")
         for question in questions:
             if not question.text.strip() or question.given == ():
@@ -456,6 +452,11 @@ class Extractor:
                 continue
             text.jobs += [Job(question, part, self.generator.ids(part.prompt)) for part in parts]
         return text
+
+    def extraction_of(self, text: TextJobs, thresholds: Thresholds) -> Extraction:
+        """What the answers about a text say, put together."""
+        every, calibration = self.all_occurrences, self.calibration
+        return text.extraction(thresholds, all_occurrences=every, calibration=calibration)
 
     def windows(
         self, question: Question, problems: list[Problem] | None
@@ -472,7 +473,8 @@ class Extractor:
             problems=problems,
         )
 
-    def _answer_batch(self, jobs: Sequence[Job]) -> None:
+    def answer_jobs(self, jobs: Sequence[Job]) -> None:
+        """Answer prompts in one generation; each job gets its answer."""
         if not jobs:
             return
         start = time.perf_counter()

@@ -73,6 +73,42 @@ def load_centroids(adapter: str | Path, **where: Any) -> TaskCentroids | None:
     return None if path is None else TaskCentroids.load(path)
 
 
+def add_adapter(model: Any, tokenizer: Any, adapter: str | Path, name: str) -> None:
+    """Put another adapter on a loaded model; the active one stays active.
+
+    Args:
+        model: The `PeftModel`.
+        tokenizer: Its tokenizer.
+        adapter: Hub id or folder of the adapter.
+        name: Its name in the model.
+
+    Raises:
+        ValueError: It belongs to another base model or tokenizer, or weights of it are missing or
+            not finite.
+    """
+    from peft import PeftConfig, load_peft_weights
+    from transformers import AutoTokenizer
+
+    own = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+    first = next(iter(model.peft_config.values())).base_model_name_or_path
+    if own != first:
+        raise ValueError(
+            f"{str(adapter)!r} was trained on `{own}`, but the loaded model is `{first}`. Load "
+            "adapters of one base model together."
+        )
+    if file_beside(adapter, "tokenizer_config.json") is not None:
+        vocabulary = AutoTokenizer.from_pretrained(str(adapter)).get_vocab()
+        if vocabulary != tokenizer.get_vocab():
+            raise ValueError(
+                f"The tokenizer beside {str(adapter)!r} has other tokens than that of the loaded "
+                "model. Load this adapter by itself."
+            )
+    weights = load_peft_weights(str(adapter), device="cpu")
+    _check_finite(adapter, weights)
+    model.load_adapter(str(adapter), adapter_name=name)
+    _check_complete(adapter, model, weights, name)
+
+
 def _check_finite(adapter: str | Path, weights: Mapping[str, torch.Tensor]) -> None:
     broken = [
         name
@@ -101,11 +137,13 @@ def _fit_embeddings(base: Any, weights: Mapping[str, torch.Tensor], tokens: int)
         base.resize_token_embeddings(wanted)
 
 
-def _check_complete(adapter: str | Path, model: Any, weights: Mapping[str, torch.Tensor]) -> None:
+def _check_complete(
+    adapter: str | Path, model: Any, weights: Mapping[str, torch.Tensor], name: str = "default"
+) -> None:
     """Refuse an adapter whose file does not fill every weight that saving it would write."""
     from peft import get_peft_model_state_dict
 
-    wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
+    wanted = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     if missing := sorted({*wanted} - {*weights}):
         unknown = sorted({*weights} - {*wanted})
         beside = f" It has others that fit nowhere: {_listed(unknown)}." if unknown else ""

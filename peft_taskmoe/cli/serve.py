@@ -1,0 +1,70 @@
+"""`peft-taskmoe serve`: extraction over HTTP, from one model and any number of adapters."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+from pathlib import Path
+
+from ..uie.optional import needed
+from .messages import Exit, say
+from .model_options import add_model_options, count, load
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add those of the command."""
+    add = parser.add_argument
+    named = "folder or Hub id, or NAME=FOLDER; again for more, the first one answers by default"
+    add("--adapter", required=True, action="append", help=named)
+    add("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
+    add("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
+    key = "what clients must send as a bearer token (default: $PEFT_TASKMOE_API_KEY, or none)"
+    add("--api-key", default=os.environ.get("PEFT_TASKMOE_API_KEY"), help=key)
+    add_model_options(parser)
+    limits = parser.add_argument_group("limits of a request").add_argument
+    shown = "(default: %(default)s)"
+    limits("--max-body-bytes", type=count, default=2**20, help=f"bytes of its body {shown}")
+    limits("--max-texts", type=count, default=64, help=f"its texts {shown}")
+    characters = f"characters of a text {shown}"
+    limits("--max-text-characters", type=count, default=100_000, help=characters)
+    limits("--max-labels", type=count, default=500, help=f"labels and roles of a text {shown}")
+    waiting = f"prompts in the queue, of all clients {shown}"
+    limits("--max-waiting", type=count, default=1024, help=waiting)
+    limits("--timeout", type=count, default=300, help=f"seconds until it is given up {shown}")
+
+
+def run(args: argparse.Namespace) -> Exit:
+    """Serve until SIGTERM or SIGINT; what runs then is finished."""
+    uvicorn = needed("uvicorn", "serve")
+    from ..serving.adapters import Adapters
+    from ..serving.app import make_app
+    from ..serving.limits import Limits
+
+    (name, first), *others = map(_name_of, args.adapter)
+    adapters = Adapters(load(args, first), name)
+    for name, adapter in others:
+        adapters.load(name, adapter)
+    known = vars(Limits())
+    limits = Limits(**{key: value for key, value in vars(args).items() if key in known})
+    app = make_app(adapters, limits, api_key=args.api_key)
+    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+    with socket.create_server((args.host, args.port), family=family, backlog=2048) as listener:
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        say(f"Serving at http://{host}:{listener.getsockname()[1]}")
+        for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn sends them again when it is done
+            signal.signal(number, lambda *_: None)
+        config = uvicorn.Config(
+            app, log_level="warning", timeout_graceful_shutdown=args.timeout, lifespan="on"
+        )
+        uvicorn.Server(config).run(sockets=[listener])
+    return Exit.DONE
+
+
+def _name_of(adapter: str) -> tuple[str, str]:
+    """The name of an adapter and where it is."""
+    name, equals, folder = adapter.partition("=")
+    if equals and name and folder:
+        return name, folder
+    return Path(adapter).name, adapter

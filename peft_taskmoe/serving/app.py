@@ -1,0 +1,236 @@
+"""The routes of the extraction server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import time
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+
+from ..uie import Extraction
+from .adapters import Adapters
+from .batching import ClosedError, FullError, PromptQueue, Ticket, Worker
+from .bodies import ExtractRequest, ExtractResponse, StrictRoute, tickets_of
+from .limits import Guard, Limits
+from .metrics import Measured, Metrics
+
+_LANDING = """<!doctype html><title>peft_taskmoe</title><h1>peft_taskmoe</h1>
+<p>Information extraction. <a href="docs">How to ask</a>, <a href="v1/adapters">adapters</a>."""
+
+
+def make_app(
+    adapters: Adapters, limits: Limits | None = None, *, api_key: str | None = None
+) -> FastAPI:
+    """The ASGI application of a server.
+
+    Args:
+        adapters: The model with its adapters. From here on only the server may call it.
+        limits: What a client may ask for.
+        api_key: What clients must send as a bearer token; None asks for none.
+    """
+    service = Service(adapters, limits or Limits())
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.worker.thread.start()
+        yield
+        service.queue.close()
+        await asyncio.to_thread(service.worker.thread.join)
+
+    app = FastAPI(title="peft_taskmoe", lifespan=lifespan)
+    app.router.route_class = StrictRoute
+    app.add_middleware(Guard, limits=service.limits, api_key=api_key)
+    app.add_middleware(Measured, metrics=service.metrics)
+    app.add_exception_handler(RequestValidationError, _unreadable)
+    _add_status_routes(app, service)
+
+    @app.post("/v1/extract", responses={200: {"model": ExtractResponse}})
+    async def extract(body: ExtractRequest, request: Request) -> Response:
+        """Extract records from texts, with their offsets."""
+        start = time.perf_counter()
+        tickets = await service.admit(body)
+        found: dict[int, Extraction] = {}
+        try:
+            async for number in service.answered(tickets, request, body.timeout):
+                found[number] = tickets[number].future.result()
+        except TimeoutError:
+            raise HTTPException(504, service.too_late(body.timeout)) from None
+        except ConnectionError:
+            return Response(status_code=499)
+        except Exception as error:
+            raise HTTPException(
+                500, f"A text could not be answered: {type(error).__name__}."
+            ) from None
+        results = [found[number].to_dict() for number in range(len(tickets))]
+        return _json({"results": results, "seconds": round(time.perf_counter() - start, 4)})
+
+    @app.post("/v1/extract/stream", response_class=StreamingResponse)
+    async def stream(body: ExtractRequest, request: Request) -> StreamingResponse:
+        """The same, a line of JSON as soon as a text is done, with its `index`."""
+        tickets = await service.admit(body)
+        lines = _lines(service, tickets, request, body.timeout)
+        return StreamingResponse(lines, media_type="application/x-ndjson")
+
+    return app
+
+
+class Service:
+    """The parts of a running server: queue, worker, figures and the thread that reads requests."""
+
+    def __init__(self, adapters: Adapters, limits: Limits) -> None:
+        self.adapters, self.limits = adapters, limits
+        self.queue = PromptQueue(limits.max_waiting)
+        self.metrics = Metrics(lambda: len(self.queue))
+        self.worker = Worker(adapters, self.queue, self.metrics)
+        self._reader = ThreadPoolExecutor(1, "reader")
+        self._read = 0  # texts that are being read
+
+    async def admit(self, body: ExtractRequest) -> list[Ticket]:
+        """Read a request and queue its prompts, or refuse it."""
+        texts = len(body.texts)
+        if texts > self.limits.max_texts:
+            why = f"The request has {texts} texts. `max_texts` is {self.limits.max_texts}."
+            raise HTTPException(422, why)
+        try:
+            self.queue.check_room(self._read + texts)
+            self._read += texts
+            try:
+                loop = asyncio.get_running_loop()
+                asked = (tickets_of, body, self.adapters, self.limits)
+                tickets = await loop.run_in_executor(self._reader, *asked)
+            finally:
+                self._read -= texts
+            prompts = sum(len(ticket.text.jobs) for ticket in tickets)
+            if prompts > self.limits.max_waiting:
+                why = f"The texts make {prompts} prompts. `max_waiting` is "
+                raise HTTPException(413, f"{why}{self.limits.max_waiting}.")
+            self.queue.put(tickets)
+        except FullError:
+            wait = math.ceil(self.worker.pace * len(self.queue)) or 1
+            why = f"`max_waiting` ({self.limits.max_waiting}) prompts wait already. Come again."
+            raise HTTPException(429, why, {"Retry-After": str(min(wait, 600))}) from None
+        except ClosedError:
+            raise HTTPException(503, "The server is stopping.") from None
+        except (ValueError, ImportError) as error:
+            raise HTTPException(422, str(error)) from None
+        for ticket in tickets:
+            ticket.deliver()  # those that ask nothing
+        return tickets
+
+    async def answered(
+        self, tickets: Sequence[Ticket], request: Request, timeout: float | None
+    ) -> AsyncIterator[int]:
+        """The numbers of the texts that are done; what is left at the end is given up.
+
+        Raises:
+            TimeoutError: The time is over.
+            ConnectionError: The client left.
+        """
+        waiting: dict[Any, int] = {
+            asyncio.wrap_future(ticket.future): number for number, ticket in enumerate(tickets)
+        }
+        gone = asyncio.ensure_future(_disconnected(request))
+        end = time.monotonic() + self._seconds(timeout)
+        try:
+            while waiting:
+                done, _ = await asyncio.wait(
+                    {gone, *waiting},
+                    timeout=max(end - time.monotonic(), 0),
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                if gone in done:
+                    raise ConnectionError
+                if not done:
+                    raise TimeoutError
+                for number in sorted(waiting.pop(one) for one in done):
+                    yield number
+        finally:
+            gone.cancel()
+            for ticket in tickets:
+                ticket.future.cancel()
+
+    def too_late(self, timeout: float | None) -> str:
+        """What a client is told whose time is over."""
+        return f"The request took longer than `timeout` ({self._seconds(timeout):g} s)."
+
+    def _seconds(self, timeout: float | None) -> float:
+        return min(timeout or self.limits.timeout, self.limits.timeout)
+
+
+def _add_status_routes(app: FastAPI, service: Service) -> None:
+    @app.get("/", include_in_schema=False)
+    async def landing() -> HTMLResponse:
+        return HTMLResponse(_LANDING)
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        """Whether the model's thread lives."""
+        alive = service.worker.thread.is_alive()
+        return JSONResponse({"status": "ok" if alive else "stopped"}, 200 if alive else 503)
+
+    @app.get("/ready")
+    async def ready() -> JSONResponse:
+        """Whether requests are answered now."""
+        yes = service.worker.ready and not service.queue.closed
+        return JSONResponse({"status": "ready" if yes else "not ready"}, 200 if yes else 503)
+
+    @app.get("/v1/adapters")
+    async def list_adapters() -> list[dict[str, Any]]:
+        """The adapters that a request may name."""
+        default = service.adapters.default
+        methods = service.adapters.methods
+        return [
+            {"name": name, "method": method, "default": name == default}
+            for name, method in methods.items()
+        ]
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Figures for Prometheus."""
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+async def _lines(
+    service: Service, tickets: Sequence[Ticket], request: Request, timeout: float | None
+) -> AsyncIterator[bytes]:
+    left = set(range(len(tickets)))
+    with suppress(ConnectionError):
+        try:
+            async for number in service.answered(tickets, request, timeout):
+                left.remove(number)
+                error = tickets[number].future.exception()
+                if error is None:
+                    result = tickets[number].future.result().to_dict()
+                else:
+                    result = {"error": f"The text could not be answered: {type(error).__name__}."}
+                yield _json({"index": number, **result}).body + b"\n"
+        except TimeoutError:
+            for number in sorted(left):
+                yield _json({"index": number, "error": service.too_late(timeout)}).body + b"\n"
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _json(content: Any) -> Response:
+    """JSON in ASCII: what a model wrote may have characters that UTF-8 has not."""
+    return Response(json.dumps(content), media_type="application/json")
+
+
+async def _unreadable(request: Request, error: Any) -> JSONResponse:
+    """Say what is wrong with a body, without sending it back."""
+    faults = [
+        {"loc": one["loc"], "msg": one.get("ctx", {}).get("error", one["msg"])}
+        for one in error.errors()
+    ]
+    return JSONResponse({"detail": json.loads(json.dumps(faults, default=str))}, 422)

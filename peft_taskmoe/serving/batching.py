@@ -1,0 +1,186 @@
+"""Requests of all clients share batches: a bounded queue, and the thread that owns the model."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from ..uie import Extraction
+from ..uie.extraction.batches import Job, TextJobs
+from ..uie.extraction.questions import Thresholds
+from .adapters import Adapters, Lane
+from .metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+
+class FullError(Exception):
+    """The queue has no place left."""
+
+
+class ClosedError(Exception):
+    """The server is stopping."""
+
+
+@dataclass(eq=False)
+class Ticket:
+    """One text of a request: its prompts, and the future of its extraction.
+
+    A future that is cancelled takes the prompts out of the queue.
+    """
+
+    lane: Lane
+    text: TextJobs
+    thresholds: Thresholds
+    future: Future[Extraction] = field(default_factory=Future)
+
+    def deliver(self) -> None:
+        """Hand over the extraction, once every prompt is answered."""
+        if self.text.done and self.future.set_running_or_notify_cancel():
+            every = self.lane.extractor.all_occurrences
+            try:
+                self.future.set_result(self.text.extraction(self.thresholds, all_occurrences=every))
+            except Exception as error:
+                self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """Hand over an error, unless nobody waits any more."""
+        logger.error("A text could not be answered.", exc_info=error)
+        if not self.future.done():
+            self.future.set_exception(error)
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One prompt in the queue."""
+
+    ticket: Ticket
+    job: Job
+
+
+class PromptQueue:
+    """The prompts that wait, oldest first.
+
+    Args:
+        capacity: Prompts that may wait.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.closed = False
+        self._rows: list[Row] = []
+        self._changed = threading.Condition()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def check_room(self, prompts: int) -> None:
+        """Refuse prompts that there is no room for.
+
+        Raises:
+            FullError: There is none.
+            ClosedError: The queue takes no more.
+        """
+        with self._changed:
+            if self.closed:
+                raise ClosedError
+            self._drop()
+            if len(self._rows) + prompts > self.capacity:
+                raise FullError
+
+    def put(self, tickets: Sequence[Ticket]) -> None:
+        """Add the prompts of a request, all or none; errors as in `check_room`."""
+        rows = [Row(ticket, job) for ticket in tickets for job in ticket.text.jobs]
+        with self._changed:
+            self.check_room(len(rows))
+            self._rows += rows
+            self._changed.notify()
+
+    def take(self, size: int) -> list[Row]:
+        """Wait for the next batch: the oldest prompt, with those of its lane of nearest length.
+
+        Returns:
+            Up to `size` prompts; none once the queue is closed and empty.
+        """
+        with self._changed:
+            while self._drop() or not self._rows:
+                if self.closed:
+                    return []
+                self._changed.wait()
+            oldest = self._rows[0]
+            alike = [row for row in self._rows if row.ticket.lane is oldest.ticket.lane]
+            alike.sort(key=lambda row: abs(len(row.job.ids) - len(oldest.job.ids)))
+            taken = alike[:size]  # the sort is stable: the oldest is among them
+            self._rows = [row for row in self._rows if row not in set(taken)]
+            return taken
+
+    def close(self) -> None:
+        """Take no more; what waits is still answered."""
+        with self._changed:
+            self.closed = True
+            self._changed.notify()
+
+    def _drop(self) -> None:
+        """Forget the prompts that nobody waits for any more."""
+        self._rows = [row for row in self._rows if not row.ticket.future.done()]
+
+
+class Worker:
+    """The thread that owns the model and answers batch after batch.
+
+    Attributes:
+        ready: Whether every adapter has answered once.
+        pace: Seconds that a prompt took in the last batches.
+    """
+
+    def __init__(self, adapters: Adapters, queue: PromptQueue, metrics: Metrics) -> None:
+        self.queue = queue
+        self.ready = False
+        self.pace = 1.0
+        self._adapters = adapters
+        self._metrics = metrics
+        self.thread = threading.Thread(target=self._run, name="model", daemon=True)
+
+    def _run(self) -> None:
+        try:
+            for lane in self._adapters.lanes:
+                lane.warm_up()
+            self.ready = True
+            while self._answer_next():
+                pass
+        except Exception:
+            logger.exception("The model stopped answering.")
+        finally:
+            self.ready = False
+            self.queue.close()
+
+    def _answer_next(self) -> bool:
+        """Answer a batch, and keep nothing of it; False once there are none."""
+        rows = self.queue.take(self._adapters.batch_size)
+        if rows:
+            self._answer(rows)
+        return bool(rows)
+
+    def _answer(self, rows: Sequence[Row]) -> None:
+        start = time.perf_counter()
+        try:
+            rows[0].ticket.lane.answer([row.job for row in rows])
+        except Exception as error:
+            if len(rows) == 1:
+                rows[0].ticket.fail(error)
+                return
+        if len(rows) > 1 and rows[0].job.answer is None:
+            # One of them may be at fault, or all together need too much memory.
+            for row in rows:
+                self._answer([row])
+            return
+        seconds = time.perf_counter() - start
+        self.pace += 0.2 * (seconds / len(rows) - self.pace)
+        answers = [row.job.answer for row in rows if row.job.answer is not None]
+        self._metrics.batch(len(rows), seconds, sum(answer.tokens for answer in answers))
+        for ticket in {row.ticket: None for row in rows}:
+            ticket.deliver()

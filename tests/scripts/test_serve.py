@@ -1,0 +1,356 @@
+"""`peft-taskmoe serve`: answers over HTTP are the offline ones, and no client stops the server."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+from peft import LoraConfig, get_peft_model
+
+from peft_taskmoe import TaskMoELoraConfig, cli
+from peft_taskmoe.cli import Exit
+from peft_taskmoe.uie import (
+    Entity,
+    Extractor,
+    PromptFormat,
+    Schema,
+    Span,
+    completion_text,
+    save_format,
+)
+from running import ROOT
+from scripted import Scripted, byte_tokenizer, text_in, tiny_llama
+from tiny import randomise
+
+httpx = pytest.importorskip("httpx")
+uvicorn = pytest.importorskip("uvicorn")
+server = pytest.importorskip("peft_taskmoe.serving.app", exc_type=ImportError)
+
+SCHEMA = {"Capital": "words with a capital letter"}
+OTHER = {"Name": "names", "Capital": ""}
+LONG = " ".join(f"Word{n} and more" for n in range(20))
+
+
+class Gate:
+    """An answer to every prompt: words with a capital letter; it may have to wait for it."""
+
+    def __init__(self) -> None:
+        self.open, self.busy = threading.Event(), threading.Event()
+        self.open.set()
+
+    def __call__(self, prompt: str) -> str:
+        text = text_in(prompt)
+        self.busy.set()
+        assert self.open.wait(20)
+        if "poison" in text:
+            raise RuntimeError("out of memory")
+        found = re.finditer(r"\b[A-Z]\w*", text)
+        records = [Entity("Capital", Span(m.group(), *m.span())) for m in found]
+        return completion_text(records, text, Schema.from_dict("NER", SCHEMA))
+
+    def shut(self) -> None:
+        self.open.clear()
+        self.busy.clear()
+
+
+def scripted(gate: Gate | None = None, **options) -> Extractor:
+    options = {"max_new_tokens": 400, "max_prompt_tokens": 500, **options}
+    return Extractor(Scripted(gate or Gate()), byte_tokenizer(), **options)
+
+
+@contextmanager
+def serving(extractor_or_adapters, api_key=None, **limits):
+    """A client of a server that runs in a thread."""
+    adapters = extractor_or_adapters
+    if isinstance(adapters, Extractor):
+        adapters = server.Adapters(adapters)
+    app = server.make_app(adapters, server.Limits(**limits), api_key=api_key)
+    running = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        limit = httpx.Limits(max_connections=None)
+        with httpx.Client(base_url=url, timeout=30, trust_env=False, limits=limit) as client:
+            try:
+                until(lambda: client.get("/ready").status_code == 200)
+                yield client
+            finally:
+                running.should_exit = True
+                thread.join(30)
+    assert not thread.is_alive()
+
+
+def until(true) -> None:
+    end = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def ask(client, *texts, schema=SCHEMA, path="/v1/extract", **more):
+    return post(client, {"texts": texts, "schema": schema, **more}, path)
+
+
+def post(client, body: dict, path="/v1/extract", **options):
+    headers = {"Content-Type": "application/json"}
+    return client.post(path, content=json.dumps(body), headers=headers, **options)
+
+
+def timeless(result: dict) -> dict:
+    return {key: value for key, value in result.items() if key not in ("seconds", "index")}
+
+
+def metric(client, name: str) -> float:
+    lines = [line for line in client.get("/metrics").text.splitlines() if line.startswith(name)]
+    return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+
+def test_answers_of_many_clients_are_the_offline_ones_from_shared_batches() -> None:
+    extractor, offline = scripted(batch_size=4), scripted(batch_size=4)
+    kinds = [
+        ({"texts": ["Ada met Bob.", " "], "schema": SCHEMA}, SCHEMA, None),
+        ({"texts": [{"text": "é🚀 Ünal Zoe", "schema": OTHER}]}, OTHER, None),
+        ({"texts": [LONG], "schema": SCHEMA}, SCHEMA, None),
+        (
+            {"texts": ["Eve\x00 left \ud800"], "schema": [SCHEMA, ["Name"]]},
+            [SCHEMA, ["Name"]],
+            None,
+        ),
+        ({"texts": ["In Kourou"], "schema": ["Capital"], "thresholds": 0.7}, ["Capital"], 0.7),
+        (
+            {"texts": ["Ada"], "schema": SCHEMA, "thresholds": {"Capital": 0.9}},
+            SCHEMA,
+            {"Capital": 0.9},
+        ),
+    ]
+    with serving(extractor) as client, ThreadPoolExecutor(12) as pool:
+        replies = list(pool.map(lambda kind: post(client, kind[0]), kinds * 2))
+        assert client.get("/v1/adapters").json() == [
+            {"name": "default", "method": "none", "default": True}
+        ]
+        assert metric(client, "peft_taskmoe_tokens_total") > 100
+        assert metric(client, "peft_taskmoe_waiting_prompts") == 0
+        whole = 'peft_taskmoe_requests_total{route="/v1/extract",status="200"}'
+        assert metric(client, whole) == len(replies)
+        assert "openapi" in client.get("/docs").text and "docs" in client.get("/").text
+    for (body, schema, thresholds), reply in zip(kinds * 2, replies, strict=True):
+        texts = [one if isinstance(one, str) else one["text"] for one in body["texts"]]
+        wanted = [one.to_dict() for one in offline(texts, schema, thresholds=thresholds)]
+        assert list(map(timeless, reply.json()["results"])) == list(map(timeless, wanted))
+    windows = sum(len(one.answers) for one in offline([LONG], SCHEMA))
+    assert windows > 1  # of which each is a row
+    assert max(map(len, extractor.model.batches)) == 4
+
+
+def test_each_adapter_answers_as_it_does_alone(models, tmp_path) -> None:
+    language_model, encoder = models
+    settings = {"target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM", "r": 2}
+    task = TaskMoELoraConfig(
+        num_experts=2, task_dim=8, task_encoder={"name_or_path": str(encoder)}, **settings
+    )
+    folders = {name: tmp_path / name for name in ("a.task", "b", "lora")}
+    for seed, (name, folder) in enumerate(folders.items()):
+        config = LoraConfig(**settings) if name == "lora" else task
+        randomise(get_peft_model(tiny_llama(), config), seed).save_pretrained(folder)
+        save_format(PromptFormat(style="compact" if name == "b" else "dataclass"), folder)
+    options = {"base_model": language_model, "max_new_tokens": 12, "device": "cpu"}
+    alone = {name: Extractor.from_pretrained(folders[name], **options) for name in ("a.task", "b")}
+    adapters = server.Adapters(Extractor.from_pretrained(folders["a.task"], **options), "a.task")
+    adapters.load("b", folders["b"])
+    for name, why in (("b", "Two adapters are called `b`"), ("lora", "different peft types")):
+        with pytest.raises(ValueError, match=why):
+            adapters.load(name, folders[name])
+    with serving(adapters) as client, ThreadPoolExecutor(6) as pool:
+        names = ["b", None, "a.task"] * 3
+        replies = list(pool.map(lambda name: ask(client, "Ada met Bob.", adapter=name), names))
+        assert [one["default"] for one in client.get("/v1/adapters").json()] == [True, False]
+    wanted = {
+        name: one(["Ada met Bob."], SCHEMA)[0].to_dict()["answers"] for name, one in alone.items()
+    }
+    assert len(set(map(str, wanted.values()))) == 2
+    for name, reply in zip(names, replies, strict=True):
+        assert reply.json()["results"][0]["answers"] == wanted[name or "a.task"]
+
+
+def test_a_stream_gives_each_text_as_soon_as_it_is_done() -> None:
+    gate = Gate()
+    with serving(scripted(gate, batch_size=1)) as client:
+        gate.shut()
+        body = {"texts": [" ", "Ada", "poison", "Bob"], "schema": SCHEMA}
+        with client.stream("POST", "/v1/extract/stream", json=body) as reply:
+            lines = reply.iter_lines()
+            assert json.loads(next(lines))["index"] == 0  # while the model still works
+            gate.open.set()
+            rows = [json.loads(line) for line in lines]
+    assert reply.headers["content-type"] == "application/x-ndjson"
+    assert [row["index"] for row in rows] == [1, 2, 3]
+    assert "RuntimeError" in rows[1].pop("error")
+    wanted = scripted()(["Ada", "Bob"], SCHEMA)
+    assert [timeless(rows[0]), timeless(rows[2])] == [timeless(one.to_dict()) for one in wanted]
+
+
+def test_constrained_decoding_can_be_asked_for() -> None:
+    pytest.importorskip("llguidance")
+    options = {"max_new_tokens": 30, "max_prompt_tokens": 500}
+    offline = Extractor(tiny_llama(), byte_tokenizer(), constrained=True, **options)
+    with serving(Extractor(tiny_llama(), byte_tokenizer(), **options)) as client:
+        free, held = (ask(client, "Ada", constrained=one).json() for one in (False, True))
+    (wanted,) = offline(["Ada"], SCHEMA)
+    assert held["results"][0]["answers"] == wanted.to_dict()["answers"]
+    assert held["results"][0]["answers"] != free["results"][0]["answers"]
+
+
+REFUSED = [
+    ({"texts": ["a"] * 4, "schema": SCHEMA}, 422, "`max_texts` is 3"),
+    ({"texts": ["a" * 101], "schema": SCHEMA}, 422, "`max_text_characters` is 100"),
+    ({"texts": ["a"], "schema": [f"L{n}" for n in range(11)]}, 422, "`max_labels` is 10"),
+    ({"texts": ["a"], "schema": {"events": {"E": {"roles": [*"abcdefghij"]}}}}, 422, "max_labels"),
+    ({"texts": ["a"], "schema": {"L": "x" * 700}}, 422, "500 is allowed"),
+    ({"texts": ["a", "b"], "schema": [[f"L{n}"] for n in range(9)]}, 413, "`max_waiting` is 16"),
+    ({"texts": ["a"]}, 422, "no schema"),
+    ({"texts": [], "schema": SCHEMA}, 422, "at least 1 item"),
+    ({"texts": ["a"], "schema": {}}, 422, "no labels"),
+    ({"texts": ["a"], "schema": "pyproject.json"}, 422, "valid"),
+    ({"texts": ["a"], "schema": SCHEMA, "adapter": "x"}, 422, "The adapters are `default`"),
+    ({"texts": ["a"], "schema": SCHEMA, "thresholds": 2}, 422, "no probability"),
+    ({"texts": ["a"], "schema": SCHEMA, "thresholds": {"X": 0.5}}, 422, "`X`"),
+    ({"texts": ["a"], "schema": SCHEMA, "timeout": -1}, 422, "greater than 0"),
+    ({"texts": ["a"], "schema": SCHEMA, "colour": 1}, 422, "colour"),
+    (b'{"texts": ["a"], "schema": {"A": "1", "A": "2"}}', 422, "`A` is given twice"),
+    (b'{"texts": ["a"], "schema": ' + b"[" * 1500 + b"]" * 1500 + b"}", 422, "nested too deeply"),
+    (b'{"texts": ["a", ', 422, "Expecting value"),
+    (b"\x00\xff\xfe", 422, "decode"),
+    (b" " * 6000, 413, "`max_body_bytes` (5000)"),
+    (iter([b" " * 3000] * 1000), 413, "`max_body_bytes` (5000)"),
+]
+
+
+def test_what_cannot_be_answered_is_refused_by_its_name() -> None:
+    limits = {"max_texts": 3, "max_text_characters": 100, "max_labels": 10, "max_waiting": 16}
+    headers = {"Authorization": "Bearer secret", "Content-Type": "application/json"}
+    with serving(scripted(), "secret", max_body_bytes=5000, **limits) as client:
+        for given in ("Bearer wrong", "secret", ""):
+            reply = client.get("/v1/adapters", headers={"Authorization": given})
+            assert (reply.status_code, reply.headers["www-authenticate"]) == (401, "Bearer")
+        for body, status, words in REFUSED:
+            content = json.dumps(body).encode() if isinstance(body, dict) else body
+            for path in ("/v1/extract", "/v1/extract/stream")[: 2 - hasattr(body, "__next__")]:
+                try:
+                    reply = client.post(path, content=content, headers=headers)
+                except httpx.WriteError:  # closed while it was sent
+                    assert status == 413
+                    continue
+                assert (reply.status_code, words in reply.text) == (status, True), reply.text
+                assert len(reply.text) < 1000
+        client.headers.update(headers)
+        assert ask(client, "Ada").json()["results"][0]["records"]
+
+
+def test_full_queues_deadlines_and_clients_that_leave() -> None:
+    gate = Gate()
+    extractor = scripted(gate, batch_size=1)
+    with serving(extractor, max_waiting=2) as client, ThreadPoolExecutor(8) as pool:
+        gate.shut()
+        running = pool.submit(ask, client, "Running")
+        assert gate.busy.wait(20)
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/v1/extract", json={"texts": ["Gone"], "schema": SCHEMA}, timeout=0.3)
+        for path in ("/v1/extract", "/v1/extract/stream"):
+            late = ask(client, "Late", timeout=0.2, path=path)
+            assert "`timeout` (0.2 s)" in late.text
+        waiting = [pool.submit(ask, client, text) for text in ("First", "Second")]
+        until(lambda: metric(client, "peft_taskmoe_waiting_prompts") == 2)
+        full = ask(client, "Third")
+        assert full.status_code == 429 and int(full.headers["retry-after"]) >= 1
+        assert client.get("/health").status_code == 200
+        gate.open.set()
+        assert [one.result().status_code for one in (running, *waiting)] == [200] * 3
+        del running, waiting
+        for _ in range(3):
+            assert all(ask(client, f"Ada {n}").status_code == 200 for n in range(20))
+            gc.collect()
+            assert sum(isinstance(one, server.Ticket) for one in gc.get_objects()) == 0
+    asked = [text_in(prompt) for prompt in extractor.model.prompts]
+    assert asked[1] == "Running" and sorted(asked[2:4]) == ["First", "Second"]
+
+
+def test_one_bad_prompt_fails_alone_and_hostile_clients_leave_it_serving() -> None:
+    gate = Gate()
+    extractor = scripted(gate)
+    with serving(extractor, body_timeout=0.5, max_body_bytes=30_000_000) as client:
+        gate.shut()
+        with ThreadPoolExecutor(4) as pool:
+            replies = [pool.submit(ask, client, text) for text in ("Ada", "poison", "Bob", "Eve")]
+            assert gate.busy.wait(20)
+            time.sleep(0.2)
+            gate.open.set()
+            assert sorted(one.result().status_code for one in replies) == [200, 200, 200, 500]
+        address = (client.base_url.host, client.base_url.port)
+        head = b"POST /v1/extract HTTP/1.1\r\nHost: a\r\nContent-Length: "
+        sent = [
+            head + b"100000000\r\n\r\n" + b"x" * 1000,
+            head + b"100\r\n\r\n{",
+            b"\x00" * 99,
+            b"",
+        ]
+        sent += [head + b"-1\r\n\r\n", head + b"9" * 5000 + b"\r\n\r\n", b"GET " + b"/" * 10**6]
+        raw = [socket.create_connection(address) for _ in sent]
+        for one, words in zip(raw, sent, strict=True):
+            one.sendall(words)
+        reply = ask(client, "a", schema={f"L{n}": "" for n in range(10**6)})
+        assert (reply.status_code, "max_labels" in reply.text) == (422, True)
+        assert [raw[n].recv(100).split()[1] for n in (0, 1)] == [b"413", b"408"]
+        for one in raw:
+            one.close()
+        assert ask(client, "Ada").status_code == 200
+
+
+@pytest.mark.slow
+def test_the_command_finishes_what_runs_when_it_is_stopped(models, tmp_path) -> None:
+    config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(tiny_llama(), config).save_pretrained(tmp_path / "adapter")
+    options = ["--batch-size", "1", "--max-new-tokens", "60", "--port", "0", "--base-model"]
+    options += [models[0], "--adapter", tmp_path / "adapter"]
+    command = [sys.executable, "-m", "peft_taskmoe", "serve", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        line = next(line for line in process.stderr if line.startswith("Serving at"))
+        with httpx.Client(base_url=line.split()[-1], timeout=60, trust_env=False) as client:
+            until(lambda: client.get("/ready").status_code == 200)
+            with ThreadPoolExecutor(1) as pool:
+                running = pool.submit(ask, client, *(f"Ada {n}" for n in range(20)))
+                until(lambda: metric(client, "peft_taskmoe_waiting_prompts") > 0)
+                process.send_signal(signal.SIGTERM)
+                until(lambda: refused(client.base_url))
+                assert len(running.result().json()["results"]) == 20
+        assert process.wait(30) == Exit.DONE
+    finally:
+        process.kill()
+        process.stderr.close()
+
+
+def refused(url) -> bool:
+    try:
+        socket.create_connection((url.host, url.port)).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+def test_without_the_extra_the_command_says_what_to_install(monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert cli.main(["serve", "--adapter", "a"]) == Exit.NOTHING_DONE
+    assert "pip install 'peft_taskmoe[serve]'" in capsys.readouterr().err
