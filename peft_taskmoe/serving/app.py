@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
@@ -70,7 +71,9 @@ def make_app(
                 500, f"A text could not be answered: {type(error).__name__}."
             ) from None
         results = [found[number].to_dict() for number in range(len(tickets))]
-        return _json({"results": results, "seconds": round(time.perf_counter() - start, 4)})
+        content = {"results": results, "seconds": round(time.perf_counter() - start, 4)}
+        # In ASCII: what a model wrote may have characters that UTF-8 has not.
+        return Response(json.dumps(content), media_type="application/json")
 
     @app.post("/v1/extract/stream", response_class=StreamingResponse)
     async def stream(body: ExtractRequest, request: Request) -> StreamingResponse:
@@ -103,9 +106,9 @@ class Service:
             self.queue.check_room(self._read + texts)
             self._read += texts
             try:
+                reading = partial(tickets_of, body, self.adapters, self.limits)
                 loop = asyncio.get_running_loop()
-                asked = (tickets_of, body, self.adapters, self.limits)
-                tickets = await loop.run_in_executor(self._reader, *asked)
+                tickets = await loop.run_in_executor(self._reader, reading)
             finally:
                 self._read -= texts
             prompts = sum(len(ticket.text.jobs) for ticket in tickets)
@@ -200,7 +203,7 @@ def _add_status_routes(app: FastAPI, service: Service) -> None:
 
 async def _lines(
     service: Service, tickets: Sequence[Ticket], request: Request, timeout: float | None
-) -> AsyncIterator[bytes]:
+) -> AsyncIterator[str]:
     left = set(range(len(tickets)))
     with suppress(ConnectionError):
         try:
@@ -211,20 +214,16 @@ async def _lines(
                     result = tickets[number].future.result().to_dict()
                 else:
                     result = {"error": f"The text could not be answered: {type(error).__name__}."}
-                yield _json({"index": number, **result}).body + b"\n"
+                yield f"{json.dumps({'index': number, **result})}\n"
         except TimeoutError:
             for number in sorted(left):
-                yield _json({"index": number, "error": service.too_late(timeout)}).body + b"\n"
+                late = {"index": number, "error": service.too_late(timeout)}
+                yield f"{json.dumps(late)}\n"
 
 
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _json(content: Any) -> Response:
-    """JSON in ASCII: what a model wrote may have characters that UTF-8 has not."""
-    return Response(json.dumps(content), media_type="application/json")
 
 
 async def _unreadable(request: Request, error: Any) -> JSONResponse:

@@ -107,10 +107,12 @@ class PromptQueue:
             Up to `size` prompts; none once the queue is closed and empty.
         """
         with self._changed:
-            while self._drop() or not self._rows:
+            self._drop()
+            while not self._rows:
                 if self.closed:
                     return []
                 self._changed.wait()
+                self._drop()
             oldest = self._rows[0]
             alike = [row for row in self._rows if row.ticket.lane is oldest.ticket.lane]
             alike.sort(key=lambda row: abs(len(row.job.ids) - len(oldest.job.ids)))
