@@ -115,9 +115,7 @@ def embeds_of_requests(
     """`(requests, task_dim)` for each adapter: the given ones, those in scope, or the encoders'."""
     readers, scope = source.task_readers(), current_state() or TaskState()
     if scope.adapter_names is not None or scope.recorder is not None:
-        raise ValueError(
-            "`adapter_names` and `record_gates` do not reach the engine's thread. Use `generate`."
-        )
+        raise ValueError("`adapter_names` and `record_gates` do not reach the engine's thread.")
     if isinstance(task_embeds, torch.Tensor):
         task_embeds = dict.fromkeys(readers, task_embeds)
     elif task_embeds is None:
@@ -181,10 +179,7 @@ def routed_batch(
         return inner(**call)
     unread = set(call) - set(inspect.signature(inner).parameters) - {"max_new_tokens"}
     if unread and (current_state() or TaskState()).owner is not source:  # not within `generate`
-        raise ValueError(
-            f"`generate_batch` does not read {sorted(unread)}. Put settings into "
-            "`generation_config`; what continuous batching lacks needs `generate`."
-        )
+        raise ValueError(f"`generate_batch` does not read {sorted(unread)}. Use `generate`.")
     embeds = embeds_of_requests(model, source, call["inputs"], task_embeds)
     with user_scope(TaskState(adapter_embeds=embeds)):
         return inner(**call)
@@ -194,10 +189,7 @@ def check_paged_generate(call: Mapping[str, Any]) -> None:
     """Refuse what `generate(cache_implementation="paged")` would leave out in silence."""
     mask = call.get("attention_mask")
     if isinstance(mask, torch.Tensor) and not bool(mask.all()):
-        raise ValueError(
-            '`generate(cache_implementation="paged")` takes padding for tokens of the prompt. Pass '
-            "lists of token ids to `generate_batch`."
-        )
+        raise ValueError("Padding is read as prompt. Pass lists of ids to `generate_batch`.")
     if call.get("logits_processor"):
         raise ValueError("Continuous batching drops a `logits_processor`. Use `generate`.")
 

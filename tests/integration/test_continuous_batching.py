@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import gc
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import get_peft_model
+from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import RequestState
+from trl import GRPOConfig, GRPOTrainer
 
 from peft_taskmoe import TaskMoELoraConfig, attach_task_encoder, record_gates, task_context
 from peft_taskmoe.continuous_batching import RequestTask
 from scripted import EOS, tiny_llama
 from tiny import TASK_DIM, randomise
 
+SMALL = {"page_size": 4, "num_blocks": 256, "max_batch_tokens": 24}
 GREEDY = GenerationConfig(do_sample=False, max_new_tokens=8, eos_token_id=EOS)
 
 
@@ -30,9 +34,7 @@ def adapted(dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
 
 def engine(**changes: Any) -> ContinuousBatchingConfig:
     """A small cache and small batches, so that prompts are prefilled in pieces."""
-    return ContinuousBatchingConfig(
-        **{"page_size": 4, "num_blocks": 256, "max_batch_tokens": 24, **changes}
-    )
+    return ContinuousBatchingConfig(**{**SMALL, **changes})
 
 
 def requests(count: int, longest: int = 40) -> tuple[list[list[int]], torch.Tensor]:
@@ -43,42 +45,39 @@ def requests(count: int, longest: int = 40) -> tuple[list[list[int]], torch.Tens
     return prompts, torch.randn(count, TASK_DIM)
 
 
-def alone(model: Any, prompts: list[list[int]], embeds: Any = None, new: int = 8) -> list[Any]:
+def alone(model: Any, prompts: list[list[int]], embeds: Any = None) -> list[Any]:
     """The tokens that `generate` gives each prompt alone."""
     found = []
     for i, prompt in enumerate(prompts):
-        task = {} if embeds is None else {"task_embeds": embeds[i : i + 1]}
-        ids = torch.tensor([prompt])
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new, **task
-        )
-        found.append(out[0, len(prompt) :].tolist())
+        given = {} if embeds is None else {"task_embeds": embeds[i : i + 1]}
+        given |= {"attention_mask": torch.ones(1, len(prompt)), "max_new_tokens": 8}
+        rows = model.generate(torch.tensor([prompt]), do_sample=False, **given)
+        found.append(rows[0, len(prompt) :].tolist())
     return found
 
 
 def batched(model: Any, prompts: list[list[int]], config: Any = None, **given: Any) -> list[Any]:
-    outputs = model.generate_batch(prompts, GREEDY, config or engine(), progress_bar=False, **given)
+    outputs = model.generate_batch(prompts, GREEDY, config or engine(), **given)
     return [output.generated_tokens for output in outputs.values()]
 
 
-def session(model: Any, config: Any = None) -> Any:
-    return model.continuous_batching_context_manager(
-        generation_config=GREEDY, continuous_batching_config=config or engine()
-    )
+def session(model: Any, **changes: Any) -> Any:
+    config = engine(**changes)
+    return model.continuous_batching_context_manager(GREEDY, continuous_batching_config=config)
 
 
 def results(manager: Any, ids: list[str]) -> list[list[int]]:
     """The tokens of these requests, in their order."""
     found: dict[str, list[int]] = {}
-    until = time.monotonic() + 120
     while len(found) < len(ids):
-        assert time.monotonic() < until and manager.is_running()
+        assert manager.is_running()
         output = manager.get_result(timeout=0.1)
         if output is not None and output.is_finished():
             found[output.request_id] = output.generated_tokens
     return [found[i] for i in ids]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["sdpa", "paged|eager"])
 def test_requests_that_arrive_over_time_get_the_tokens_of_generate(attention):
     model = adapted()
@@ -104,29 +103,21 @@ def test_other_routers(settings):
 
 
 def test_preempted_requests_keep_their_task(monkeypatch):
-    restarts = []
-    restart = RequestState.create_equivalent_initial_request
-    monkeypatch.setattr(
-        RequestState,
-        "create_equivalent_initial_request",
-        lambda state: restarts.append(state) or restart(state),
-    )
+    restarts, name = [], "create_equivalent_initial_request"
+    restart = getattr(RequestState, name)
+    monkeypatch.setattr(RequestState, name, lambda s: restarts.append(s) or restart(s))
     model = adapted()
     prompts, embeds = requests(12, longest=8)
     found = batched(model, prompts, engine(num_blocks=12), task_embeds=embeds)
-    assert restarts
-    assert found == alone(model, prompts, embeds)
+    assert restarts and found == alone(model, prompts, embeds)
 
 
 def test_several_sequences_of_a_request_share_its_task():
     model = adapted()
     prompts, embeds = requests(6)
-    several = GenerationConfig(
-        do_sample=True, top_k=1, max_new_tokens=8, eos_token_id=EOS, num_return_sequences=3
-    )
-    outputs = model.generate_batch(
-        prompts, several, engine(), progress_bar=False, task_embeds=embeds
-    )
+    several = GenerationConfig(do_sample=True, top_k=1, max_new_tokens=8, eos_token_id=EOS)
+    several.num_return_sequences = 3
+    outputs = model.generate_batch(prompts, several, engine(), task_embeds=embeds)
     expected = [tokens for tokens in alone(model, prompts, embeds) for _ in range(3)]
     assert [output.generated_tokens for output in outputs.values()] == expected
 
@@ -161,116 +152,95 @@ def test_paged_generate_is_routed_by_row():
     given = {"cache_implementation": "paged", "do_sample": False, "max_new_tokens": 8}
     rows = model.generate(torch.tensor(prompts), task_embeds=embeds, **given)
     assert rows[0, :, 3:].tolist() == expected
-    mask = torch.tensor([[0, 1, 1], [1, 1, 1], [1, 1, 1]])
-    with pytest.raises(ValueError, match="padding"):
-        model.generate(torch.tensor(prompts), attention_mask=mask, task_embeds=embeds, **given)
+    given["attention_mask"] = torch.tensor([[0, 1, 1], [1, 1, 1], [1, 1, 1]])
+    with pytest.raises(ValueError, match="Padding"):
+        model.generate(torch.tensor(prompts), task_embeds=embeds, **given)
 
 
 def test_two_managers_at_once_and_another_adapter():
     model = adapted()
-    model.add_adapter(
-        "other", TaskMoELoraConfig(task_dim=TASK_DIM, num_experts=2, r=1, router_inputs="task")
-    )
+    other = TaskMoELoraConfig(task_dim=TASK_DIM, num_experts=2, r=1, router_inputs="task")
+    model.add_adapter("other", other)
     randomise(model.to(torch.float64), seed=3, std=0.5)
-    prompts, embeds = requests(24)
+    prompts, embeds = requests(12)
     for name in ("default", "other"):
         model.set_adapter(name)
         expected = alone(model, prompts, embeds)
-        found: dict[int, Any] = {}
 
-        def run(part: int, found: dict[int, Any] = found) -> None:
-            found[part] = batched(model, prompts[part::2], task_embeds=embeds[part::2])
+        def run(part: int) -> list[Any]:
+            return batched(model, prompts[part::2], task_embeds=embeds[part::2])
 
-        threads = [threading.Thread(target=run, args=(part,)) for part in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert found == {0: expected[0::2], 1: expected[1::2]}
+        with ThreadPoolExecutor() as pool:
+            found = list(pool.map(run, (0, 1)))
+        assert found == [expected[0::2], expected[1::2]]
 
 
-def alive() -> tuple[int, int]:
+def alive() -> list[int]:
     """Numbers of tasks kept and of tensors alive."""
     gc.collect()
-    objects = gc.get_objects()
-    return (
-        sum(type(found) is RequestTask for found in objects),
-        sum(issubclass(type(found), torch.Tensor) for found in objects),
-    )
+    kinds = [type(found) for found in gc.get_objects()]
+    return [sum(issubclass(kind, wanted) for kind in kinds) for wanted in (RequestTask, Tensor)]
 
 
 @pytest.mark.slow
 def test_a_task_is_freed_when_its_request_ends_or_is_cancelled():
     model = adapted()
     prompts, embeds = requests(100, longest=4)
-    with session(model, engine(max_batch_tokens=128)) as manager:
+    with session(model, max_batch_tokens=128) as manager:
         counts = []
         for _ in range(10):
             results(manager, manager.add_requests(prompts, 2, task_embeds=embeds))
             counts.append(alive())
-        assert counts[-1] <= counts[0]
-        ids = manager.add_requests(prompts, 200, task_embeds=embeds)
-        for i in ids:
+        assert counts[-1][0] <= counts[0][0] and counts[-1][1] <= counts[0][1]
+        for i in manager.add_requests(prompts, 200, task_embeds=embeds):
             manager.cancel_request(i)
         last = manager.add_request(prompts[0], task_embeds=embeds[0])
         assert results(manager, [last]) == alone(model, prompts[:1], embeds)
-        assert alive() <= (1, counts[0][1])
+        assert alive()[0] == 1 and alive()[1] <= counts[0][1]
 
 
-@pytest.mark.parametrize(
-    ("config", "generation", "message"),
-    [
-        (engine(use_cuda_graph=True), {}, "CUDA graphs"),
-        (engine(use_async_batching=True), {}, "CUDA graphs"),
-        (engine(default_compile_level=1), {}, "CUDA graphs"),
-        (engine(), {"num_beams": 2}, "num_beams"),
-        (engine(), {"stop_strings": ["."]}, "stop_strings"),
-    ],
-)
-def test_what_the_engine_lacks_is_refused(config, generation, message):
-    with pytest.raises(ValueError, match=message):
-        adapted().init_continuous_batching(GenerationConfig(**generation), config)
-
-
-def test_calls_that_would_be_wrong_are_refused():
-    model = adapted()
+def test_what_the_engine_lacks_is_refused():
+    model, task = adapted(), {"task_embeds": torch.randn(1, TASK_DIM)}
+    for name in ("use_cuda_graph", "use_async_batching", "default_compile_level"):
+        with pytest.raises(ValueError, match="CUDA graphs"):
+            model.init_continuous_batching(GREEDY, engine(**{name: True}))
+    for setting in ({"num_beams": 2}, {"stop_strings": ["."]}):
+        with pytest.raises(ValueError, match=next(iter(setting))):
+            model.init_continuous_batching(GenerationConfig(**setting), engine())
     with pytest.raises(ValueError, match="no task embedding"):
         batched(model, [[5]])
     with pytest.raises(ValueError, match="stopping_criteria"):
-        batched(model, [[5]], task_embeds=torch.randn(1, TASK_DIM), stopping_criteria=[])
+        batched(model, [[5]], stopping_criteria=[], **task)
     with pytest.raises(ValueError, match="record_gates"), record_gates(model):
-        batched(model, [[5]], task_embeds=torch.randn(1, TASK_DIM))
+        batched(model, [[5]], **task)
     with pytest.raises(ValueError, match="lm_head"):
-        batched(adapted(target_modules=["lm_head"]), [[5]], task_embeds=torch.randn(1, TASK_DIM))
+        batched(adapted(target_modules=["lm_head"]), [[5]], **task)
 
 
-def test_requests_added_without_the_adapter_fail_under_it():
-    model = adapted()
+def error_of(manager: Any) -> str:
+    manager.start()
+    error = manager.get_result(timeout=60).error
+    manager.stop()
+    return error
+
+
+def test_requests_without_a_task_fail_and_say_so():
+    base = tiny_llama()
+    before = base.init_continuous_batching(GREEDY, engine())
+    before.add_request([5, 6])
+    model = get_peft_model(base, TaskMoELoraConfig(task_type="CAUSAL_LM", task_dim=TASK_DIM)).eval()
+    assert "made before an adapter" in error_of(before)
     manager = model.init_continuous_batching(GREEDY, engine())
     with model.disable_adapter():
         manager.add_request([5, 6])
-    manager.start()
-    output = manager.get_result(timeout=60)
-    manager.stop()
-    assert 'Adapter "default" was not active' in output.error
-
-
-def test_a_manager_made_before_the_adapter_is_refused():
-    base = tiny_llama()
-    with base.continuous_batching_context_manager(
-        GREEDY, continuous_batching_config=engine(), persistent_manager=True
-    ):
-        pass
-    model = get_peft_model(base, TaskMoELoraConfig(task_type="CAUSAL_LM", task_dim=TASK_DIM))
+    assert 'Adapter "default" was not active' in error_of(manager)
+    base._cached_continuous_batching_manager = before
     with pytest.raises(ValueError, match="destroy_cached"):
         batched(model, [[5]], task_embeds=torch.randn(1, TASK_DIM))
 
 
 @pytest.mark.slow
 def test_grpo_generates_with_each_prompts_task(tiny_encoder, word_tokenizer, tmp_path):
-    from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
-
     seen: dict[str, list[int]] = {}
 
     def reward(prompts: Any, completion_ids: Any, **columns: Any) -> list[float]:
@@ -282,20 +252,10 @@ def test_grpo_generates_with_each_prompts_task(tiny_encoder, word_tokenizer, tmp
     texts = [" ".join(f"w{4 + (7 * i + k) % 60}" for k in range(3 + i)) for i in range(4)]
     expected = alone(model, word_tokenizer(texts).input_ids)
     arguments = GRPOConfig(
-        output_dir=str(tmp_path),
-        use_cpu=True,
-        bf16=False,
-        report_to=[],
-        max_steps=2,
-        per_device_train_batch_size=8,
-        num_generations=2,
-        max_completion_length=8,
-        top_k=1,
-        learning_rate=0.0,
-        use_transformers_continuous_batching=True,
-        transformers_continuous_batching_config={
-            "page_size": 4, "num_blocks": 256, "max_batch_tokens": 24,
-        },
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], max_steps=2,
+        per_device_train_batch_size=8, num_generations=2, max_completion_length=8, top_k=1,
+        learning_rate=0.0, use_transformers_continuous_batching=True,
+        transformers_continuous_batching_config=SMALL,
     )  # fmt: skip
     data = Dataset.from_dict({"prompt": texts})
     GRPOTrainer(model, reward, arguments, data, processing_class=word_tokenizer).train()
