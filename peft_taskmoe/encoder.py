@@ -20,6 +20,7 @@ from .cache import LRUCache
 from .encoder_chunks import Chunk, Chunker
 from .encoder_config import TaskEncoderConfig
 from .encoder_loading import load_encoder, width_of
+from .optional import needed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -206,6 +207,7 @@ class TaskEncoder:
             TypeError: If the data is something else.
             ValueError: If there is no column of that name.
         """
+        needed("datasets", "train")
         from datasets import Dataset, DatasetDict
         from datasets.fingerprint import Hasher
 

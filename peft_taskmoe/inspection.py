@@ -22,6 +22,7 @@ from torch import nn
 
 from .conditioning import base_model_of, conditioner_of
 from .layer import Linear
+from .optional import needed
 from .task_scope import GateRecorder, TaskState, current_state, user_scope
 
 Measure = Literal["cosine", "js"]
@@ -257,13 +258,7 @@ class GateRecord:
         Raises:
             ImportError: If pandas is not installed.
         """
-        try:
-            import pandas as pd
-        except ImportError as error:
-            raise ImportError(
-                "`to_frame` needs pandas. Run `pip install pandas`, or use `to_dicts()`."
-            ) from error
-        return pd.DataFrame(self.to_dicts())
+        return needed("pandas", "uie").DataFrame(self.to_dicts())
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from .inspection import GateRecord, Measure, gates_by_token
+from .optional import needed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -256,24 +257,12 @@ def _colour(i: int) -> str:
 
 
 def _figure(**options: Any) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "Plots need matplotlib. Run `pip install 'peft_taskmoe[plot]'`."
-        ) from error
-    return Figure(layout="constrained", **options)
+    return needed("matplotlib.figure", "plot").Figure(layout="constrained", **options)
 
 
 def _scipy() -> tuple[Any, Any]:
-    try:
-        from scipy.cluster import hierarchy
-        from scipy.spatial.distance import squareform
-    except ImportError as error:
-        raise ImportError(
-            "Clustering needs SciPy. Run `pip install 'peft_taskmoe[plot]'`."
-        ) from error
-    return hierarchy, squareform
+    distance = needed("scipy.spatial.distance", "plot")
+    return needed("scipy.cluster.hierarchy", "plot"), distance.squareform
 
 
 def _spread(differences: NDArray[np.floating]) -> float:

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..optional import needed
+
 # Half of a surrogate pair, which JSON can hold and Parquet cannot, behind an even number of \
 _HALF_PAIR = re.compile(rb"(?<!\\)((?:\\\\)*)\\ud[89a-f][0-9a-f]{2}")
 
@@ -19,9 +21,7 @@ def is_parquet(path: Path) -> bool:
 
 def write_parquet(source: Path, target: Path) -> None:
     """Turn lines into a table, and remove them. Columns of mixed types become JSON strings."""
-    import pyarrow
-    import pyarrow.parquet
-
+    pyarrow, parquet = needed("pyarrow", "uie"), needed("pyarrow.parquet", "uie")
     with source.open("rb") as file:
         rows = [json.loads(_HALF_PAIR.sub(rb"\1\\ufffd", line)) for line in file]
     columns = {}
@@ -32,16 +32,14 @@ def write_parquet(source: Path, target: Path) -> None:
         except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OverflowError):
             columns[name] = pyarrow.array([json.dumps(value) for value in values])
     beside = target.with_name(f".{target.name}.new")
-    pyarrow.parquet.write_table(pyarrow.table(columns), beside)
+    parquet.write_table(pyarrow.table(columns), beside)
     beside.replace(target)
     source.unlink()
 
 
 def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a file that `write_parquet` wrote, without what is null."""
-    import pyarrow.parquet
-
-    for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+    for batch in needed("pyarrow.parquet", "uie").ParquetFile(path).iter_batches():
         yield from map(_without_nulls, batch.to_pylist())
 
 

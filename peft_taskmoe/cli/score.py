@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..optional import needed
 from .files import check_output, lines
 from .messages import Exit, say, show
 from .parquet import is_parquet, read_parquet
@@ -87,9 +88,9 @@ def _print(args: argparse.Namespace, report: ScoreReport, curve: Reliability | N
         curves = [curve.to_markdown()] if curve else []
         show("\n".join([report.to_markdown(labels=args.labels), *curves]))
         return
-    from rich.console import Console
-
-    Console().print(report.table(labels=args.labels), *([curve.table()] if curve else ()))
+    needed("rich.console", "uie").Console().print(
+        report.table(labels=args.labels), *([curve.table()] if curve else ())
+    )
 
 
 def dataset_name(path: Path) -> str:

@@ -8,7 +8,7 @@ import signal
 import socket
 from pathlib import Path
 
-from ..uie.optional import needed
+from ..optional import needed
 from .messages import Exit, say
 from .model_options import add_model_options, count, load
 

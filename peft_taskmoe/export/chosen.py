@@ -8,10 +8,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from ..conditioning import base_model_of
 from ..config import TaskMoELoraConfig
 from ..inspection import adapted_layers
 from ..layer import Linear
-from ..conditioning import base_model_of
 
 
 @dataclass(frozen=True, slots=True)

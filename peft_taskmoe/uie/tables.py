@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..optional import needed
+
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
@@ -34,6 +36,7 @@ class Table:
 
     def to_rich(self) -> RichTable:
         """The table for `rich.print`; cells that do not fit the terminal are folded, not cut."""
+        needed("rich", "uie")
         from rich.markup import escape
         from rich.table import Table as RichTable
 

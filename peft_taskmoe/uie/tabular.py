@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..optional import needed
 from .tables import Table, json_text
 from .view import tables_to_html
 
@@ -35,6 +36,7 @@ class Tabular:
 
     def table(self, **options: Any) -> Group:
         """`tables(**options)` for the terminal: `rich.print(report.table())`."""
+        needed("rich", "uie")
         from rich.console import Group
         from rich.markup import escape
 

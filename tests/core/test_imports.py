@@ -18,7 +18,7 @@ PACKAGE = ROOT.name
 # A file of the core, or a folder, imports from the levels above its own line only.
 LEVELS = [
     {"router", "experts", "adapter_weight", "encoder_config", "encoder_chunks", "encoder_loading"},
-    {"peft_type", "wrapping", "help_only", "model_card", "cache", "checkpoints"},
+    {"peft_type", "wrapping", "help_only", "model_card", "optional", "cache", "checkpoints"},
     {"fused", "aux_loss", "config", "prompts"},
     {"decoding", "task_scope", "encoder"},
     {"token_rows", "call_arguments", "recompute", "collator", "task_encoders"},

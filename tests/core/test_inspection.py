@@ -226,7 +226,7 @@ def test_tables(adapted, monkeypatch):
     assert list(frame["layer"]) == [row["layer"] for row in record.to_dicts()] == record.layers()
     assert frame["mean"].map(sum).to_numpy() == pytest.approx(1.0, abs=1e-6)
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(ImportError, match=r"`to_frame` needs pandas.*`pip install pandas`"):
+    with pytest.raises(ImportError, match=r"needs `pandas`.*pip install 'peft_taskmoe\[uie\]'"):
         record.to_frame()
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from peft_taskmoe.optional import needed
 from peft_taskmoe.uie.data.reading import OnError, Reading, ReadReport
 from peft_taskmoe.uie.data.tags import TagScheme, mentions_of_tags
 from peft_taskmoe.uie.data.tokens import Detokenize, join_tokens
-from peft_taskmoe.uie.optional import needed
 
 RowMapping = Callable[[Mapping[str, Any]], "Mapping[str, Any] | None"]
 """From a row of some data set to one of the JSONL format, with or without `id`; None: left out."""
@@ -77,9 +77,10 @@ def read_hub(
 def _streamed(
     rows: Any, name: str, mapping: RowMapping | None, limit: int | None
 ) -> Iterable[Mapping[str, Any]]:
-    progress = needed("tqdm.auto", "uie").tqdm
+    from tqdm.auto import tqdm
+
     rows = rows if limit is None else rows.take(limit)
-    return (_mapped(row, mapping) for row in progress(rows, f"Reading {name}", limit))
+    return (_mapped(row, mapping) for row in tqdm(rows, f"Reading {name}", limit))
 
 
 def _loaded(

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from peft_taskmoe.optional import needed
 from peft_taskmoe.uie.data.exported import Item, read_export
 from peft_taskmoe.uie.data.file_schema import GivenSchema
 from peft_taskmoe.uie.data.graph import Graph, GraphTask, Link, add_graphs
 from peft_taskmoe.uie.data.reading import OnError, Reading, ReadReport
-from peft_taskmoe.uie.optional import needed
 
 _RELATIONS = ("._.", "rel", None, None)  # where a document keeps its extension `rel`
 

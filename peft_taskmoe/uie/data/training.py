@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from peft_taskmoe.uie.optional import needed
+from peft_taskmoe.optional import needed
 from peft_taskmoe.uie.prompt import PromptFormat, build_example
 from peft_taskmoe.uie.records import Document
 from peft_taskmoe.uie.regularisers import MentionPool, Regularisers

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...optional import needed
 from ..parse import ParsedAnswer
 from ..records import Problem, Record, Relation, spans_of
 
@@ -139,6 +140,7 @@ class Extractions(Sequence[Extraction]):
         Relations have their head as the mention and head and tail as arguments; events have their
         trigger. Lone surrogates, which tables cannot hold, are written as escapes.
         """
+        needed("pandas", "uie")
         from pandas import DataFrame
 
         rows = [

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..optional import needed
+from ...optional import needed
 from ..records import Record
 from ..strict_json import parse_json
 from ..tables import json_text

@@ -14,7 +14,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ..optional import needed
 from ..records import Entity
 from ..tables import Table
 from .layout import (
@@ -58,7 +57,8 @@ def tables_to_html(tables: Sequence[Table], notes: Sequence[str] = ()) -> str:
 @cache
 def template(name: str) -> Any:
     """A template of this folder."""
-    jinja2 = needed("jinja2", "uie")
+    import jinja2  # takes a while, and only pages need it
+
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,

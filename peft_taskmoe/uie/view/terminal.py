@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from ...optional import needed
 from ..records import Entity, Relation, Span
 from .html import to_html
 from .layout import VISIBLE, Shown, colours_of, mentions_of, numbered, parts_of
@@ -21,6 +22,7 @@ def show(items: Iterable[Shown], console: Console | None = None) -> None:
         items: What to show.
         console: The rich console to print to; None makes one.
     """
+    needed("rich", "uie")
     from rich.console import Console
 
     console = console or Console()

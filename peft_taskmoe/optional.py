@@ -12,12 +12,14 @@ def needed(module: str, extra: str) -> Any:
     Raises:
         ImportError: It is not installed; the message names the extra that brings it.
     """
+    package = module.partition(".")[0]
     try:
-        return importlib.import_module(module)
+        importlib.import_module(package)
     except ModuleNotFoundError as error:
-        if error.name != module.partition(".")[0]:
+        if error.name != package:
             raise
         raise ImportError(
-            f"This needs `{error.name}`, which is not installed. "
+            f"This needs `{package}`, which is not installed. "
             f"Run: pip install 'peft_taskmoe[{extra}]'"
         ) from error
+    return importlib.import_module(module)
