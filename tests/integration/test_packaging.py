@@ -22,12 +22,16 @@ from peft_taskmoe.uie.view import show
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(peft_taskmoe.__file__).parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml"}
 OF_THE_NOTEBOOK = {"IPython"}  # there wherever it is asked for
 
 
 def names(requirements: list[str]) -> set[str]:
     return {re.split(r"[^\w-]", requirement)[0] for requirement in requirements}
+
+
+def distribution(module: str) -> str:
+    return DISTRIBUTIONS.get(module, module.replace("_", "-"))
 
 
 CORE = names(PROJECT["dependencies"])
@@ -54,11 +58,12 @@ def test_whatever_is_imported_is_declared() -> None:
     optional = set().union(*(EXTRAS[extra] for extra in OF_USERS))
     known = {*sys.stdlib_module_names, "peft_taskmoe", *OF_THE_NOTEBOOK}
     for path in PACKAGE.rglob("*.py"):
+        whole = path.parent.name == "serving"  # needs its extra to be imported at all
         for module, inside in imports_of(ast.parse(path.read_text(encoding="utf-8"))):
             top = module.partition(".")[0]
             if top not in known:
-                allowed = CORE | optional if inside else CORE
-                assert DISTRIBUTIONS.get(top, top) in allowed, (path.name, module)
+                allowed = CORE | optional if inside or whole else CORE
+                assert distribution(top) in allowed, (path.name, module)
 
 
 def test_the_extras_that_errors_name_bring_the_package() -> None:
@@ -66,9 +71,11 @@ def test_the_extras_that_errors_name_bring_the_package() -> None:
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "needed":
+                if not all(isinstance(one, ast.Constant) for one in node.args):
+                    continue
                 module, extra = (ast.literal_eval(one) for one in node.args)
                 top = module.partition(".")[0]
-                assert DISTRIBUTIONS.get(top, top) in EXTRAS[extra], (path.name, module)
+                assert distribution(top) in EXTRAS[extra], (path.name, module)
                 told += 1
     assert told > 10
     (everything,) = PROJECT["optional-dependencies"]["all"]
