@@ -1,0 +1,129 @@
+"""The demonstration page in a headless Chromium: typed, clicked, by two users at once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from peft import get_peft_model
+
+from peft_taskmoe import TaskMoELoraConfig, attach_task_encoder, save_task_centroids
+from peft_taskmoe.nearest import TaskCentroids
+from peft_taskmoe.uie import Extractor
+from scripted import byte_tokenizer, tiny_llama
+from tiny import randomise
+
+gradio = pytest.importorskip("gradio", reason="gradio is not installed")
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed"),
+]
+EXAMPLES = Path(__file__).parents[2] / "examples"
+WAIT = 90_000  # ms
+PERSON = json.dumps({"Person": "names"})
+
+
+@pytest.fixture(scope="module")
+def app():
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        import app
+    finally:
+        sys.path.remove(str(EXAMPLES))
+    return app
+
+
+@pytest.fixture
+def extractor(tiny_encoder, word_tokenizer):
+    config = TaskMoELoraConfig(task_type="CAUSAL_LM", num_experts=3, r=2, task_dim=6)
+    model = randomise(get_peft_model(tiny_llama(), config)).eval()
+    attach_task_encoder(model, tiny_encoder, byte_tokenizer())
+    return Extractor(model, byte_tokenizer(), max_new_tokens=6)
+
+
+@pytest.fixture
+def centroids(extractor, tmp_path) -> TaskCentroids:
+    tasks = {"people": ["w4 w5"], "places": ["w40 w41"]}
+    return TaskCentroids.load(save_task_centroids(extractor.model, tasks, tmp_path))
+
+
+@pytest.fixture
+def browser():
+    with playwright.sync_playwright() as driver:
+        found = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+def opened(browser, url):
+    page = browser.new_page(viewport={"width": 1280, "height": 1000})
+    page.goto(url, timeout=WAIT)
+    page.wait_for_selector("#extract", timeout=WAIT)
+    return page
+
+
+def asked(page, schema: str, text: str) -> None:
+    page.fill("#schema textarea", schema)
+    page.fill("#text textarea", text)
+    page.click("#extract")
+
+
+def answered(page, words: str) -> None:
+    page.wait_for_function(
+        "words => document.querySelector('#found').innerText.includes(words)",
+        arg=words,
+        timeout=WAIT,
+    )
+
+
+def test_the_page_answers_what_is_typed_by_two_users_at_once(
+    app, extractor, centroids, browser, tmp_path
+):
+    blocks = app.page(extractor, centroids)
+    _, url, _ = blocks.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False)
+    try:
+        one, two = opened(browser, url), opened(browser, url)
+        asked(one, PERSON, "Ada met Bob.")
+        asked(two, json.dumps({"Ort": "places"}), "<b>Köln</b> \U0001f680 مرحبا بالعالم")
+        answered(one, "Ada met Bob.")
+        answered(two, "<b>Köln</b> \U0001f680 مرحبا بالعالم")
+        assert two.locator("#found .text b").count() == 0
+        assert two.locator("#found .text").get_attribute("dir") == "auto"
+        for page, mine, other in ((one, "Person", "Ort"), (two, "Ort", "Person")):
+            page.wait_for_selector("#gates img", timeout=WAIT)
+            assert "people" in page.inner_text("#near") and "places" in page.inner_text("#near")
+            page.get_by_text("Prompt and records").click()
+            page.wait_for_selector("#prompt .cm-line", timeout=WAIT)
+            prompt = page.inner_text("#prompt")
+            assert mine in prompt and other not in prompt
+        two.screenshot(path=tmp_path / "two.png", full_page=True)
+
+        asked(one, "{broken", "Ada")
+        answered(one, "The schema is no JSON")
+        asked(one, PERSON, "  ")
+        answered(one, "The text is empty")
+        asked(one, PERSON, "long " * 4001)
+        answered(one, "more than 20,000")
+        one.screenshot(path=tmp_path / "one.png", full_page=True)
+
+        one.get_by_label("base: the base model without the adapter").check()
+        asked(one, PERSON, "Zoe sang.")
+        answered(one, "Zoe sang.")
+        assert one.inner_text("#near").strip() == ""
+    finally:
+        blocks.close()
+
+
+def test_the_ways_differ_in_what_the_router_sees(app, extractor, centroids):
+    answer = app.Demonstration(extractor, centroids)
+    found = {way: answer(PERSON, "Ada met Bob. " * 30, way) for way in app.WAYS}
+    assert found[app.AWARE][2] == found[app.TOKEN][2] == found[app.BASE][2]  # the prompt
+    panels = {way: one[3] and one[3].axes[0].images[0].get_array() for way, one in found.items()}
+    assert panels[app.BASE] is None
+    assert abs(panels[app.AWARE] - panels[app.TOKEN]).max() > 1e-4
+    assert "0." in found[app.TOKEN][4] and extractor.model.active_adapters == ["default"]
