@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .files import check_output
 from .messages import Exit, say
+from .model_options import add_model_options, count, load
 from .score import dataset_name
 
 
@@ -17,17 +18,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     documents = "JSONL documents, one file for each data set"
     add("--gold", type=Path, nargs="+", required=True, help=documents)
     add("--output", type=Path, required=True, help="the page, such as report.html")
-    add("--base-model", help="folder or Hub id (default: the one that the adapter names)")
-    add("--max-documents", type=int, help="only the first of each data set")
-    add("--batch-size", type=int, default=8, help="prompts per generation (default: %(default)s)")
-    longest = "the longest answer (default: %(default)s)"
-    add("--max-new-tokens", type=int, default=256, help=longest)
-    add("--device", help="such as cpu or cuda:1 (default: the accelerator that is there)")
+    add("--max-documents", type=count, help="only the first of each data set")
+    add_model_options(parser)
 
 
 def run(args: argparse.Namespace) -> Exit:
     """Extract from the documents, score, look at the routing, and write the page."""
-    from ..uie import Extractor, read_jsonl
+    from ..uie import read_jsonl
     from ..uie.extraction.loading import load_centroids
     from ..uie.extraction.report import write_report
 
@@ -37,16 +34,8 @@ def run(args: argparse.Namespace) -> Exit:
         if (name := dataset_name(path)) in documents:
             raise ValueError(f"Two gold files are called `{name}`. Give them names of their own.")
         documents[name] = read_jsonl(path).documents[: args.max_documents]
-    extractor = Extractor.from_pretrained(
-        args.adapter,
-        base_model=args.base_model,
-        device=args.device,
-        batch_size=args.batch_size,
-        max_new_tokens=args.max_new_tokens,
-    )
+    extractor, centroids = load(args, args.adapter), load_centroids(args.adapter)
     name = Path(args.adapter).name
-    write_report(
-        args.output, extractor, documents, name=name, centroids=load_centroids(args.adapter)
-    )
+    write_report(args.output, extractor, documents, name=name, centroids=centroids)
     say(f"Wrote {args.output}.")
     return Exit.DONE
