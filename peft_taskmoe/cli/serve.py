@@ -42,6 +42,8 @@ def run(args: argparse.Namespace) -> Exit:
     from ..serving.app import make_app
     from ..serving.limits import Limits
 
+    if args.api_key == "":
+        raise ValueError("The API key is empty. Pass one, or unset $PEFT_TASKMOE_API_KEY.")
     (name, first), *others = map(_name_of, args.adapter)
     adapters = Adapters(load(args, first), name)
     for name, adapter in others:
@@ -53,6 +55,8 @@ def run(args: argparse.Namespace) -> Exit:
     with socket.create_server((args.host, args.port), family=family, backlog=2048) as listener:
         host = f"[{args.host}]" if ":" in args.host else args.host
         say(f"Serving at http://{host}:{listener.getsockname()[1]}")
+        if args.api_key is None and args.host not in ("127.0.0.1", "::1", "localhost"):
+            say("Whoever reaches this address may use the server; --api-key asks for a key.")
         for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn sends them again when it is done
             signal.signal(number, lambda *_: None)
         config = uvicorn.Config(

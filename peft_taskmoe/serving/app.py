@@ -12,9 +12,10 @@ from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.security import HTTPBearer
 
 from ..uie import Extraction
 from .adapters import Adapters
@@ -45,8 +46,10 @@ def make_app(
         yield
         service.queue.close()
         await asyncio.to_thread(service.worker.thread.join)
+        service.reader.shutdown(wait=False)
 
-    app = FastAPI(title="peft_taskmoe", lifespan=lifespan)
+    named = [Depends(HTTPBearer(auto_error=False))] if api_key else []  # for the OpenAPI pages
+    app = FastAPI(title="peft_taskmoe", lifespan=lifespan, dependencies=named)
     app.router.route_class = StrictRoute
     app.add_middleware(Guard, limits=service.limits, api_key=api_key)
     app.add_middleware(Measured, metrics=service.metrics)
@@ -93,7 +96,7 @@ class Service:
         self.queue = PromptQueue(limits.max_waiting)
         self.metrics = Metrics(lambda: len(self.queue))
         self.worker = Worker(adapters, self.queue, self.metrics)
-        self._reader = ThreadPoolExecutor(1, "reader")
+        self.reader = ThreadPoolExecutor(1, "reader")
         self._read = 0  # texts that are being read
 
     async def admit(self, body: ExtractRequest) -> list[Ticket]:
@@ -108,7 +111,7 @@ class Service:
             try:
                 reading = partial(tickets_of, body, self.adapters, self.limits)
                 loop = asyncio.get_running_loop()
-                tickets = await loop.run_in_executor(self._reader, reading)
+                tickets = await loop.run_in_executor(self.reader, reading)
             finally:
                 self._read -= texts
             prompts = sum(len(ticket.text.jobs) for ticket in tickets)
@@ -125,7 +128,8 @@ class Service:
         except (ValueError, ImportError) as error:
             raise HTTPException(422, str(error)) from None
         for ticket in tickets:
-            ticket.deliver()  # those that ask nothing
+            if not ticket.text.jobs:  # nothing is asked about a blank text
+                ticket.deliver()
         return tickets
 
     async def answered(

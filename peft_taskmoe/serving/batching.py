@@ -40,17 +40,20 @@ class Ticket:
 
     def deliver(self) -> None:
         """Hand over the extraction, once every prompt is answered."""
-        if self.text.done and self.future.set_running_or_notify_cancel():
-            every = self.lane.extractor.all_occurrences
-            try:
-                self.future.set_result(self.text.extraction(self.thresholds, all_occurrences=every))
-            except Exception as error:
-                self.fail(error)
+        if not self.text.done:
+            return
+        try:
+            found = self.lane.extractor.extraction_of(self.text, self.thresholds)
+        except Exception as error:
+            self.fail(error)
+        else:
+            if self.future.set_running_or_notify_cancel():  # False where nobody waits any more
+                self.future.set_result(found)
 
     def fail(self, error: Exception) -> None:
-        """Hand over an error, unless nobody waits any more."""
+        """Hand over an error, once."""
         logger.error("A text could not be answered.", exc_info=error)
-        if not self.future.done():
+        if not self.future.done() and self.future.set_running_or_notify_cancel():
             self.future.set_exception(error)
 
 
@@ -76,7 +79,7 @@ class PromptQueue:
         self._changed = threading.Condition()
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return sum(not row.ticket.future.done() for row in self._rows)
 
     def check_room(self, prompts: int) -> None:
         """Refuse prompts that there is no room for.

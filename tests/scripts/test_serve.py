@@ -108,6 +108,11 @@ def post(client, body: dict, path="/v1/extract", **options):
     return client.post(path, content=json.dumps(body), headers=headers, **options)
 
 
+def tickets() -> int:
+    gc.collect()
+    return sum(isinstance(one, server.Ticket) for one in gc.get_objects())
+
+
 def timeless(result: dict) -> dict:
     return {key: value for key, value in result.items() if key not in ("seconds", "index")}
 
@@ -267,6 +272,10 @@ def test_full_queues_deadlines_and_clients_that_leave() -> None:
         assert gate.busy.wait(20)
         with pytest.raises(httpx.ReadTimeout):
             client.post("/v1/extract", json={"texts": ["Gone"], "schema": SCHEMA}, timeout=0.3)
+        gone = {"texts": ["Gone too"], "schema": SCHEMA}
+        with client.stream("POST", "/v1/extract/stream", json=gone):
+            until(lambda: metric(client, "peft_taskmoe_waiting_prompts") == 1)
+        until(lambda: metric(client, "peft_taskmoe_waiting_prompts") == 0)
         for path in ("/v1/extract", "/v1/extract/stream"):
             late = ask(client, "Late", timeout=0.2, path=path)
             assert "`timeout` (0.2 s)" in late.text
@@ -280,8 +289,7 @@ def test_full_queues_deadlines_and_clients_that_leave() -> None:
         del running, waiting
         for _ in range(3):
             assert all(ask(client, f"Ada {n}").status_code == 200 for n in range(20))
-            gc.collect()
-            assert sum(isinstance(one, server.Ticket) for one in gc.get_objects()) == 0
+            until(lambda: tickets() == 0)  # the queue and its worker keep none
     asked = [text_in(prompt) for prompt in extractor.model.prompts]
     assert asked[1] == "Running" and sorted(asked[2:4]) == ["First", "Second"]
 
