@@ -134,7 +134,7 @@ def similarity_map(
     names = list(similarity)
     if len(names) < 2:
         raise ValueError(f"Only {names} was recorded. Record two tasks or more to compare them.")
-    figure = _figure(figsize=(4.5 + 0.35 * len(names), 2.2 + 0.3 * len(names)))
+    figure = _figure(figsize=(5.5 + 0.35 * len(names), 3.0 + 0.3 * len(names)))
     hierarchy, squareform = _scipy()
     values = np.array([[similarity[a][b] for b in names] for a in names])
     distances = squareform(np.clip(1 - (values + values.T) / 2, 1e-9, None), checks=False)
@@ -144,7 +144,8 @@ def similarity_map(
         tree, orientation="left", ax=left, color_threshold=0, above_threshold_color="black"
     )
     order = shown["leaves"][::-1]  # a matrix has its first row on top
-    left.set(xlabel="1 - similarity", yticks=[])
+    furthest = max(tree[-1, 2], 1e-4)  # equal tasks have a scale as well
+    left.set(xlabel="1 - similarity", yticks=[], xlim=(1.05 * furthest, 0))
     left.spines[["top", "right", "left"]].set_visible(False)
     apart = values[~np.eye(len(names), dtype=bool)]
     values = np.where(np.eye(len(names), dtype=bool), np.nan, values)[np.ix_(order, order)]

@@ -110,6 +110,7 @@ def test_the_page_needs_no_other_file_and_escapes_what_was_written():
     for words in ("Strict F1", "95% interval", "ECE", "Gold labels", "malformed", "(not found)"):
         assert words in read.words, words
     assert page.count("data:image/png;base64,") == 1
+    assert '<td class="left">NER</td>' in page and '<td class="same"' in page
     assert Counter(re.findall(r'scope="row">([^<]+)</th>', page))["Firm"] == 1
 
 
@@ -146,14 +147,19 @@ def adapter(tmp_path, tiny_encoder, word_tokenizer):
 
 def test_the_command_reports_routing_and_nearest_tasks(adapter, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    for name in ("one", "two"):
+    names = ("one", "two", "three")
+    for name in names:
         write_jsonl([GOLD], tmp_path / f"{name}.jsonl")
-    gold = [str(tmp_path / f"{name}.jsonl") for name in ("one", "two")]
+    gold = [str(tmp_path / f"{name}.jsonl") for name in names]
     command = ["report", "--adapter", str(adapter), "--gold", *gold, "--max-new-tokens", "4"]
     output = tmp_path / "report.html"
     assert cli.main([*command, "--output", str(output)]) == cli.Exit.DONE
     page = Page(output.read_text(encoding="utf-8"))
-    assert not page.fetched and "people <1>" in page.words and "1 of one, 1 of two" in page.words
+    assert (
+        not page.fetched
+        and "people <1>" in page.words
+        and "1 of one, 1 of two, 1 of three" in page.words
+    )
     assert "The nearest training tasks" in page.words and "TASKMOE_LORA" in page.words
     assert output.read_text(encoding="utf-8").count("data:image/png") >= 2  # heat map, similarity
     command = ["report", "--adapter", str(adapter), "--gold", gold[0], gold[0]]

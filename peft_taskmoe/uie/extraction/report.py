@@ -97,7 +97,7 @@ def _routing(
         words = "mean gate of each expert, by block and kind of layer, for each data set"
         figure = heat_map(record, record.tasks()[:_PANELS])
         shown.append(Picture.of("Mean gates of the experts", figure, words))
-        if len(prompts) > 1:
+        if len(prompts) > 2:
             words = "similarity of the data sets' mean gates, clustered"
             shown.append(
                 Picture.of("Data sets that use like experts", similarity_map(record), words)
