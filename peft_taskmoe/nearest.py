@@ -206,9 +206,6 @@ def save_task_centroids(
         folder: The folder of the adapter.
         tokenizer: See `measure_tasks`.
         adapter: Which adapter, if several are active.
-
-    Returns:
-        The path of the file.
     """
     measured = measure_tasks(model, tasks, tokenizer=tokenizer, adapter=adapter)
     return TaskCentroids.of(*measured, adapter).save(folder)

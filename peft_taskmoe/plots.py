@@ -1,4 +1,7 @@
-"""Pictures of the gates: by layer, by task, along a text and over training."""
+"""Pictures of the gates: by layer, by task, along a text and over training.
+
+All are matplotlib `Figure`s, which a notebook shows by itself: `heat_map(record).savefig("a.png")`.
+"""
 
 from __future__ import annotations
 
@@ -44,13 +47,6 @@ def heat_map(
         record: What `record_gates` yielded.
         tasks: Which tasks; None for all.
         adapter: Which adapter, if several were recorded.
-
-    Returns:
-        A matplotlib `Figure`: `heat_map(record).savefig("gates.png")`. A notebook shows it by
-        itself.
-
-    Raises:
-        ImportError: If matplotlib is not installed.
     """
     names = record.tasks(adapter) if tasks is None else list(tasks)
     gates = {name: record.mean_gates(name, adapter) for name in names}
@@ -63,9 +59,6 @@ def gate_panels(layers: Sequence[str], by_task: Mapping[str, torch.Tensor]) -> F
     Args:
         layers: Names of the layers.
         by_task: For each task its mean gates, `(layers, e)`.
-
-    Returns:
-        A matplotlib `Figure`.
     """
     names, gates = list(by_task), [gates.numpy() for gates in by_task.values()]
     blocks, kinds, cells = _grid(layers)
@@ -123,11 +116,7 @@ def similarity_map(
         measure: See `GateRecord.similarity`.
         adapter: Which adapter, if several were recorded.
 
-    Returns:
-        A matplotlib `Figure`.
-
     Raises:
-        ImportError: If matplotlib or SciPy is not installed.
         ValueError: If fewer than two tasks were recorded.
     """
     similarity = record.similarity(measure, adapter)
@@ -181,11 +170,7 @@ def token_gates(
         layer: Name of a layer; None for the mean over all layers.
         adapter: Which adapter, if several are active.
 
-    Returns:
-        A matplotlib `Figure`.
-
     Raises:
-        ImportError: If matplotlib is not installed.
         ValueError: If there is no such layer.
     """
     tokens, by_layer = gates_by_token(model, prompt, tokenizer, adapter)
@@ -219,11 +204,7 @@ def load_plot(log_history: Sequence[Mapping[str, Any]]) -> Figure:
     Args:
         log_history: `trainer.state.log_history` of a trainer with `log_routing`.
 
-    Returns:
-        A matplotlib `Figure`.
-
     Raises:
-        ImportError: If matplotlib is not installed.
         ValueError: If no entry has a load.
     """
     entries = [entry for entry in log_history if "expert_load_0" in entry]
