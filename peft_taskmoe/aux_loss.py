@@ -102,10 +102,9 @@ class AuxLossLog:
     def _watched(
         self, log_probs: torch.Tensor, counted: torch.Tensor, aux: AuxLoss
     ) -> torch.Tensor:
-        """`log_probs` whose backward reads the weight off the gradient of the labels.
+        """`log_probs` whose backward reads the weight off the labels' gradient.
 
-        A trainer that computes `-c sum_t log p_t` from them, as TRL's `SFTTrainer` does, gives
-        every label the gradient -c. Other losses, such as DPO's, have no such weight.
+        It is -c for each label of `-c sum_t log p_t`, as in TRL's `SFTTrainer`, not so in DPO.
         """
         if not log_probs.requires_grad:
             return log_probs

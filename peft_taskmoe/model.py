@@ -112,8 +112,8 @@ class TaskMoELoraModel(BaseTuner):
         if only_for_positions(target_name, parent):
             return True
         tower = tower_of(key, self.model)
-        if tower is not None and tower not in self._left_out:
-            self._left_out.append(tower)
+        if tower not in (None, *self._left_out):
+            self._left_out.append(str(tower))
         return tower is not None
 
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -122,21 +122,15 @@ class TaskMoELoraModel(BaseTuner):
         super().inject_adapter(model, *args, **kwargs)
         if self._left_out:
             warnings.warn(
-                f"The layers of `{'`, `'.join(self._left_out)}` are not adapted: they see a row per"
-                " image or sound, but a task belongs to a text. "
-                '`router_inputs="token"` adapts them.',
-                UserWarning,
+                f"The layers of `{'`, `'.join(self._left_out)}` are not adapted: they see a row per "
+                'image, but a task belongs to a text. `router_inputs="token"` adapts them.',
                 stacklevel=2,
             )
         install_conditioning(model)
         push_with_card()
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Unsupported.
-
-        Raises:
-            NotImplementedError: Always.
-        """
+        """Unsupported: raises `NotImplementedError`."""
         raise NotImplementedError(
             "Adapters with a router cannot be combined by weights: each routes its own experts. "
             "Activate them together (`model.base_model.set_adapter([...])`), or combine what "

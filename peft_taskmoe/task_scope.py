@@ -25,10 +25,8 @@ class TaskState:
 
     Attributes:
         task_embeds: `(n, task_dim)`, or None.
-        adapter_embeds: The same for one adapter each, by its name, where every adapter has an
-            encoder of its own; `task_embeds` wins.
-        token_tasks: `(tokens,)` index of each token's task for packed rows; None where each task
-            belongs to an equal number of consecutive rows.
+        adapter_embeds: The same by adapter, where each has an encoder; `task_embeds` wins.
+        token_tasks: `(tokens,)` index of each token's task for packed rows, or None.
         adapter_names: Name of each row's adapter, or None for the active adapters.
         rows: Rows of the batch, if known.
         lengths: Numbers of tokens that a row may have (input, decoder input), as far as known.
@@ -78,15 +76,12 @@ class TaskState:
 
 
 class _Local(threading.local):
-    """The scopes of this thread.
-
-    Attributes:
-        running: The state of the forward that runs; nothing is awaited inside of it.
-        traced: The user's scope, for compiled code, which cannot be traced through a `ContextVar`.
-    """
+    """The scopes of this thread."""
 
     def __init__(self) -> None:
+        # Of the forward that runs; nothing is awaited inside of it.
         self.running: TaskState | None = None
+        # Of the user, for compiled code, which cannot be traced through a `ContextVar`.
         self.traced: TaskState | None = None
 
 
@@ -102,11 +97,7 @@ def current_state() -> TaskState | None:
 
 
 class entered:  # a class, which torch.compile traces without a break
-    """Run a forward under a state, and restore what was there before.
-
-    Args:
-        state: The state to run under.
-    """
+    """Run a forward under a state, and restore what was there before."""
 
     def __init__(self, state: TaskState) -> None:
         self.state = state

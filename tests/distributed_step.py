@@ -1,9 +1,11 @@
-"""Gradients of a tiny model, computed by two processes that share the batch and, by FSDP, the weights.
+"""Gradients of a tiny model, computed by two processes that share the batch and, by FSDP, the
+weights.
 
     torchrun --nproc-per-node 2 distributed_step.py OUT
 
-Run by `test_distributed.py`. `OUT` gets, for each way of sharing, the gradient of every trained parameter by name, and the adapter as it is
-saved; `"alone"` are those of one process with the whole batch.
+Run by `test_distributed.py`. `OUT` gets, for each way of sharing, the gradient of every trained
+parameter by name, and the adapter as it is saved; `"alone"` are those of one process with the
+whole batch.
 """
 
 from __future__ import annotations
@@ -53,7 +55,9 @@ def with_ddp(model: nn.Module) -> nn.Module:
 
 
 def with_fsdp1(model: nn.Module) -> nn.Module:
-    """As the Trainer wraps a PEFT model: every trained leaf by itself, every layer of the model, and the rest."""
+    """As the Trainer wraps a PEFT model: every trained leaf by itself, every layer of the model,
+    and the rest.
+    """
     policy = fsdp_auto_wrap_policy(model)
     return FullyShardedDataParallel(
         model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
@@ -103,7 +107,9 @@ def saved(model: nn.Module) -> dict[str, torch.Tensor]:
 def step(
     wrap: Callable[[nn.Module], nn.Module] | None, checkpointing: bool
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Gradients after forward and backward, and the adapter; without `wrap`, of the mean of both processes' losses."""
+    """Gradients after forward and backward, and the adapter; without `wrap`, of the mean of both
+    processes' losses.
+    """
     model = adapted(checkpointing)
     if wrap is None:
         losses = [
@@ -142,5 +148,6 @@ def main(out: str) -> None:
 if __name__ == "__main__":
     main(sys.argv[1])
     sys.stdout.flush()
-    # gloo's threads may still let go of tensors: an interpreter that ends meanwhile is aborted by them.
+    # gloo's threads may still let go of tensors: an interpreter that ends meanwhile is aborted by
+    # them.
     os._exit(0)

@@ -1,14 +1,18 @@
-"""A small Hugging Face Hub on 127.0.0.1, which the real `huggingface_hub` client talks to through `HF_ENDPOINT`.
+"""A small Hugging Face Hub on 127.0.0.1, which the real `huggingface_hub` client talks to through
+`HF_ENDPOINT`.
 
-It knows the Hub's HTTP interface as far as model repositories need it: who am I, create a repository, branches, pre-upload,
-Git LFS batch, commit, model info, tree, refs, and resolve with ranges; tokens, private repositories, the error codes that
-the client turns into its exceptions, and failures ordered by a test (`LoopbackHub.fail_next`). Two servers run, as on the
-Hub: the Hub itself, and the storage of large files, on another port and therefore another origin, reached by signed
-addresses only. Everything is kept in memory.
+It knows the Hub's HTTP interface as far as model repositories need it: who am I, create a
+repository, branches, pre-upload, Git LFS batch, commit, model info, tree, refs, and resolve with
+ranges; tokens, private repositories, the error codes that the client turns into its exceptions,
+and failures ordered by a test (`LoopbackHub.fail_next`). Two servers run, as on the
+Hub: the Hub itself, and the storage of large files, on another port and therefore another origin,
+reached by signed addresses only. Everything is kept in memory.
 
-It knows nothing of PEFT or of this package, and not the Xet protocol, which the client prefers where `hf_xet` is
-installed: clients must run with `HF_HUB_DISABLE_XET=1`, upon which they use Git LFS. What is not implemented (datasets,
-spaces, pull requests, deleting, copying, multi-part upload) is answered with 501 and says so.
+It knows nothing of PEFT or of this package, and not the Xet protocol, which the client prefers
+where `hf_xet` is
+installed: clients must run with `HF_HUB_DISABLE_XET=1`, upon which they use Git LFS. What is not
+implemented (datasets, spaces, pull requests, deleting, copying, multi-part upload) is answered
+with 501 and says so.
 """
 
 import base64
@@ -56,7 +60,8 @@ class File:
     def pointer(self) -> bytes:
         """What git itself stores for a large file."""
         return (
-            f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.data)}\n"
+            f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\n"
+            f"size {len(self.data)}\n"
         ).encode()
 
     @property
@@ -143,7 +148,9 @@ class Reply:
 
 
 class HubError(Exception):
-    """An answer that is an error: HTTP status, message, and the Hub's code that tells the client which exception to raise."""
+    """An answer that is an error: HTTP status, message, and the Hub's code that tells the client
+    which exception to raise.
+    """
 
     def __init__(self, status: int, message: str, code: str | None = None) -> None:
         super().__init__(message)
@@ -199,9 +206,10 @@ class LoopbackHub:
 
     Attributes:
         url: the address for `HF_ENDPOINT`.
-        calls: what was asked and how it was answered, in order: pairs such as `("PUT lfs", 200)`; the status is `None`
-            where the connection was broken off.
-        stored: the large files that arrived in the storage, by SHA-256, whether a commit names them or not.
+        calls: what was asked and how it was answered, in order: pairs such as `("PUT lfs", 200)`;
+            the status is `None` where the connection was broken off.
+        stored: the large files that arrived in the storage, by SHA-256, whether a commit names
+            them or not.
     """
 
     def __init__(self, token: str = "hf_test", user: str = "user") -> None:
@@ -242,10 +250,12 @@ class LoopbackHub:
         """Let requests fail. A request that fails changes nothing here, even if its body arrived.
 
         Args:
-            endpoint: one of `ENDPOINTS`, e.g. `"PUT lfs"` (upload of a large file) or `"POST commit"`.
-            status: the HTTP status of the answer. `None`: half of the body is read, and the connection broken off.
-            times: how many requests fail. The client repeats most requests five times upon 500 and upon a broken
-                connection, so a failure that it shall notice takes `times=6`.
+            endpoint: one of `ENDPOINTS`, e.g. `"PUT lfs"` (upload of a large file) or `"POST
+                commit"`.
+            status: the HTTP status of the answer. `None`: half of the body is read, and the
+                connection broken off.
+            times: how many requests fail. The client repeats most requests five times upon 500 and
+                upon a broken connection, so a failure that it shall notice takes `times=6`.
             skip: how many requests succeed before.
 
         Raises:
@@ -259,7 +269,9 @@ class LoopbackHub:
             self._failures[endpoint] = Failure(status, times, skip)
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
-        """The files of a revision (a branch or a commit) by path, as whoever may read the repository sees them."""
+        """The files of a revision (a branch or a commit) by path, as whoever may read the
+        repository sees them.
+        """
         with self._lock:
             return {
                 path: file.data
@@ -308,10 +320,11 @@ class LoopbackHub:
             raise HubError(401, "Invalid username or password.")
 
     def _readable(self, request: Request, repo_id: str) -> Repo:
-        """The repository, if it exists and whoever asks may read it. Strangers are not told which of the two fails.
+        """The repository, if it exists and whoever asks may read it. Strangers are not told which
+        of the two fails.
 
-        The Hub's 401 carries no code: the client infers it from the address, but only for https. With the code it raises
-        over http what it raises over https.
+        The Hub's 401 carries no code: the client infers it from the address, but only for https.
+        With the code it raises over http what it raises over https.
         """
         signed_in = self._signed_in(request)
         repo = self._repos.get(repo_id)
@@ -485,11 +498,14 @@ class LoopbackHub:
         return f"{self._storage.url}/lfs/{oid}?signature={self._signature}"
 
     def _require_signature(self, request: Request) -> None:
-        """Storage checks the signature in the address, and wants no token: a client that sends one leaks it."""
+        """Storage checks the signature in the address, and wants no token: a client that sends one
+        leaks it.
+        """
         if "Authorization" in request.headers:
             raise HubError(
                 400,
-                "Only one auth mechanism allowed: the address is signed, send no Authorization header",
+                "Only one auth mechanism allowed: the address is signed, "
+                "send no Authorization header",
             )
         if request.query.get("signature") != [self._signature]:
             raise HubError(403, "The signature of this address is not valid")
@@ -507,7 +523,7 @@ class LoopbackHub:
 
 
 def _content(request: Request, data: bytes, headers: Mapping[str, str]) -> Reply:
-    """A file, or the range of it that was asked for (`Range: bytes=FIRST-` or `bytes=FIRST-LAST`)."""
+    """A file, or the range of it asked for (`Range: bytes=FIRST-` or `bytes=FIRST-LAST`)."""
     headers = {**headers, "Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
     asked = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range") or "")
     if asked is None:

@@ -1,6 +1,8 @@
-"""Task-Aware MoELoRA as its paper writes it: loops over tokens and experts, one formula a line, float64.
+"""Task-Aware MoELoRA as its paper writes it: loops over tokens and experts, one formula a line,
+float64.
 
-It shares no code with the package. Gradients follow by autograd through these loops, so they share none either.
+It shares no code with the package. Gradients follow by autograd through these loops, so they share
+none either.
 
     g_t = softmax(W_r [x_t ; e])
     y_t = W_0 x_t + s * sum_i g_{t,i} B_i A_i dropout(x_t)
@@ -27,7 +29,7 @@ def scaled_task(task: Tensor, task_norm: str, in_features: int) -> Tensor:
 
 
 def gates_of_token(router_input: Tensor, router: Tensor, top_k: int | None) -> list[Tensor]:
-    """Softmax over the experts; with `top_k` over the largest logits only, the other gates are 0."""
+    """Softmax over the experts; with `top_k` over the largest logits only, other gates are 0."""
     logits = [row @ router_input for row in router]
     best = sorted(range(len(logits)), key=lambda i: logits[i].item(), reverse=True)
     kept = best if top_k is None else best[:top_k]
@@ -48,7 +50,9 @@ def all_gates(
     top_k: int | None = None,
     task_norm: str = "none",
 ) -> Tensor:
-    """Gates `(tokens, e)` of x `(tokens, in)`; `tasks` is `(n, task_dim)`, or None if the router does not read it."""
+    """Gates `(tokens, e)` of x `(tokens, in)`; `tasks` is `(n, task_dim)`, or None if the router
+    does not read it.
+    """
     rows = []
     for t, x_t in enumerate(x):
         read = [x_t] if reads_token else []
@@ -78,8 +82,9 @@ def adapted_linear(
 ) -> Tensor:
     """The adapted layer's output `(tokens, out)`.
 
-    x is `(tokens, in)`, weight `(out, in)`, A `(e*r, in)` and B `(out, e*r)` expert by expert, router `(e, in + task_dim)`.
-    `kept` `(tokens, in)` says which input features dropout left to the experts, at rate `drop_rate`.
+    x is `(tokens, in)`, weight `(out, in)`, A `(e*r, in)` and B `(out, e*r)` expert by expert,
+    router `(e, in + task_dim)`. `kept` `(tokens, in)` says which input features dropout left to
+    the experts, at rate `drop_rate`.
     """
     gates = all_gates(
         x, router, tasks, task_of_token, reads_token=reads_token, top_k=top_k, task_norm=task_norm
@@ -99,7 +104,9 @@ def adapted_linear(
 
 
 def balancing_loss(logits: Tensor, top_k: int | None, counted: Sequence[bool]) -> Tensor:
-    """`E * sum_i f_i P_i` over the counted tokens; f_i: share of their choices on expert i, P_i: its mean probability."""
+    """`E * sum_i f_i P_i` over the counted tokens; f_i: share of their choices on expert i, P_i:
+    its mean probability.
+    """
     tokens = [t for t, counts in enumerate(counted) if counts]
     num_experts, slots = logits.shape[1], top_k or 1
     loss = torch.zeros((), dtype=logits.dtype)

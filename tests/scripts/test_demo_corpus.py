@@ -1,7 +1,8 @@
-"""The corpus in examples/data/demo is what its README says: format, offsets, coverage, held-out labels, no templates.
+"""The corpus in examples/data/demo is what its README says: format, offsets, coverage, held-out
+labels, no templates.
 
-Reads the three JSONL files with the standard library alone; knows neither torch nor `peft_taskmoe`, so that it checks
-the data and not our readers of it.
+Reads the three JSONL files with the standard library alone; knows neither torch nor
+`peft_taskmoe`, so that it checks the data and not our readers of it.
 """
 
 import itertools
@@ -48,7 +49,9 @@ def mentions(row: Row) -> Iterator[dict[str, Any]]:
 
 
 def names_in_schema(row: Row) -> set[str]:
-    """All names a row's schema defines: labels, relations, event types and roles, and the types of given entities."""
+    """All names a row's schema defines: labels, relations, event types and roles, and the types of
+    given entities.
+    """
     names = set(row["schema"])
     if row["task"] in {"EE", "EAE"}:
         names |= {role for event in row["schema"].values() for role in event["roles"]}
@@ -77,7 +80,9 @@ def is_empty(row: Row) -> bool:
 
 
 def masked(row: Row) -> str:
-    """The text with every annotated mention replaced by one placeholder: what a template leaves behind."""
+    """The text with every annotated mention replaced by one placeholder: what a template leaves
+    behind.
+    """
     text, upto = "", 0
     for start, end in sorted({(m["start"], m["end"]) for m in mentions(row)}):
         if start >= upto:
@@ -209,7 +214,8 @@ def test_labels_of_test_unseen_are_held_out(corpus):
     trained = set().union(*map(names_in_schema, corpus["train"]))
     held_out = set().union(*map(names_in_schema, corpus["test_unseen"]))
     assert not {n.casefold() for n in trained} & {n.casefold() for n in held_out}
-    # Nor does a held-out name share a content word with a trained one (`river` and `river-boat` would).
+    # Nor does a held-out name share a content word with a trained one (`river` and `river-boat`
+    # would).
     assert not set().union(*map(label_words, trained)) & set().union(*map(label_words, held_out))
     assert not {r["domain"] for r in corpus["train"]} & {r["domain"] for r in corpus["test_unseen"]}
 

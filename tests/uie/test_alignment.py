@@ -1,4 +1,6 @@
-"""Span alignment: against a brute-force search over all substrings, and the rules by which records take places."""
+"""Span alignment: against a brute-force search over all substrings, and the rules by which records
+take places.
+"""
 
 import random
 import unicodedata
@@ -7,12 +9,17 @@ import pytest
 
 from peft_taskmoe.uie.alignment import Aligner, TextIndex, normalise, stands_alone
 
-# Pieces that are awkward alone or next to each other: case that changes length, marks composed and not, ligatures,
-# emoji with joiners and selectors, line ends, quotes, kana with and without voicing, Hangul, an Indic cluster.
+# Pieces that are awkward alone or next to each other: case that changes length, marks composed and
+# not, ligatures,
+# emoji with joiners and selectors, line ends, quotes, kana with and without voicing, Hangul, an
+# Indic cluster.
 PIECES = [
-    "a", "b", "A", "ß", "SS", "ss", "İ", "i", "ﬁ", "fi", "é", "e", "\u0301", "e\u0301", "Å", "Å", " ", "  ", "\r\n",
-    "\n", "\t", "\u00a0", ".", ",", "'", "’", '"', "”", "-", "–", "が", "か", "\u3099", "각", "가", "ᆨ", "क", "\u093c",
-    "👩", "👨\u200d👩", "❤", "\ufe0f", "\u200b", "\u0327", "½", "…", "ς", "σ", "١", "\0", "\ud800", "_",
+    "a", "b", "A", "ß", "SS", "ss", "İ", "i", "ﬁ", "fi", "é", "e", "\u0301", "e\u0301", "Å", "Å",
+    " ", "  ", "\r\n",
+    "\n", "\t", "\u00a0", ".", ",", "'", "’", '"', "”", "-", "–", "が", "か", "\u3099", "각", "가",
+    "ᆨ", "क", "\u093c",
+    "👩", "👨\u200d👩", "❤", "\ufe0f", "\u200b", "\u0327", "½", "…", "ς", "σ", "١",
+    "\0", "\ud800", "_",
 ]  # fmt: skip
 
 
@@ -65,7 +72,8 @@ def brute_force(text, mention):
                     forms.setdefault(start, []).append(end)
     places = []
     for start, ends in forms.items():
-        # It begins with a character of the form, and ends with one, and with the marks that belong to that.
+        # It begins with a character of the form, and ends with one, and with the marks that belong
+        # to that.
         if not slow_normal_form(text[start]) or text[start].isspace():
             continue
         end = min(ends)

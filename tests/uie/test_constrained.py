@@ -1,4 +1,6 @@
-"""Constrained answers: the grammar's language, the masks, and that a valid free answer is the same under the constraint."""
+"""Constrained answers: the grammar's language, the masks, and that a valid free answer is the same
+under the constraint.
+"""
 
 from __future__ import annotations
 
@@ -173,7 +175,7 @@ def test_any_walk_through_the_masks_is_an_answer_that_parses(wrapped):
     assert max(lengths) >= 4 and sum(lengths) > 200
 
 
-# --- in the extractor ----------------------------------------------------------------------------------------------
+# --- in the extractor ----------------------------------------------------------------------------
 
 
 def extract(answer, texts, schema, **options):

@@ -1,4 +1,6 @@
-"""The `Extractor`: what reaches the model, what becomes of its answers, and how batches, windows and files are handled."""
+"""The `Extractor`: what reaches the model, what becomes of its answers, and how batches, windows
+and files are handled.
+"""
 
 from __future__ import annotations
 
@@ -125,7 +127,8 @@ def test_the_prompt_is_that_of_the_format_and_the_tokens_are_the_texts_own():
     extractor(text, WORDS)
     expected = prompt_text(text, WORDS, format=PromptFormat(style="compact"))
     assert extractor.model.prompts == [expected]
-    # What looks like a special token is words: one token a byte, and no end of sequence inside the prompt.
+    # What looks like a special token is words: one token a byte, and no end of sequence inside the
+    # prompt.
     assert extractor.model.batches == [[len(expected.encode())]]
 
 
@@ -203,7 +206,7 @@ def test_answers_of_many_like_records_are_not_taken_for_a_loop():
     assert len(found[0].records) == 60 and found[0].answers[0].complete
 
 
-# --- routing -------------------------------------------------------------------------------------------------------
+# --- routing -------------------------------------------------------------------------------------
 
 
 def tiny_encoder(**settings) -> TaskEncoder:
@@ -263,7 +266,7 @@ def test_one_schema_over_many_texts_costs_one_forward_of_the_encoder(tokenizer):
     assert len(forwards) == 2
 
 
-# --- rows that are done ---------------------------------------------------------------------------------------------
+# --- rows that are done --------------------------------------------------------------------------
 
 
 def ends_often(model):
@@ -287,7 +290,9 @@ def until_the_end(extractor: Extractor, found: dict) -> dict:
 def assert_leaving_changes_nothing(
     monkeypatch, model, encoder=None, less=True, texts=None, **options
 ) -> None:
-    """With and without rows that leave, the same tokens come out, at the same log-probabilities; `less` work is done, or as much."""
+    """With and without rows that leave, the same tokens come out, at the same log-probabilities;
+    `less` work is done, or as much.
+    """
     texts = [f"{text} {i}" for i, text in enumerate(TEXTS * 3)] if texts is None else texts
     found, cost = [], []
     for share in (2.0, 0.25, 0.01):
@@ -406,11 +411,13 @@ def test_rows_leave_a_cache_that_cannot_be_cut(monkeypatch):
     }
 
 
-# --- prefix caching ------------------------------------------------------------------------------------------------
+# --- prefix caching ------------------------------------------------------------------------------
 
 
 def adapted(reads: str):
-    """A tiny model in float64 and its encoder: unadapted, with LoRA, or with a router that reads tokens or the schema."""
+    """A tiny model in float64 and its encoder: unadapted, with LoRA, or with a router that reads
+    tokens or the schema.
+    """
     if reads == "nothing":
         return tiny_llama().double(), None
     if reads == "lora":
@@ -534,7 +541,9 @@ def sliding(window: int):
 
 @pytest.mark.parametrize("window", [64, 170, 256])
 def test_prefix_caching_with_a_sliding_window(monkeypatch, window):
-    """Shorter than the schema (then nothing is shared), than the longer prompts, and longer than all."""
+    """Shorter than the schema (then nothing is shared), than the longer prompts, and longer than
+    all.
+    """
     model = sliding(window)
     assert_alike(monkeypatch, model)
     cost = costs(model)
@@ -613,7 +622,10 @@ def test_prefix_caching_follows_an_encoder_that_is_attached_later(tokenizer):
 
 
 def test_prefix_caching_is_refused_where_prompts_with_one_schema_are_not_computed_alike(tokenizer):
-    advice = r".* Leave it out, or train an adapter for which that does not hold, such as one whose encoder reads the schema alone"
+    advice = (
+        r".* Leave it out, or train an adapter for which that does not hold, such as one whose "
+        "encoder reads the schema alone"
+    )
     with pytest.raises(
         ValueError, match=r'task encoder reads the whole prompt \(`text="prompt"`\)' + advice
     ):
@@ -656,7 +668,7 @@ def test_an_encoder_decoder_is_refused(tokenizer):
         Extractor(transformers.T5ForConditionalGeneration(config), tokenizer)
 
 
-# --- windows -------------------------------------------------------------------------------------------------------
+# --- windows -------------------------------------------------------------------------------------
 
 
 def test_long_texts_are_read_in_windows_with_offsets_of_the_whole_text():
@@ -734,14 +746,15 @@ def test_one_record_of_a_mention_can_stand_for_every_place_of_it():
         )
         (found,) = extractor([text], WORDS)
         assert spans(found) == [
-            ("Ada", 0, 3), ("Ada Lovelace", 8, 20), ("Ada", 43, 46), ("Ada", len(text) - 3, len(text))
+            ("Ada", 0, 3), ("Ada Lovelace", 8, 20), ("Ada", 43, 46),
+            ("Ada", len(text) - 3, len(text))
         ]  # fmt: skip
         assert len({record.confidence for record in found.records}) == 2
     once = scripted(lambda prompt: answers[True])
     assert len(once([text], WORDS)[0].records) == 2
 
 
-# --- given events and several schemas ------------------------------------------------------------------------------
+# --- given events and several schemas ------------------------------------------------------------
 
 
 def arguments(prompt: str) -> str:
@@ -866,7 +879,7 @@ def test_a_list_of_labels_is_one_schema_and_a_list_of_schemas_is_several():
         prompts(["Person", WORDS])
 
 
-# --- thresholds and confidence -------------------------------------------------------------------------------------
+# --- thresholds and confidence -------------------------------------------------------------------
 
 
 def test_confidence_is_the_geometric_mean_of_the_probabilities_of_a_records_tokens():
@@ -946,7 +959,7 @@ def test_records_below_a_threshold_become_problems():
                 ask(wrong)
 
 
-# --- answers that end, and that do not -----------------------------------------------------------------------------
+# --- answers that end, and that do not -----------------------------------------------------------
 
 
 def test_an_answer_that_is_cut_off_keeps_its_whole_records_and_says_so():
@@ -1039,7 +1052,7 @@ def test_hostile_answers_are_kept_raw_with_their_problems(answer):
     json.loads(json.dumps(found.to_dict()))
 
 
-# --- input of every form -------------------------------------------------------------------------------------------
+# --- input of every form -------------------------------------------------------------------------
 
 
 def test_the_first_result_comes_after_one_batch_and_an_endless_iterable_is_read_as_needed():
@@ -1116,7 +1129,7 @@ def test_groups_of_questions_can_be_asked_directly():
     assert [len(item.records) for item in found] == [0, 1, 0]
 
 
-# --- output --------------------------------------------------------------------------------------------------------
+# --- output --------------------------------------------------------------------------------------
 
 
 def test_tables_and_json():
@@ -1153,7 +1166,7 @@ def test_tables_of_relations_and_events():
     assert [(a["role"], a["text"]) for a in event["arguments"]] == [("attacker", "Ada")]
 
 
-# --- loading -------------------------------------------------------------------------------------------------------
+# --- loading -------------------------------------------------------------------------------------
 
 
 @pytest.fixture

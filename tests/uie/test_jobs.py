@@ -1,4 +1,6 @@
-"""Long jobs in the Python API: lines that are written at once, a run that is killed and goes on, files that are another job's."""
+"""Long jobs in the Python API: lines that are written at once, a run that is killed and goes on,
+files that are another job's.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Answers, whole and broken: every complete record comes back, everything else is a problem, nothing raises."""
+"""Answers, whole and broken: every complete record comes back, everything else is a problem,
+nothing raises.
+"""
 
 import json
 import random
@@ -34,7 +36,10 @@ SCHEMA = Schema.from_dict(
         "Launch": {"description": "a start", "roles": ["Vehicle", "Launch.Site", "Date"]},
     },
 )
-TEXT = "Ariane 5 flew. Then Ariane 5 carried Rosetta from Kourou, and Apollo, not Ariane 5, (8) flew in 'x' \"y\"."
+TEXT = (
+    "Ariane 5 flew. Then Ariane 5 carried Rosetta from Kourou, and Apollo, not Ariane 5, "
+    "(8) flew in 'x' \"y\"."
+)
 
 
 def parse(answer, text=TEXT, **options):
@@ -79,14 +84,26 @@ def test_a_whole_answer():
         ('[Launcher(span="Ariane 5", Mission(span="Apollo")]', [APOLLO], ["malformed"]),
         ('[Launcher(span="Ariane 5"] , Mission(span="Apollo")]', [APOLLO], ["malformed"]),
         ('[Launcher(span="Ariane 5")]]]', [ARIANE], ["extra_text"]),
-        ('[Launcher(span="Ariane 5")]], Mission(span="Apollo")]', [ARIANE, APOLLO], ["extra_text"] * 2),
+        (
+            '[Launcher(span="Ariane 5")]], Mission(span="Apollo")]',
+            [ARIANE, APOLLO],
+            ["extra_text"] * 2,
+        ),
         ('[[Launcher(span="Ariane 5")], [Mission(span="Apollo")]]', [ARIANE, APOLLO], []),
         ('[Launcher(span="Ariane 5")], [Mission(span="Apollo")]', [ARIANE, APOLLO], []),
         ('[Launcher(span="Ariane 5")]\nMission(span="Apollo")', [ARIANE, APOLLO], []),
-        ('[Launcher(span="Ariane 5") and also Mission(span="Apollo")]', [ARIANE, APOLLO], ["extra_text"]),
+        (
+            '[Launcher(span="Ariane 5") and also Mission(span="Apollo")]',
+            [ARIANE, APOLLO],
+            ["extra_text"],
+        ),
         ('[Launcher(span="Ariane 5"),, , Mission(span="Apollo"),]', [ARIANE, APOLLO], []),
         ('```python\nresult = [Launcher("Ariane 5")]\n```', [ARIANE], []),
-        ('Here [as asked] you are (see below):\n[Launcher("Ariane 5")]\nHope it helps!', [ARIANE], ["extra_text"] * 2),
+        (
+            'Here [as asked] you are (see below):\n[Launcher("Ariane 5")]\nHope it helps!',
+            [ARIANE],
+            ["extra_text"] * 2,
+        ),
         ("[Launcher('Ariane 5'), Mission(span=\"\"\"Apollo\"\"\")]", [ARIANE, APOLLO], []),
         ("[Launcher(\n    span='Ariane' ' 5',  # a rocket\n)]", [ARIANE], []),
         ("[Launcher(span=['Ariane 5'])]", [ARIANE], []),
@@ -113,7 +130,11 @@ def test_a_whole_answer():
         ("[Mission('Apollo'), Mission('Apollo'), Mission('Apollo')]", [APOLLO], ["repeated"] * 2),
         ("[Mission('Apollo'), Mission('Apollo', span_nth=1)]", [APOLLO], ["repeated"]),
         ("[Mission('APOLLO'), Mission('Apollo')]", [APOLLO], ["repeated"]),
-        ("__import__('os').system('true')", [], ["unknown_label", "extra_text", "unknown_label", "truncated"]),
+        (
+            "__import__('os').system('true')",
+            [],
+            ["unknown_label", "extra_text", "unknown_label", "truncated"],
+        ),
     ],
 )  # fmt: skip
 def test_broken_answers(answer, found, problems):
@@ -130,7 +151,10 @@ def test_labels_that_are_no_identifiers_and_normalised_spans():
 
 
 def test_spans_that_are_not_in_the_text_can_be_kept():
-    answer = "[Launcher('Falcon 9'), carries('Ariane 5', 'Sputnik'), Launch('carried', Vehicle=['Falcon 9'])]"
+    answer = (
+        "[Launcher('Falcon 9'), carries('Ariane 5', 'Sputnik'), "
+        "Launch('carried', Vehicle=['Falcon 9'])]"
+    )
     assert kinds(parse(answer)) == ["not_in_text"] * 3
     assert [type(record) for record in parse(answer).records] == [Event]
     kept = parse(answer, keep_not_found=True)
@@ -155,10 +179,18 @@ def test_relations_get_the_types_that_the_answer_says_and_no_others():
 @pytest.mark.parametrize(
     ("text", "answer", "starts"),
     [
-        ("John is ill. John Doe visited Japan. John likes sushi.", "a(John) a(John Doe) a(John)", [0, 13, 37]),
+        (
+            "John is ill. John Doe visited Japan. John likes sushi.",
+            "a(John) a(John Doe) a(John)",
+            [0, 13, 37],
+        ),
         ("John Doe visited Japan. John likes sushi.", "a(John Doe) b(John)", [0, 24]),
         ("University of Bergen in Bergen", "a(University of Bergen) b(Bergen)", [0, 24]),
-        ("University of Bergen in Bergen", "b(Bergen) a(University of Bergen) b(Bergen)", [14, 0, 24]),
+        (
+            "University of Bergen in Bergen",
+            "b(Bergen) a(University of Bergen) b(Bergen)",
+            [14, 0, 24],
+        ),
         ("New York City and York", "a(New York) a(New York City) b(York) b(York)", [0, 0, 18, 4]),
         ("New York", "a(New York) b(York) b(New York)", [0, 4, 0]),
         ("art and party; art", "a(art and party) a(art) a(art) a(art)", [0, 15, 0, 9]),
@@ -184,7 +216,8 @@ def test_successive_mentions_take_free_places_before_those_inside_longer_ones(te
 
 def test_events_with_roles_that_are_no_identifiers():
     parsed = parse(
-        "[Launch(trigger='carried', Vehicle='Ariane 5', Launch_Site=['Kourou', 'Mars', 7], Crew=['x'])]"
+        "[Launch(trigger='carried', Vehicle='Ariane 5', "
+        "Launch_Site=['Kourou', 'Mars', 7], Crew=['x'])]"
     )
     (event,) = parsed.records
     assert [(a.role, a.span.text, a.span.start) for a in event.arguments] == [

@@ -1,4 +1,6 @@
-"""Every document of the public data sets: gold records -> prompt and completion -> parsed records, all offsets equal."""
+"""Every document of the public data sets: gold records -> prompt and completion -> parsed records,
+all offsets equal.
+"""
 
 import json
 from pathlib import Path

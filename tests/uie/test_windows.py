@@ -215,12 +215,17 @@ def test_merging_is_linear_and_agrees_with_its_definition():
         }  # fmt: skip
         cut = {
             one for one in places - inner
-            if any(o[0] == one[0] and o[1] <= one[1] and one[2] <= o[2] and o != one for o in places)
+            if any(
+                o[0] == one[0] and o[1] <= one[1] and one[2] <= o[2] and o != one for o in places
+            )
         }  # fmt: skip
         kept = {(r.label, r.span.start, r.span.end) for r in merge_windows(found)}
         assert kept == places - cut
     many = [
-        (Window("x" * 20, 10 * i, 10 * i + 20), [Entity("X", Span("x" * 9, 0, 9)), Entity("X", Span("x", 19, 20))])
+        (
+            Window("x" * 20, 10 * i, 10 * i + 20),
+            [Entity("X", Span("x" * 9, 0, 9)), Entity("X", Span("x", 19, 20))],
+        )
         for i in range(8_000)
     ]  # fmt: skip
     start = time.process_time()
