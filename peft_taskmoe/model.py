@@ -122,8 +122,8 @@ class TaskMoELoraModel(BaseTuner):
         super().inject_adapter(model, *args, **kwargs)
         if self._left_out:
             warnings.warn(
-                f"The layers of `{'`, `'.join(self._left_out)}` are not adapted: they see a row per "
-                'image, but a task belongs to a text. `router_inputs="token"` adapts them.',
+                f"The layers of `{'`, `'.join(self._left_out)}` are not adapted: they see a row "
+                'per image, but a task belongs to a text. `router_inputs="token"` adapts them.',
                 stacklevel=2,
             )
         install_conditioning(model)
