@@ -9,7 +9,7 @@ from torch import nn
 from .conditioning import base_model_of, conditioner_of, wrap_outermost
 from .encoder import TaskEncoder
 from .prompts import PromptReader
-from .task_encoders import load_tokenizer
+from .task_encoders import check_width, load_tokenizer
 
 
 def attach_task_encoder(
@@ -50,14 +50,9 @@ def attach_task_encoder(
         for name, config in configs.items():
             if name not in active and config.task_encoder not in (None, encoder.config):
                 continue
-            if config.task_dim != encoder.task_dim:
-                if name not in active:
-                    continue
-                raise ValueError(
-                    f"The encoder has {encoder.task_dim} dimensions, but the router of adapter "
-                    f'"{name}" was built for `task_dim={config.task_dim}`. Attach the encoder it '
-                    f"was trained with, or build it with `task_dim={encoder.task_dim}`."
-                )
+            if name not in active and config.task_dim != encoder.task_dim:
+                continue
+            check_width(encoder, name, config)
             encoders.attach(name, encoder)
             config.task_encoder = encoder.config
     encoders.reader = PromptReader(tokenizer if tokenizer is not None else load_tokenizer(base))

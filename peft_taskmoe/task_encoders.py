@@ -66,12 +66,7 @@ class TaskEncoders:
             if encoder is None:
                 logger.info('Loading the task encoder "%s".', named.name_or_path)
                 encoder = self._loaded[named] = TaskEncoder.from_config(named)
-        if encoder.task_dim != config.task_dim:
-            raise ValueError(
-                f"The encoder gives vectors of {encoder.task_dim} dimensions, but the router of "
-                f'adapter "{adapter}" has `task_dim={config.task_dim}`. Attach the encoder it was '
-                f"trained with, or build it with `task_dim={encoder.task_dim}`."
-            )
+        check_width(encoder, adapter, config)
         return encoder
 
     def _attached_as(self, config: TaskEncoderConfig) -> TaskEncoder | None:
@@ -116,6 +111,16 @@ class TaskEncoders:
         if self.reader is None:
             self.reader = PromptReader(load_tokenizer(model))
         return self.reader
+
+
+def check_width(encoder: TaskEncoder, adapter: str, config: TaskMoELoraConfig) -> None:
+    """Raise `ValueError` unless an encoder gives what an adapter's router was built for."""
+    if encoder.task_dim != config.task_dim:
+        raise ValueError(
+            f'The encoder has {encoder.task_dim} dimensions, but the router of adapter "{adapter}" '
+            f"was built for `task_dim={config.task_dim}`. Attach the encoder it was trained with, "
+            f"or build it with `task_dim={encoder.task_dim}`."
+        )
 
 
 def load_tokenizer(model: nn.Module) -> Any:
