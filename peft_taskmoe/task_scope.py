@@ -63,9 +63,7 @@ class TaskState:
         embeds = self.embeds_of(adapter)
         if embeds is None:
             return None
-        if (
-            torch.compiler.is_compiling() or embeds.requires_grad
-        ):  # trained: each layer its own graph
+        if torch.compiler.is_compiling() or embeds.requires_grad:  # trained: a graph a layer
             return normalize_task(embeds.to(device), task_norm, in_features)
         key = (id(embeds), task_norm, in_features, device)
         found = self._normalized.get(key)
