@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any, Literal, TypeAlias, get_args
 
-from peft_taskmoe.uie.schema import TASKS, Schema, Task
+from peft_taskmoe.uie.schema import TASKS, Label, Schema, Task
 from peft_taskmoe.uie.wording import listed, shown
 
 Alignment = Literal["exact", "normalised", "not_found"]
 """How a span's words were found: letter by letter, after normalisation, or not at all."""
-
-ProblemKind = Literal[
-    "malformed",
-    "truncated",
-    "extra_text",
-    "unknown_label",
-    "unknown_slot",
-    "missing_slot",
-    "bad_value",
-    "bad_occurrence",
-    "not_in_text",
-    "not_given",
-    "repeated",
-    "low_confidence",
-    "not_asked",
-]
 
 PROBLEM_KINDS: dict[str, str] = {
     "malformed": "a record that is not well formed; it is left out",
@@ -45,6 +32,9 @@ PROBLEM_KINDS: dict[str, str] = {
     "not_asked": "a question or given event that no prompt can hold; it is not asked",
 }
 """Every kind of `Problem`, and what becomes of what it is about."""
+
+ProblemKind: TypeAlias = str
+"""A key of `PROBLEM_KINDS`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +70,8 @@ class Entity:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSONL annotation: `{"label", "text", "start", "end"}`."""
-        return {
-            "label": self.label,
-            **_span_to_dict(self.span),
-            **_confidence_to_dict(self.confidence),
-        }
+        span = _span_to_dict(self.span)
+        return {"label": self.label, **span, **_confidence_to_dict(self.confidence)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +87,11 @@ class Relation:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSONL annotation: `{"relation", "head": {"type", "text", ...}, "tail": {...}}`."""
-        sides = {
-            side: ({} if type_ is None else {"type": type_}) | _span_to_dict(span)
-            for side, type_, span in (
-                ("head", self.head_type, self.head),
-                ("tail", self.tail_type, self.tail),
-            )
-        }
-        return {"relation": self.label, **sides, **_confidence_to_dict(self.confidence)}
+        head, tail = _span_to_dict(self.head), _span_to_dict(self.tail)
+        head = head if self.head_type is None else {"type": self.head_type} | head
+        tail = tail if self.tail_type is None else {"type": self.tail_type} | tail
+        sides = {"relation": self.label, "head": head, "tail": tail}
+        return sides | _confidence_to_dict(self.confidence)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,13 +144,12 @@ class Problem:
 
     def __post_init__(self) -> None:
         if self.kind not in PROBLEM_KINDS:
-            raise ValueError(
-                f"`{self.kind}` is no kind of problem. The kinds are: {listed(PROBLEM_KINDS)}."
-            )
+            kinds = listed(PROBLEM_KINDS)
+            raise ValueError(f"`{self.kind}` is no kind of problem. The kinds are: {kinds}.")
 
     def to_dict(self) -> dict[str, str]:
         """The three fields as JSON."""
-        return {"kind": self.kind, "message": self.message, "source": self.source}
+        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,23 +201,11 @@ class Document:
         Raises:
             ValueError: A key is missing, the task is unknown, or an offset does not fit the text.
         """
-        if missing := [key for key in ("id", "text", "task", "schema") if key not in row]:
-            raise ValueError(
-                f"The row has no {listed(missing)} (keys: {listed(row)}). A document is one JSON "
-                'object with "id", "text", "task", "schema" and "annotations".'
-            )
-        task, text = row["task"], row["text"]
-        if not isinstance(text, str):
-            raise ValueError(f"`text` is a {type(text).__name__}. Write it as one string.")
-        schema = Schema.from_dict(task, row["schema"])
-        records = [record_from_dict(task, x) for x in _list(row, "annotations")]
-        entities = [_entity_from_dict(entity) for entity in _list(row, "entities")]
-        for span in (span for record in (*records, *entities) for span in spans_of(record)):
-            _check_offsets(span, text)
-        known = {"id", "text", "task", "schema", "annotations", "entities"}
-        extra = {key: value for key, value in row.items() if key not in known}
-        id_ = document_id(row["id"])
-        return cls(id_, text, task, schema, tuple(records), tuple(entities), extra)
+        reader = RowReader(strict=False)
+        document = reader.document(row)
+        reader.check()
+        assert document is not None
+        return document
 
     def to_dict(self) -> dict[str, Any]:
         """The row of the JSONL format; `Document.from_dict` reads it back."""
@@ -263,12 +234,12 @@ def record_from_dict(task: str, data: Mapping[str, Any]) -> Record:
     Raises:
         ValueError: The task is unknown or the annotation lacks a key.
     """
-    if task == "UIE":
-        keys = data if isinstance(data, Mapping) else {}
-        task = "RE" if "relation" in keys else "EE" if "trigger" in keys else "NER"
-    if task not in _READERS:
+    if task not in TASKS:
         raise ValueError(f"`{task}` is no task. Write one of: {listed(TASKS)}.")
-    return _READERS[task](data)
+    reader = RowReader(strict=False)
+    record = reader.record(data, "annotation", task)
+    reader.check()
+    return record
 
 
 def spans_of(record: Record) -> tuple[Span, ...]:
@@ -283,16 +254,11 @@ def spans_of(record: Record) -> tuple[Span, ...]:
 def shift_record(record: Record, by: int) -> Record:
     """The same record with every offset `by` characters further on."""
     if isinstance(record, Entity):
-        return Entity(record.label, record.span.shift(by), record.confidence)
+        return replace(record, span=record.span.shift(by))
     if isinstance(record, Relation):
-        head, tail = record.head.shift(by), record.tail.shift(by)
-        return Relation(
-            record.label, head, tail, record.head_type, record.tail_type, record.confidence
-        )
-    arguments = tuple(
-        Argument(argument.role, argument.span.shift(by)) for argument in record.arguments
-    )
-    return Event(record.label, record.trigger.shift(by), arguments, record.confidence)
+        return replace(record, head=record.head.shift(by), tail=record.tail.shift(by))
+    arguments = tuple(replace(one, span=one.span.shift(by)) for one in record.arguments)
+    return replace(record, trigger=record.trigger.shift(by), arguments=arguments)
 
 
 def record_key(record: Record) -> tuple[Any, ...]:
@@ -323,116 +289,191 @@ def _span_to_dict(span: Span) -> dict[str, Any]:
     return data
 
 
-def _confidence_to_dict(confidence: float | None) -> dict[str, float]:
+def _confidence_to_dict(confidence: float | None) -> dict[str, Any]:
     return {} if confidence is None else {"confidence": confidence}
 
 
-def document_id(value: Any) -> str:
-    """The id of a document: a string, or a whole number as its digits.
-
-    Raises:
-        ValueError: It is neither, or empty.
-    """
-    if isinstance(value, str) and value:
-        return value
-    if type(value) is int:
-        return str(value)
-    raise ValueError(f"The id is {shown(value)}. Write a string or a whole number.")
-
-
-def _list(data: Mapping[str, Any], key: str) -> Sequence[Any]:
-    value = data.get(key, ())
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise ValueError(f"`{key}` is {shown(value)}. Write a list.")
-    return value
-
-
-def _name(data: Mapping[str, Any], key: str, what: str) -> str:
-    name = data[key]
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"{what} has the {key} {shown(name)}. Write a name.")
-    return name
-
-
-def _confidence(data: Mapping[str, Any]) -> float | None:
-    value = data.get("confidence")
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-        raise ValueError(f"The confidence is {shown(value)}. Write a number, or leave it out.")
-    return value
-
-
-def _span_from_dict(data: Mapping[str, Any], where: str, *beside: str) -> Span:
-    known = ("text", "start", "end", "alignment", *beside)
-    _check_keys(data, where, required=("text",), known=known)
-    alignment = data.get("alignment", "exact")
-    if not isinstance(data["text"], str) or alignment not in ("exact", "normalised", "not_found"):
-        raise ValueError(f"{where} is {shown(dict(data))}. Write its words as a string.")
-    return Span(data["text"], data.get("start"), data.get("end"), alignment)
-
-
-def _entity_from_dict(data: Mapping[str, Any]) -> Entity:
-    _check_keys(data, "An entity", required=("label", "text"))
-    span = _span_from_dict(data, "An entity", "label", "confidence")
-    return Entity(_name(data, "label", "An entity"), span, _confidence(data))
-
-
-def _relation_from_dict(data: Mapping[str, Any]) -> Relation:
-    keys = ("relation", "head", "tail")
-    _check_keys(data, "A relation", required=keys, known=(*keys, "confidence"))
-    head = _span_from_dict(data["head"], "A relation's head", "type")
-    tail = _span_from_dict(data["tail"], "A relation's tail", "type")
-    types = (data["head"].get("type"), data["tail"].get("type"))
-    return Relation(_name(data, "relation", "A relation"), head, tail, *types, _confidence(data))
-
-
-def _event_from_dict(data: Mapping[str, Any]) -> Event:
-    known = ("type", "trigger", "arguments", "confidence")
-    _check_keys(data, "An event", ("type", "trigger"), known)
-    arguments = []
-    for argument in _list(data, "arguments"):
-        _check_keys(argument, "An argument", required=("role", "text"))
-        span = _span_from_dict(argument, "An argument", "role")
-        arguments.append(Argument(_name(argument, "role", "An argument"), span))
-    trigger = _span_from_dict(data["trigger"], "A trigger")
-    return Event(_name(data, "type", "An event"), trigger, tuple(arguments), _confidence(data))
-
-
-def _check_keys(
-    data: Any, what: str, required: Iterable[str], known: Sequence[str] | None = None
-) -> None:
-    if not isinstance(data, Mapping):
-        raise ValueError(f"{what} is written as {shown(data)}. Write it as a JSON object.")
-    if missing := [key for key in required if key not in data]:
-        keys = listed(data)
-        raise ValueError(f"{what} has no {listed(missing)} (keys: {keys}). Add what is missing.")
-    unknown = [] if known is None else sorted(set(map(str, data)) - set(known))
-    if unknown:
-        # One text for one set of keys: Python's warning filter then shows it once.
-        warnings.warn(f"{what} has the keys {listed(unknown)}, which are not kept.", stacklevel=2)
-
-
-def _check_offsets(span: Span, text: str) -> None:
-    if not span.text:
-        raise ValueError("The mention '' has no words. Write the words that it stands for.")
-    if span.start is None and span.end is None:
-        return
-    said = f"The mention {shown(span.text)}"
-    if type(span.start) is not int or type(span.end) is not int:
-        raise ValueError(
-            f"{said} has start {shown(span.start)} and end {shown(span.end)}. "
-            "Write both as integers, or neither."
-        )
-    found = text[span.start : span.end] if span.start >= 0 else ""
-    if found != span.text:
-        raise ValueError(
-            f"{said} is said to stand at {span.start}:{span.end}, where the text has "
-            f"{shown(found)}. Offsets count characters from 0, and the end is exclusive."
-        )
-
-
-_READERS: dict[str, Callable[[Mapping[str, Any]], Record]] = {
-    "NER": _entity_from_dict,
-    "RE": _relation_from_dict,
-    "EE": _event_from_dict,
-    "EAE": _event_from_dict,
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+_ADVICE = (
+    'A row is {"id", "text", "task": "NER|RE|EE|EAE", "schema", "annotations"[, "entities"]}, '
+    "and every mention has text[start:end] == its text."
+)
+_TYPES: dict[str, tuple[Any, str]] = {
+    "text": (str, "a string"),
+    "task": (str, "a string"),
+    "schema": (Mapping, "an object"),
+    "annotations": (list | tuple, "a list"),
+    "entities": (list | tuple, "a list"),
 }
+
+
+class RowReader:
+    """Reads a row of the JSONL format and collects its faults; with any, what it made is void.
+
+    Attributes:
+        strict: Whether every mention needs offsets and every label has to be in the schema.
+        faults: Every fault as (kind of `ReadProblem`, message).
+        unknown: Keys of annotations that no record holds.
+    """
+
+    def __init__(self, strict: bool) -> None:
+        self.strict = strict
+        self.faults: list[tuple[str, str]] = []
+        self.unknown: dict[str, None] = {}
+        self._text: str | None = None
+
+    def check(self) -> None:
+        """Raise the first fault as a `ValueError`; warn of unknown keys."""
+        if self.faults:
+            raise ValueError(self.faults[0][1])
+        if self.unknown:
+            # One text for one set of keys: Python's warning filter then shows it once.
+            warnings.warn(self.not_kept, stacklevel=3)
+
+    @property
+    def not_kept(self) -> str:
+        """What is said of unknown keys."""
+        return f"The annotations have keys that are not kept: {listed(self.unknown)}."
+
+    def document(self, row: Any) -> Document | None:
+        """Read a whole row; `None` where its keys or its schema are at fault."""
+        if not isinstance(row, Mapping):
+            self._wrong(f"Found `{shown(row)}`, which is no JSON object.")
+            return None
+        self._check_keys(row)
+        if self.faults:
+            return None
+        text, task = row["text"], row["task"]
+        try:
+            schema = Schema.from_dict(task, row["schema"])
+        except ValueError as error:
+            self.faults.append(("schema" if task in TASKS else "task", str(error)))
+            return None
+        self._text, asked = text, schema if self.strict else None
+        given = row.get("annotations", ())
+        if self.strict and task == "EAE" and not given:
+            self._wrong("An EAE document needs the event whose arguments are asked for.")
+        records = [self.record(x, f"annotations[{i}]", task, asked) for i, x in enumerate(given)]
+        beside = enumerate(row.get("entities", ()))
+        entities: Any = [self.record(x, f"entities[{i}]", "NER") for i, x in beside]
+        extra = {key: value for key, value in row.items() if key not in {"id", *_TYPES}}
+        return Document(str(row["id"]), text, task, schema, tuple(records), tuple(entities), extra)
+
+    def record(self, data: Any, where: str, task: str, schema: Schema | None = None) -> Record:
+        """Read one annotation; without a schema any label will do."""
+        if not isinstance(data, Mapping):
+            self._wrong(f"`{where}` is `{shown(data)}`, not an object.")
+            return Entity("", Span(""))
+        if task == "UIE":
+            task = "RE" if "relation" in data else "EE" if "trigger" in data else "NER"
+        confidence = data.get("confidence")
+        if confidence is not None and type(confidence) not in (int, float):
+            self._wrong(f"`{where}` has the confidence `{shown(confidence)}`, which is no number.")
+        if task == "NER":
+            name, _ = self._label(data, where, schema, "entity", "label")
+            return Entity(name, self._span(data, where, "label", "confidence"), confidence)
+        if task == "RE":
+            name, _ = self._label(data, where, schema, "relation", "relation")
+            self._know(data, "relation", "head", "tail", "confidence")
+            head, head_type = self._side(data.get("head"), f"{where}.head")
+            tail, tail_type = self._side(data.get("tail"), f"{where}.tail")
+            return Relation(name, head, tail, head_type, tail_type, confidence)
+        name, label = self._label(data, where, schema, "event", "type")
+        self._know(data, "type", "trigger", "arguments", "confidence")
+        trigger = self._span(data.get("trigger"), f"{where}.trigger")
+        given = data.get("arguments", ())
+        if not isinstance(given, list | tuple):
+            self._wrong(f"`{where}.arguments` is `{shown(given)}`, not a list.")
+            given = ()
+        places = [f"{where}.arguments[{i}]" for i in range(len(given))]
+        arguments = tuple(map(partial(self._argument, label), given, places))
+        return Event(name, trigger, arguments, confidence)
+
+    def _wrong(self, message: str) -> None:
+        self.faults.append(("row", f"{message} {_ADVICE}"))
+
+    def _check_keys(self, row: Mapping[Any, Any]) -> None:
+        id_ = row.get("id")
+        if type(id_) is not int and not (isinstance(id_, str) and id_):
+            self._wrong(f"The id is {shown(id_)}. Write a string or a whole number.")
+        needed = ("text", "task", "schema", *(("annotations",) if self.strict else ()))
+        for key, (type_, name) in _TYPES.items():
+            if key not in row and key in needed:
+                self._wrong(f"The key `{key}` is missing (keys: {', '.join(map(str, row))}).")
+            elif key in row and not isinstance(row[key], type_):
+                self._wrong(f"The value of `{key}` is `{shown(row[key])}`; it has to be {name}.")
+        if self.strict and (half := _HALF_CHARACTER.search(json.dumps(row, ensure_ascii=False))):
+            message = f"There is half a character (a lone surrogate) in `{shown(half[0])}`"
+            self.faults.append(("encoding", f"{message}, which UTF-8 cannot hold."))
+
+    def _know(self, data: Mapping[str, Any], *known: str) -> None:
+        self.unknown.update(dict.fromkeys(str(key) for key in data if key not in known))
+
+    def _name(self, data: Mapping[str, Any], where: str, key: str) -> str:
+        name = data.get(key)
+        if isinstance(name, str) and name:
+            return name
+        self._wrong(f"`{where}` has no `{key}` (keys: {', '.join(map(str, data))}).")
+        return ""
+
+    def _label(
+        self, data: Mapping[str, Any], where: str, schema: Schema | None, kind: str, key: str
+    ) -> tuple[str, Label | None]:
+        """The name of a record's label, and the label of the schema."""
+        name = self._name(data, where, key)
+        label = schema.get(kind, name) if schema is not None else None
+        if schema is not None and name and label is None:
+            own = listed(label.name for label in schema.labels if label.kind == kind)
+            message = f"`{where}` has the {key} `{name}`, which the schema does not have."
+            self.faults.append(("label", f"{message} Its own: {own}."))
+        return name, label
+
+    def _argument(self, label: Label | None, data: Any, where: str) -> Argument:
+        span = self._span(data, where, "role")
+        role = self._name(data, where, "role") if isinstance(data, Mapping) else ""
+        roles = [] if label is None else [slot.name for slot in label.roles]
+        if label is not None and role and role not in roles:
+            message = f"`{where}` has the role `{role}`, which `{label.name}` does not have."
+            self.faults.append(("label", f"{message} Its own: {listed(roles, 'none')}."))
+        return Argument(role, span)
+
+    def _side(self, data: Any, where: str) -> tuple[Span, str | None]:
+        """The span of a relation's head or tail, and its type."""
+        type_ = data.get("type") if isinstance(data, Mapping) else None
+        if type_ is not None and not isinstance(type_, str):
+            self._wrong(f"`{where}` needs a string as type.")
+        return self._span(data, where, "type"), type_
+
+    def _span(self, data: Any, where: str, *beside: str) -> Span:
+        if not isinstance(data, Mapping):
+            self._wrong(f"`{where}` is `{shown(data)}`, not an object with text, start and end.")
+            return Span("")
+        self._know(data, "text", "start", "end", "alignment", *beside)
+        alignments = ("exact", "normalised") if self.strict else get_args(Alignment)
+        words: Any = data.get("text")
+        start: Any = data.get("start")
+        end: Any = data.get("end")
+        span = Span(words, start, end, data.get("alignment", "exact"))
+        if not isinstance(words, str) or not words:
+            self._wrong(f"`{where}` needs its words as text; found `{shown(dict(data))}`.")
+        elif span.alignment not in alignments:
+            self._wrong(f"The alignment of `{where}` has to be one of {listed(alignments)}.")
+        elif type(start) is int and type(end) is int:
+            self._check_offsets(words, start, end, where)
+        elif self.strict or (start, end) != (None, None):
+            self._wrong(f"`{where}` needs two integers, start and end; found {start!r}, {end!r}.")
+        return span
+
+    def _check_offsets(self, words: str, start: int, end: int, where: str) -> None:
+        if (text := self._text) is None:
+            return
+        message = f"`{where}` says `{shown(words)}`, but text[{start}:{end}] is"
+        if not 0 <= start < end <= len(text):
+            fault = f"{message} outside of the text of {len(text)} characters or empty."
+        elif (found := text[start:end]) != words:
+            stands = text.find(words)
+            advice = f" The mention stands at {stands}: count characters." if stands >= 0 else ""
+            fault = f"{message} `{shown(found)}`.{advice}"
+        else:
+            return
+        self.faults.append(("offsets", fault))

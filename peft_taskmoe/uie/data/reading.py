@@ -17,10 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from peft_taskmoe.uie.data.rows import check_row
-from peft_taskmoe.uie.records import Document
+from peft_taskmoe.uie.records import Document, RowReader
 from peft_taskmoe.uie.strict_json import parse_json
-from peft_taskmoe.uie.wording import listed
 
 OnError = Literal["raise", "collect"]
 
@@ -202,9 +200,9 @@ class Reading:
         """Check a row of the JSONL format and take its document, or report all its faults."""
         if isinstance(row, dict) and "id" not in row:
             row = {"id": f"{Path(file or self.source).stem}-{line}"} | row
-        faults, unknown = check_row(row)
-        document = None if faults else Document.from_dict(row)
-        if document is not None and document.id in self._places:
+        reader = RowReader(strict=True)
+        document, faults = reader.document(row), reader.faults
+        if document is not None and not faults and document.id in self._places:
             message = f"The id `{document.id}` is that of {self._places[document.id]}."
             faults = [("duplicate_id", f"{message} Give every document its own.")]
         for kind, message in faults:
@@ -213,9 +211,8 @@ class Reading:
             place = f"line {line}" if line is not None else str(file or self.source)
             self._places[document.id] = place
             self.report.documents.append(document)
-            if unknown:
-                message = f"The annotations have keys that are not kept: {listed(unknown)}."
-                self.note(message, line, file)
+            if reader.unknown:
+                self.note(reader.not_kept, line, file)
 
     def empty(self) -> None:
         """Report a file without anything in it."""
