@@ -14,7 +14,7 @@ from formats import heads, interval, spread, table
 from outcomes import Outcome, Selection
 
 from peft_taskmoe.uie import ScoreReport
-from peft_taskmoe.uie.scoring import Counts
+from peft_taskmoe.uie.scoring.counts import Counts
 
 GROUPS = ("NER", "RE", "EE", "EAE", "EE+EAE", "all")
 

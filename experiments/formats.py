@@ -10,7 +10,7 @@ from typing import Any
 from comparing import over_trainings
 from outcomes import Selection
 
-from peft_taskmoe.uie.scoring import Difference
+from peft_taskmoe.uie.scoring.comparison import Difference
 from peft_taskmoe.uie.tables import markdown_table
 
 

@@ -24,7 +24,7 @@ from formats import bounds, signed, spread, table
 from outcomes import Outcome, measured, pair, pairs, selections
 from report import planned
 
-from peft_taskmoe.uie.scoring import Difference
+from peft_taskmoe.uie.scoring.comparison import Difference
 
 PARTS = ("dev", "supervised", "zero_shot", "swapped")
 DIGITS = 5

@@ -15,7 +15,9 @@ if not is_help_only():  # `peft-taskmoe --help` answers at once: torch and PEFT 
     from .collator import TaskCollator
     from .config import TaskMoELoraConfig
     from .encoder import TaskEncoder, TaskEncoderConfig
-    from .export import experts_from_loras, from_reference_checkpoint, to_lora
+    from .export.from_loras import experts_from_loras
+    from .export.reference_checkpoint import from_reference_checkpoint
+    from .export.to_lora import to_lora
     from .inspection import record_gates
     from .model import TaskMoELoraModel
     from .nearest import nearest_tasks, save_task_centroids

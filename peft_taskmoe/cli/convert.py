@@ -53,7 +53,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: The reader has no such argument, or the schema is no JSON object.
     """
-    from ..uie.data import READERS
+    from ..uie.data.conversion import READERS
     from ..uie.strict_json import parse_json
 
     if args.source_format not in READERS:

@@ -6,29 +6,21 @@ Everything but the `Extractor` works without torch, and so is imported without i
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from peft_taskmoe.uie.data import (
-    ReadError,
-    ReadReport,
-    convert,
-    mix,
-    read_brat,
-    read_conll,
-    read_datasets,
-    read_doccano,
-    read_hub,
-    read_iepile,
-    read_jsonl,
-    read_label_studio,
-    read_spacy,
-    read_text,
-    sample,
-    to_dataset,
-    to_prompt_completion,
-    write_jsonl,
-)
-from peft_taskmoe.uie.extraction.results import Answer, Extraction, Extractions
-from peft_taskmoe.uie.parse import ParsedAnswer, parse_answer
-from peft_taskmoe.uie.prompt import (
+from .data.brat import read_brat
+from .data.conll import read_conll
+from .data.conversion import convert, read_datasets
+from .data.doccano import read_doccano
+from .data.hub import TokenTags, read_hub
+from .data.iepile import read_iepile
+from .data.jsonl import read_jsonl, write_jsonl
+from .data.label_studio import read_label_studio
+from .data.reading import ReadError, ReadReport
+from .data.spacy_docs import read_spacy
+from .data.text_lines import read_text
+from .data.training import mix, sample, to_dataset, to_prompt_completion
+from .extraction.results import Answer, Extraction, Extractions
+from .parse import ParsedAnswer, parse_answer
+from .prompt import (
     Example,
     PromptFormat,
     build_example,
@@ -36,7 +28,7 @@ from peft_taskmoe.uie.prompt import (
     prompt_schema_text,
     prompt_text,
 )
-from peft_taskmoe.uie.records import (
+from .records import (
     PROBLEM_KINDS,
     Argument,
     Document,
@@ -48,33 +40,18 @@ from peft_taskmoe.uie.records import (
     Span,
     record_from_dict,
 )
-from peft_taskmoe.uie.regularisers import Regularisers, collect_mentions
-from peft_taskmoe.uie.schema import (
-    EntityType,
-    EventType,
-    Label,
-    Names,
-    RelationType,
-    Schema,
-    SchemaError,
-    Slot,
-)
-from peft_taskmoe.uie.scoring import (
-    Calibration,
-    Comparison,
-    Reliability,
-    ScoreReport,
-    SeenLabels,
-    compare,
-    compare_values,
-    fit_calibration,
-    reliability,
-    score,
-)
+from .regularisers import Regularisers, collect_mentions
+from .schema import EntityType, EventType, Label, Names, RelationType, Schema, SchemaError, Slot
+from .scoring.calibration import Calibration, fit_calibration
+from .scoring.comparison import Comparison, compare, compare_values
+from .scoring.reliability import Reliability, reliability
+from .scoring.report import ScoreReport
+from .scoring.scorer import score
+from .scoring.seen_labels import SeenLabels
 
 if TYPE_CHECKING:
-    from peft_taskmoe.uie.extraction.extractor import Extractor
-    from peft_taskmoe.uie.extraction.format_file import load_format, save_format
+    from .extraction.extractor import Extractor
+    from .extraction.format_file import load_format, save_format
 
 __all__ = [
     "PROBLEM_KINDS",
@@ -109,6 +86,7 @@ __all__ = [
     "SeenLabels",
     "Slot",
     "Span",
+    "TokenTags",
     "build_example",
     "collect_mentions",
     "compare",

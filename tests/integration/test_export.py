@@ -16,8 +16,14 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peft_taskmoe import TaskMoELoraConfig, attach_task_encoder, task_context
-from peft_taskmoe.export import experts_from_loras, from_reference_checkpoint, to_lora
+from peft_taskmoe import (
+    TaskMoELoraConfig,
+    attach_task_encoder,
+    experts_from_loras,
+    from_reference_checkpoint,
+    task_context,
+    to_lora,
+)
 from peft_taskmoe.layer import TaskMoELoraLayer
 from peft_taskmoe.task_scope import current_state
 from tiny import TASK_DIM

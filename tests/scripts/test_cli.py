@@ -506,7 +506,7 @@ def test_the_reliability_of_confidences(loads, capsys):
     assert figures["reliability"]["confidence"] == pytest.approx(sum(values) / 8)
     assert "reliability" not in json.loads(Path("scores.json").read_text())["datasets"][0]
     Path("out.jsonl").write_text(Path("out.jsonl").read_text().replace('"confidence"', '"was"', 1))
-    with pytest.warns(UserWarning, match="keys `was`"):
+    with pytest.warns(UserWarning, match="not kept: `was`"):
         assert cli.main([*command, "--reliability-plot", "curve.svg"]) == Exit.DONE
     captured = capsys.readouterr()
     assert "| all | 7 |" in captured.out and "1 records have no confidence" in captured.err

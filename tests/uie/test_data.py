@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from peft_taskmoe.uie.data import (
+from peft_taskmoe.uie import (
+    Document,
+    Entity,
+    Event,
     ReadError,
+    Relation,
+    Schema,
     TokenTags,
     convert,
     mix,
@@ -23,8 +28,6 @@ from peft_taskmoe.uie.data import (
     to_prompt_completion,
     write_jsonl,
 )
-from peft_taskmoe.uie.records import Document, Entity, Event, Relation
-from peft_taskmoe.uie.schema import Schema
 
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data" / "uie"
 

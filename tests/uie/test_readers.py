@@ -10,15 +10,13 @@ from peft_taskmoe.uie import (
     ReadError,
     Relation,
     Schema,
+    TokenTags,
     convert,
     read_brat,
     read_conll,
-    read_jsonl,
-)
-from peft_taskmoe.uie.data import (
-    TokenTags,
     read_doccano,
     read_iepile,
+    read_jsonl,
     read_label_studio,
     read_spacy,
     read_text,

@@ -215,7 +215,7 @@ def test_keys_that_are_not_kept_are_said():
 
 def test_reading_and_writing_answers_needs_no_torch():
     root = Path(__file__).parents[2]
-    names = ("records", "schema", "alignment", "regularisers", "prompt", "parse", "data")
+    names = ("prompt", "parse", "data.conversion", "data.training", "scoring.comparison")
     # The packages' own __init__ are stepped over: they hold names that do need torch.
     code = (
         "import sys, types\n"

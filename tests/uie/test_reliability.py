@@ -20,12 +20,12 @@ from peft_taskmoe.uie import (
     Relation,
     Reliability,
     Schema,
+    SeenLabels,
     Span,
     fit_calibration,
     reliability,
     score,
 )
-from peft_taskmoe.uie.scoring import SeenLabels
 from peft_taskmoe.uie.scoring.reliability import Judged
 
 TEXT = "Ann met Bob and Ann hit Eve"

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..records import Document, Problem, Record
-from ..scoring import Match, reliability, score
 from ..scoring.confusion import NOT_FOUND, NOT_GOLD, confusion
-from ..scoring.matching import Answers, parts_of
+from ..scoring.matching import Answers, Match, parts_of
+from ..scoring.reliability import reliability
+from ..scoring.scorer import score
 from ..tables import Table
 from .html import template, to_html
 
