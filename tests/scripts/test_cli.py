@@ -692,14 +692,13 @@ def test_a_closed_pipe_is_no_error(tmp_path):
 
 
 @pytest.mark.slow
-def test_torchrun_and_a_killed_process(job, tmp_path):
+def test_launchers_and_a_killed_process(job, tmp_path):
     whole, several, killed = (tmp_path / f"{name}.jsonl" for name in ("whole", "two", "killed"))
-    ended(start("-m", "peft_taskmoe", *job, f"--output={whole}"))
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    _, err = ended(start(*launch, "-m", "peft_taskmoe", *job, f"--output={several}"))
+    assert cli.main([*job, f"--output={whole}"]) == Exit.DONE
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    _, err = ended(start(*torchrun, "-m", "peft_taskmoe", *job, f"--output={several}"))
     assert timeless(rows(several)) == timeless(rows(whole))
-    assert len(set(re.findall(rb"/(\d+) \[\S+, +\S+text/s\]", err))) == 1  # one bar, of one share
-    assert err.count(b"Extracting:   0%") == 1
+    assert bars(err) == {b"32"}
 
     environment = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     command = ["-m", "peft_taskmoe", *job, f"--output={killed}"]
@@ -711,11 +710,17 @@ def test_torchrun_and_a_killed_process(job, tmp_path):
     ended(first)
     second.wait()
     assert not killed.exists()
-    environment |= {"WORLD_SIZE": 3, "MASTER_PORT": free_port()}
-    others = [start(*command, RANK=rank, **environment) for rank in range(3)]
-    for process in others:
-        ended(process)
+    # With --cpu in the place of --multi_gpu, accelerate starts one process.
+    accelerate = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=3"]
+    _, err = ended(start(*accelerate, "--main_process_port", free_port(), *command))
     assert timeless(rows(killed)) == timeless(rows(whole))
+    assert bars(err) == {b"24"}
+
+
+def bars(err: bytes) -> set[bytes]:
+    """The totals of the progress bars that were shown, of which there is one."""
+    assert err.count(b"Extracting:   0%") == 1
+    return set(re.findall(rb"/(\d+) \[\S+, +\S+text/s\]", err))
 
 
 def free_port() -> int:
