@@ -3,7 +3,7 @@
     python examples/extract_ray.py --adapter user/my-adapter --schema schema.json \
         --input texts.parquet --output records.parquet --workers 8 --gpus_per_worker 1
 
-Without a cluster (`RAY_ADDRESS`), Ray starts on this machine. A lost worker is started again, and so
+Without a cluster (`RAY_ADDRESS`) Ray starts on this machine. A lost worker is started again, and so
 are its blocks; a lost driver is not. Input and output are .jsonl or .parquet, as those of
 `peft-taskmoe extract`, but the input may be a folder of such files. Adapter and input must be where
 every machine finds them.
