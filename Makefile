@@ -2,6 +2,7 @@
 # make smoke  the comparison of experiments/ in small, from training to report
 # make test   create an environment, install, run the tests
 # make fast   the tests that take no more than some seconds each
+# make fuzz   FUZZ_SECONDS of hostile answers, then the properties with other and more examples
 # make docs   the documents and the API reference as a site, in outputs/site
 # make check  lint, types and tests, for people who work on it
 
@@ -19,7 +20,7 @@ QUIET = PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error TQDM_DISABLE=1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo smoke test fast docs check lint types clean
+.PHONY: demo smoke test fast fuzz docs check lint types clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV): some minutes, the first time only."
@@ -60,6 +61,11 @@ test: $(VENV)/developed
 
 fast: $(VENV)/developed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+FUZZ_SECONDS ?= 300
+fuzz: $(VENV)/developed
+	PYTHONPATH=tests $(BIN)/python tests/fuzz.py --seconds $(FUZZ_SECONDS)
+	HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -n 2 tests/properties
 
 docs: $(VENV)/developed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -138,10 +138,11 @@ class TaskMoELoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = TASKMOE_LORA
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # as PEFT's methods keep it
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            _check_names(name, getattr(self, name))
+        for name in ("target_modules", "exclude_modules"):  # as PEFT's methods keep them
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
         if self.task_encoder is not None:
             self.task_encoder = TaskEncoderConfig.of(self.task_encoder)
         self._check()
@@ -213,8 +214,6 @@ class TaskMoELoraConfig(PeftConfig):
             )
 
     def _check_targets(self) -> None:
-        for name in ("target_modules", "exclude_modules", "layers_pattern"):
-            _check_names(name, getattr(self, name))
         targets = self.target_modules
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(

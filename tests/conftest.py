@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from hypothesis import settings
 from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
 from peft_taskmoe import TaskEncoder, TaskMoELoraConfig
 from tiny import MODELS, TASK_DIM, VOCAB, randomise
+
+# Everywhere the same examples; `make fuzz` makes up others, and many more of them.
+settings.register_profile("same", derandomize=True, max_examples=60, deadline=None, database=None)
+settings.register_profile("fuzz", max_examples=2000, deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
 @pytest.fixture(scope="session", autouse=True)

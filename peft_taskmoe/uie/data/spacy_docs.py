@@ -38,7 +38,7 @@ def read_spacy(
     if Path(path).suffix != ".spacy":
         return read_export(path, _graph, task, schema, on_error)
     reading = Reading(path, on_error)
-    graphs = [_doc_graph(doc, n, reading) for n, doc in enumerate(_docs(Path(path)), 1)]
+    graphs = [_doc_graph(doc, n, reading) for n, doc in enumerate(_docs(Path(path), reading), 1)]
     add_graphs(graphs, task, schema, reading)
     return reading.report
 
@@ -63,12 +63,13 @@ def _graph(data: Any, line: int, reading: Reading) -> Graph | None:
     return item.done()
 
 
-def _docs(path: Path) -> Any:
+def _docs(path: Path, reading: Reading) -> Any:
     spacy, tokens = needed("spacy", "spacy"), needed("spacy.tokens", "spacy")
     try:
         return list(tokens.DocBin().from_disk(path).get_docs(spacy.blank("xx").vocab))
     except (ValueError, KeyError, TypeError, zlib.error) as error:
-        raise ValueError(f"`{path}` is no DocBin: {error}") from error
+        reading.error("row", f"The file is no DocBin: {error}")
+        return []
 
 
 def _doc_graph(doc: Any, number: int, reading: Reading) -> Graph:
