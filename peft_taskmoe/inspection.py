@@ -349,14 +349,15 @@ def gates_by_token(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run a block without gradients and dropout."""
-    training = model.training
+    """Run a block without gradients and dropout; every module's mode is restored."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Linear]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..experts import expert_update
-from ..inspection import adapted_layers, counted_tokens, record_gates, recording
+from ..inspection import adapted_layers, counted_tokens, evaluating, record_gates, recording
 from ..layer import Linear
 from .chosen import ChosenAdapter, active_on
 
@@ -76,19 +76,6 @@ def _check_only_active(adapter: ChosenAdapter) -> None:
             )
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients inside the block; every module's mode is restored."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def _run(base: nn.Module, batch: Batch) -> Any:
     device = next(base.parameters()).device
     moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
@@ -101,7 +88,7 @@ def average_gates(adapter: ChosenAdapter, batches: Sequence[Batch]) -> Gates:
     Raises:
         ValueError: The batches do not reach every adapted layer.
     """
-    with _evaluating(adapter.base), record_gates(adapter.base) as record:
+    with evaluating(adapter.base), record_gates(adapter.base) as record:
         for batch in batches:
             _run(adapter.base, batch)
     means = {stats.layer: torch.tensor(stats.mean) for stats in record.stats()}
@@ -123,7 +110,7 @@ def measure_difference(
     errors = _UpdateErrors(adapter, gates)
     kl: list[torch.Tensor] = []
     max_abs: list[float] = []
-    with _evaluating(adapter.base):
+    with evaluating(adapter.base):
         for batch in batches:
             with errors.watching():
                 exact = _logits(_run(adapter.base, batch))

@@ -36,14 +36,6 @@ class _Layer(NamedTuple):
         """Experts, rank, task dimension."""
         return self.a.shape[0], self.a.shape[2], self.router.shape[1] - self.a.shape[1]
 
-    def as_ours(self) -> dict[str, torch.Tensor]:
-        """A `(E*r, in)`, B `(out, E*r)` and the same router, by the parts of our names."""
-        return {
-            "A": self.a.transpose(1, 2).flatten(0, 1).contiguous(),
-            "B": self.b.flatten(0, 1).t().contiguous(),
-            "router": self.router.contiguous(),
-        }
-
 
 def from_reference_checkpoint(
     checkpoint: str | Path | Mapping[str, torch.Tensor],
@@ -64,14 +56,12 @@ def from_reference_checkpoint(
     Afterwards `PeftModel.from_pretrained(base_model, output_folder)` loads it.
 
     Args:
-        checkpoint: A folder with `adapter_model.safetensors` or `adapter_model.bin` (read with
-            `weights_only=True`), such a file, or its tensors by key.
+        checkpoint: A folder with its weights, a `.safetensors` or `.bin` file, or its tensors.
         output_folder: Where to write.
         base_model: The base model, to check names and sizes of the layers against; optional.
-        base_model_name_or_path: Name of the base model to note in the config. This one, the alpha
-            and the dropout default to what the checkpoint's `adapter_config.json` says.
-        lora_alpha: Alpha it was trained with. The paper's is 32.
-        lora_dropout: For training on; 0.05 where nothing is said.
+        base_model_name_or_path: Name of the base model; `None`: as the checkpoint's config says.
+        lora_alpha: Alpha it was trained with; `None`: likewise. The paper's is 32.
+        lora_dropout: For further training; `None`: likewise, else 0.05.
         task_type: PEFT's task type.
         task_encoder: The encoder of the task embeddings (the paper's is `Salesforce/codet5-base`).
 
@@ -93,15 +83,9 @@ def from_reference_checkpoint(
     _check_against_config(theirs, layers, r)
     given: dict[str, Any] = {"lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
     given["base_model_name_or_path"] = base_model_name_or_path
-    said = {"lora_dropout": 0.05} | theirs | {k: v for k, v in given.items() if v is not None}
-    if "lora_alpha" not in said:
-        raise ValueError(
-            "The checkpoint does not say its `lora_alpha` (no `adapter_config.json` with it). Pass "
-            "the one it was trained with, e.g. the paper's `lora_alpha=32`."
-        )
     config = TaskMoELoraConfig(
         task_type=task_type,
-        **{name: said[name] for name in given if name in said},
+        **_settings(given, theirs),
         inference_mode=True,
         num_experts=experts,
         r=r,
@@ -115,12 +99,26 @@ def from_reference_checkpoint(
     return config
 
 
+def _settings(given: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """What the caller gives, else what the checkpoint's config says."""
+    said: dict[str, Any] = (
+        {"lora_dropout": 0.05} | theirs | {k: v for k, v in given.items() if v is not None}
+    )
+    if "lora_alpha" not in said:
+        raise ValueError(
+            "The checkpoint does not say its `lora_alpha` (no `adapter_config.json` with it). Pass "
+            "the one it was trained with, e.g. the paper's `lora_alpha=32`."
+        )
+    return {name: said[name] for name in given if name in said}
+
+
 def _save(config: TaskMoELoraConfig, layers: Mapping[str, _Layer], folder: Path) -> None:
-    state_dict = {
-        f"{_PEFT_PREFIX}{name}.{PREFIX}{part}.weight": weight
-        for name, layer in layers.items()
-        for part, weight in layer.as_ours().items()
-    }
+    """Write A `(E*r, in)`, B `(out, E*r)` and the same router for each layer."""
+    state_dict = {}
+    for name, layer in layers.items():
+        weights = layer.a.transpose(1, 2).flatten(0, 1), layer.b.flatten(0, 1).t(), layer.router
+        for part, weight in zip(("A", "B", "router"), weights, strict=True):
+            state_dict[f"{_PEFT_PREFIX}{name}.{PREFIX}{part}.weight"] = weight.contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state_dict, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     config.save_pretrained(str(folder))
