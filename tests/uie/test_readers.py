@@ -199,8 +199,8 @@ def test_label_studio(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps([item, empty], indent=1), encoding="utf-8-sig")
     report = read_label_studio(path)
-    assert kinds(report) == [("unsupported", 1), ("aligned", 1), ("unsupported", 2)]
-    assert "1 mentions without offsets were placed" in report.problems[1].message
+    assert kinds(report) == [("unsupported", 1), ("unsupported", 2), ("aligned", 1)]
+    assert "1 mentions without offsets were placed" in report.problems[2].message
     document, other = report.documents
     assert (document.id, document.task, other.records) == ("7", "UIE", ())
     assert found(document) == [

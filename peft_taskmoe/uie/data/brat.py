@@ -77,9 +77,9 @@ def _graph(name: str, stem: Path, reading: Reading) -> Graph | None:
     if text is None:
         return None
     lines = [(n, x) for n, x in reading.lines(file) if x is not None and x.strip()]
-    graph = Graph(name, _as_counted(text, [line for _, line in lines]), file=file)
+    graph = Graph(name, _as_counted(text, [line for _, line in lines]), reading, file=file)
     for number, line in lines:
-        _take(line, number, graph, reading)
+        _take(line, number, graph)
     return graph
 
 
@@ -96,13 +96,13 @@ def _as_counted(text: str, lines: list[str]) -> str:
     return unix if fitting(unix) > fitting(text) else text
 
 
-def _take(line: str, number: int, graph: Graph, reading: Reading) -> None:
+def _take(line: str, number: int, graph: Graph) -> None:
     """Take one line of an .ann file."""
     if line[0] in _OTHER:
         message = f"The {_OTHER[line[0]]} `{shown(line)}` has no place in a document."
-        reading.note(message, number, graph.file)
+        graph.reading.note(message, number, graph.file)
     elif line[0] == "T" and (match := _MENTION.fullmatch(line)):
-        if (mention := _mention(match, number, graph, reading)) is not None:
+        if (mention := _mention(match, number, graph)) is not None:
             graph.mentions[match[1]] = mention
     elif line[0] == "R" and (match := _RELATION.fullmatch(line)):
         graph.links.append(Link(match[2], match[3], match[4], number))
@@ -116,16 +116,14 @@ def _take(line: str, number: int, graph: Graph, reading: Reading) -> None:
         graph.events[match[1]] = Happening(match[2], match[3], arguments, number)
     else:
         message = f"Cannot read `{shown(line)}`. Expected a T, R or E line of BRAT."
-        reading.error("brat", message, number, graph.file)
+        graph.reading.error("brat", message, number, graph.file)
 
 
-def _mention(
-    match: re.Match[str], number: int, graph: Graph, reading: Reading
-) -> dict[str, Any] | None:
+def _mention(match: re.Match[str], number: int, graph: Graph) -> dict[str, Any] | None:
     found = f"The mention `{match[1]}`"
     if ";" in match[3]:
         message = f"{found} has several pieces ({match[3]}), but a span has one. It is left out."
-        reading.error("discontinuous", message, number, graph.file)
+        graph.reading.error("discontinuous", message, number, graph.file)
         return None
     start, end = map(int, match[3].split())
     words = _words(match, graph.text)
@@ -133,7 +131,7 @@ def _mention(
         stands = shown(graph.text[start:end])
         message = f"{found} says `{shown(match[4])}`, but text[{start}:{end}] is `{stands}`."
         advice = "Offsets count characters of the .txt. The mention is left out."
-        reading.error("offsets", f"{message} {advice}", number, graph.file)
+        graph.reading.error("offsets", f"{message} {advice}", number, graph.file)
         return None
     return {"label": match[2], "text": words, "start": start, "end": end}
 

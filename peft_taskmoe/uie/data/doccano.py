@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft_taskmoe.uie.data.exported import Item, read_export
+from peft_taskmoe.uie.data.exported import graph_of, read_export
 from peft_taskmoe.uie.data.file_schema import GivenSchema
 from peft_taskmoe.uie.data.graph import Graph, GraphTask
 from peft_taskmoe.uie.data.reading import OnError, Reading, ReadReport
@@ -42,18 +42,18 @@ def read_doccano(
 
 
 def _graph(data: Mapping[str, Any], line: int, reading: Reading) -> Graph:
-    item = Item(data, data["text" if "text" in data else "data"], line, reading)
+    graph = graph_of(data, data["text" if "text" in data else "data"], line, reading)
     marked = next((data[key] for key in ("label", "labels", "entities") if key in data), None)
     if not isinstance(marked, list) or any(isinstance(one, str) for one in marked):
         raise ValueError(f"its labels are `{shown(marked)}`, not places in the text")
     for one in marked:
         if isinstance(one, Mapping):
             start, end = one.get("start_offset"), one.get("end_offset")
-            item.mention(one.get("id"), one["label"], start, end, one.get("text"))
+            graph.add_mention(one.get("id"), one["label"], start, end, one.get("text"))
         else:
             start, end, label = one
-            item.mention(None, label, start, end)
+            graph.add_mention(None, label, start, end)
     for link in data.get("relations") or ():
-        item.link(link["type"], link["from_id"], link["to_id"])
-    item.graph.extra = {key: value for key, value in data.items() if key not in _KNOWN}
-    return item.done()
+        graph.add_link(link["type"], link["from_id"], link["to_id"])
+    graph.extra = {key: value for key, value in data.items() if key not in _KNOWN}
+    return graph

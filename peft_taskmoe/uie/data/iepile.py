@@ -38,82 +38,70 @@ def read_iepile(path: str | Path, *, on_error: OnError = "raise") -> ReadReport:
 
     Source: the description of the data in the README of the repository zjunlp/IEPile.
 
-    Args:
-        path: The file.
-        on_error: "raise" at the first error, or "collect" them all.
-
-    Raises:
-        ReadError: At the first error, where asked to.
+    Arguments and errors are those of `read_jsonl`.
     """
     reading = Reading(path, on_error)
-    for number, source in reading.values(Path(path)):
-        try:
-            line = _Line(source)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            message = "The line is not in the format that `read_iepile` describes"
-            reading.error("row", f"{message}: {type(error).__name__}: {error}.", number)
-            continue
-        for kind, message in line.lost:
-            reading.error(kind, message, number)
-        if line.task == "EAE" and not line.annotations and line.lost:
-            continue  # its errors have said why there is nothing to ask
-        reading.add(line.row(), number)
-        if line.clashing:
-            keys = listed(line.clashing)
-            reading.note(
-                f"Keys that mean something else in a document are not kept: {keys}.", number
-            )
+    for number, row in reading.shaped(reading.values(Path(path)), _row):
+        reading.add(row, number)
     return reading.report
 
 
+def _row(source: Mapping[str, Any], number: int, reading: Reading) -> dict[str, Any] | None:
+    """A line as a row of the JSONL format; `None` where its errors say why there is none."""
+    for key in ("task", "instruction", "output"):
+        if key not in source:
+            raise ValueError(f"it has no `{key}` (keys: {', '.join(source)})")
+    instruction, output = (
+        parse_json(source[key]) if isinstance(source[key], str) else source[key]
+        for key in ("instruction", "output")
+    )
+    if source["task"] not in _TASKS:
+        message = f"there is no reading of task `{source['task']}`"
+        raise ValueError(f"{message}, only of {', '.join(_TASKS)}")
+    task, text = _TASKS[source["task"]], instruction["input"]
+    schema, triggers = _schema(instruction["schema"], task)
+    line = _Line(text, number, reading)
+    for label, values in output.items():
+        if task == "EAE":
+            line.given_events(label, triggers.get(label, []), values)
+        else:
+            for value in values:
+                line.take(task, label, value)
+    if task == "EAE" and not line.annotations and line.lost:
+        return None
+    row = {"text": text, "task": task, "schema": schema, "annotations": line.annotations}
+    fields = {*row, "entities"}
+    if clashing := [key for key in source if key in fields - {"task"}]:
+        message = f"Keys that mean something else in a document are not kept: {listed(clashing)}."
+        reading.note(message, number)
+    dropped = fields | {"instruction", "output"}
+    return {key: value for key, value in source.items() if key not in dropped} | row
+
+
 class _Line:
-    """One line: its annotations, placed, and what was lost of it, as (kind, message)."""
+    """The annotations of one line, placed in its text."""
 
-    def __init__(self, source: Mapping[str, Any]) -> None:
-        for key in ("task", "instruction", "output"):
-            if key not in source:
-                raise ValueError(f"it has no `{key}` (keys: {', '.join(source)})")
-        instruction, output = (
-            parse_json(source[key]) if isinstance(source[key], str) else source[key]
-            for key in ("instruction", "output")
-        )
-        if source["task"] not in _TASKS:
-            message = f"there is no reading of task `{source['task']}`"
-            raise ValueError(f"{message}, only of {', '.join(_TASKS)}")
-        self.task, self.text = _TASKS[source["task"]], instruction["input"]
-        self.placer = Placer(self.text)
-        self.lost: list[tuple[str, str]] = []
+    def __init__(self, text: str, number: int, reading: Reading) -> None:
+        self.number, self.reading, self.placer = number, reading, Placer(text)
         self.annotations: list[dict[str, Any]] = []
-        self.schema, self.triggers = _schema(instruction["schema"], self.task)
-        for label, values in output.items():
-            if self.task == "EAE":
-                self.given_events(label, self.triggers.get(label, []), values)
-            else:
-                for value in values:
-                    self.take(label, value)
-        own = {"task", "instruction", "output", "id"}
-        self.extra = {key: value for key, value in source.items() if key not in own}
-        fields = ("id", "text", "task", "schema", "annotations", "entities")
-        self.clashing = [key for key in self.extra if key in fields]
-        self.id = {"id": source["id"]} if "id" in source else {}
+        self.lost = False
 
-    def row(self) -> dict[str, Any]:
-        row = {"text": self.text, "task": self.task, "schema": self.schema}
-        kept = {key: value for key, value in self.extra.items() if key not in self.clashing}
-        return kept | self.id | row | {"annotations": self.annotations}
+    def lose(self, kind: str, message: str) -> None:
+        self.lost = True
+        self.reading.error(kind, message, self.number)
 
     def span(self, mention: str, group: str | None = None) -> dict[str, Any] | None:
         place = self.placer.span(mention, group)
         if place is None:
             message = f"The text has no `{shown(mention.strip())}`. What it belongs to is left out."
-            self.lost.append(("not_in_text", message))
+            self.lose("not_in_text", message)
         return place
 
-    def take(self, label: str, value: Any) -> None:
-        if self.task == "NER":
+    def take(self, task: str, label: str, value: Any) -> None:
+        if task == "NER":
             if (entity := self.span(value, label)) is not None:
                 self.annotations.append({"label": label} | entity)
-        elif self.task == "RE":
+        elif task == "RE":
             head, tail = self.span(value["subject"]), self.span(value["object"])
             if head is not None and tail is not None:
                 self.annotations.append({"relation": label, "head": head, "tail": tail})
@@ -124,21 +112,17 @@ class _Line:
 
     def event(self, type_: str, trigger: Any, roles: Mapping[str, Any]) -> None:
         if trigger in _NOTHING:
-            message = f"An event `{type_}` has no trigger. It is left out."
-            self.lost.append(("no_trigger", message))
+            self.lose("no_trigger", f"An event `{type_}` has no trigger. It is left out.")
         elif (place := self.span(trigger, type_)) is not None:
-            arguments = self.arguments(roles)
+            given = [
+                (role, mention)
+                for role, mentions in roles.items()
+                for mention in (mentions if isinstance(mentions, list) else [mentions])
+                if mention not in _NOTHING
+            ]
+            placed = [(role, self.span(mention)) for role, mention in given]
+            arguments = [{"role": role} | place for role, place in placed if place is not None]
             self.annotations.append({"type": type_, "trigger": place, "arguments": arguments})
-
-    def arguments(self, roles: Mapping[str, Any]) -> list[dict[str, Any]]:
-        given = [
-            (role, mention)
-            for role, mentions in roles.items()
-            for mention in (mentions if isinstance(mentions, list) else [mentions])
-            if mention not in _NOTHING
-        ]
-        placed = [(role, self.span(mention)) for role, mention in given]
-        return [{"role": role} | place for role, place in placed if place is not None]
 
     def given_events(self, label: str, triggers: list[str], values: list[Any]) -> None:
         if len(triggers) == 1 and len(values) <= 1:
@@ -148,7 +132,7 @@ class _Line:
                 f"There are {len(triggers)} triggers and {len(values)} sets of arguments of "
                 f"`{label}`, and the format does not say which belong together. They are left out."
             )
-            self.lost.append(("no_trigger", message))
+            self.lose("no_trigger", message)
 
 
 def _schema(names: Any, task: str) -> tuple[dict[str, Any], dict[str, list[str]]]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft_taskmoe.uie.data.exported import Item, read_export
+from peft_taskmoe.uie.data.exported import graph_of, read_export
 from peft_taskmoe.uie.data.file_schema import GivenSchema
 from peft_taskmoe.uie.data.graph import Graph, GraphTask
 from peft_taskmoe.uie.data.reading import OnError, Reading, ReadReport
@@ -37,29 +37,29 @@ def _graph(data: Mapping[str, Any], line: int, reading: Reading) -> Graph:
     if "text" not in fields and len(texts) != 1:
         raise ValueError(f"it has no `text` (keys: {', '.join(fields)})")
     text = fields["text"] if "text" in fields else texts[0]
-    item = Item(data, text, line, reading)
+    graph = graph_of(data, text, line, reading)
     for result in _results(data, line, reading):
         if result.get("type") == "relation":
             head, tail = result["from_id"], result["to_id"]
             if result.get("direction") == "left":
                 head, tail = tail, head
             for label in result.get("labels") or [""]:
-                item.link(label, head, tail)
+                graph.add_link(label, head, tail)
         else:
-            _take_region(result, item, line)
-    return item.done()
+            _take_region(result, graph)
+    return graph
 
 
-def _take_region(result: Mapping[str, Any], item: Item, line: int) -> None:
+def _take_region(result: Mapping[str, Any], graph: Graph) -> None:
     value = result.get("value", result)
     labels = value.get("labels") or value.get("hypertextlabels")
     if not labels:
         kind = shown(result.get("type"))
-        item.reading.note(f"The result `{kind}` marks no words of the text.", line)
+        graph.reading.note(f"The result `{kind}` marks no words of the text.", graph.line)
     place = value.get("globalOffsets", value)
     for n, label in enumerate(labels or ()):
         name = result.get("id") if n == 0 else None
-        item.mention(name, label, place.get("start"), place.get("end"), value.get("text"))
+        graph.add_mention(name, label, place.get("start"), place.get("end"), value.get("text"))
 
 
 def _results(data: Mapping[str, Any], line: int, reading: Reading) -> list[Mapping[str, Any]]:

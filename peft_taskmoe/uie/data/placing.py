@@ -1,4 +1,4 @@
-"""Places for mentions that a format gives without offsets."""
+"""Places of mentions that a format gives without offsets, or in UTF-16 units."""
 
 from __future__ import annotations
 
@@ -34,3 +34,16 @@ class Placer:
         self._taken[group, mention] += group is not None
         self.placed += 1
         return {"text": self._index.text[start:end], "start": start, "end": end}
+
+
+def span_at(text: str, start: int, end: int, words: Any) -> dict[str, Any] | None:
+    """Text, start and end, of offsets in characters or UTF-16 units; `None` where they are wrong."""
+    if words is not None and text[start:end] != words:
+        # A browser counts UTF-16 units.
+        units = text.encode("utf-16-le", "surrogatepass")
+        before = units[: 2 * start].decode("utf-16-le", "replace")
+        inside = units[2 * start : 2 * end].decode("utf-16-le", "replace")
+        start, end = len(before), len(before) + len(inside)
+    if end > len(text) or words not in (None, text[start:end]):
+        return None
+    return {"text": text[start:end], "start": start, "end": end}

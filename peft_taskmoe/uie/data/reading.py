@@ -12,7 +12,7 @@ and its line; no two documents of a file have the same.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -195,6 +195,22 @@ class Reading:
                 )
             else:
                 yield number, value
+
+    def shaped(
+        self, values: Iterable[tuple[int, Any]], shape: Callable[[Any, int, Reading], Any]
+    ) -> Iterator[tuple[int, Any]]:
+        """What `shape` returns for each value, without `None`; what it raises is an error."""
+        for number, value in values:
+            try:
+                found = shape(value, number, self)
+            except ReadError:
+                raise
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                message = f"The item is not in the format of this reader: {type(error).__name__}"
+                self.error("row", f"{message}: {error}.", number)
+            else:
+                if found is not None:
+                    yield number, found
 
     def add(self, row: Any, line: int | None = None, file: str | Path | None = None) -> None:
         """Check a row of the JSONL format and take its document, or report all its faults."""

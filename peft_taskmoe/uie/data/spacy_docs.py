@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_taskmoe.optional import needed
-from peft_taskmoe.uie.data.exported import Item, read_export
+from peft_taskmoe.uie.data.exported import graph_of, read_export
 from peft_taskmoe.uie.data.file_schema import GivenSchema
 from peft_taskmoe.uie.data.graph import Graph, GraphTask, Link, add_graphs
 from peft_taskmoe.uie.data.reading import OnError, Reading, ReadReport
@@ -50,17 +50,17 @@ def _graph(data: Any, line: int, reading: Reading) -> Graph | None:
     if data.get("answer", "accept") != "accept":
         reading.note(f"The answer is `{data['answer']}`; the text is left out.", line)
         return None
-    item = Item(data, data["text"], line, reading)
+    graph = graph_of(data, data["text"], line, reading)
     spans = data.get("spans")
     for one in spans if isinstance(spans, list) else data.get("ents", ()):
         mapped = isinstance(one, Mapping)
         start, end, label = (one.get(k) for k in ("start", "end", "label")) if mapped else one
         words = one.get("text") if mapped else None
-        item.mention(f"{start}:{end}" if start is not None else None, label, start, end, words)
+        graph.add_mention(f"{start}:{end}" if start is not None else None, label, start, end, words)
     for link in data.get("relations") or ():
         ends = [f"{link[end]['start']}:{link[end]['end']}" for end in ("head_span", "child_span")]
-        item.link(link["label"], *ends)
-    return item.done()
+        graph.add_link(link["label"], *ends)
+    return graph
 
 
 def _docs(path: Path, reading: Reading) -> Any:
@@ -73,7 +73,7 @@ def _docs(path: Path, reading: Reading) -> Any:
 
 
 def _doc_graph(doc: Any, number: int, reading: Reading) -> Graph:
-    graph = Graph(f"{Path(reading.source).stem}-{number}", doc.text, line=number)
+    graph = Graph(f"{Path(reading.source).stem}-{number}", doc.text, reading, number)
     for span in doc.ents:
         place = {"text": span.text, "start": span.start_char, "end": span.end_char}
         graph.mentions[str(span.start)] = {"label": span.label_} | place
