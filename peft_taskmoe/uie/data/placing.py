@@ -37,7 +37,7 @@ class Placer:
 
 
 def span_at(text: str, start: int, end: int, words: Any) -> dict[str, Any] | None:
-    """Text, start and end, of offsets in characters or UTF-16 units; `None` where they are wrong."""
+    """Text, start and end of offsets in characters or UTF-16 units; `None` if they are wrong."""
     if words is not None and text[start:end] != words:
         # A browser counts UTF-16 units.
         units = text.encode("utf-16-le", "surrogatepass")
