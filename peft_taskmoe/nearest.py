@@ -128,12 +128,9 @@ def nearest_tasks(
 ) -> list[NearTask]:
     """The training tasks that a prompt resembles, the most alike in gates first.
 
-    Args:
-        model: A causal language model with the adapter.
-        prompt: The prompt of an unseen task, or several of the same task.
-        centroids: Those of the training tasks; or their file, or the folder of the adapter.
-        tokenizer: See `measure_tasks`.
-        adapter: Which adapter, if several are active.
+    `prompt` is that of an unseen task, or several of the same task; `centroids` those of the
+    training tasks, their file, or the folder of the adapter. The other arguments are those of
+    `measure_tasks`.
 
     Raises:
         ValueError: If the centroids are not those of this adapter's layers, experts or encoder.
@@ -198,14 +195,8 @@ def save_task_centroids(
 ) -> Path:
     """Write the centroid of each training task beside an adapter, for `nearest_tasks`.
 
-    Some dozen prompts a task are enough. The file has `4 * (layers * e + task_dim)` bytes a task.
-
-    Args:
-        model: A causal language model with the adapter.
-        tasks: Prompts of each training task.
-        folder: The folder of the adapter.
-        tokenizer: See `measure_tasks`.
-        adapter: Which adapter, if several are active.
+    Some dozen prompts a task are enough. The file has `4 * (layers * e + task_dim)` bytes a task,
+    and lies in `folder`, that of the adapter. The other arguments are those of `measure_tasks`.
     """
     measured = measure_tasks(model, tasks, tokenizer=tokenizer, adapter=adapter)
     return TaskCentroids.of(*measured, adapter).save(folder)

@@ -80,15 +80,6 @@ class Example:
     names: Names
     document: Document
 
-    def to_dict(self) -> dict[str, str]:
-        """The columns for training: `id`, `prompt`, `completion`, `schema_text`."""
-        return {
-            "id": self.id,
-            "prompt": self.prompt,
-            "completion": self.completion,
-            "schema_text": self.schema_text,
-        }
-
 
 def build_example(
     document: Document,
@@ -168,18 +159,10 @@ def completion_text(
     given: Sequence[Event] = (),
     format: PromptFormat | None = None,
 ) -> str:
-    """The answer that holds some records, in the order of the text, each once.
+    """The answer that holds some records, in the order of the text, each once: ` [...]`.
 
-    Args:
-        records: The records; spans without offsets are written without occurrence numbers.
-        text: The text that the offsets belong to.
-        schema: The labels shown.
-        names: Their identifiers; `None` is `schema.names`.
-        given: The events that the prompt gives, if it does.
-        format: How to write; `None` is `PromptFormat()`.
-
-    Returns:
-        ` [...]`, which `parse_answer` reads back.
+    Spans without offsets are written without occurrence numbers. `parse_answer` reads the answer
+    back. The other arguments are those of `prompt_text`.
 
     Raises:
         ValueError: A record has a label or role that the schema does not have.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from peft_taskmoe.uie.data.file_schema import GivenSchema, schema_of_file
 from peft_taskmoe.uie.data.reading import OnError, Reading, ReadReport
-from peft_taskmoe.uie.data.tags import SCHEMES, TagScheme, is_tag, mentions_of_tags
-from peft_taskmoe.uie.data.tokens import Detokenize, join_tokens
+from peft_taskmoe.uie.data.tags import SCHEMES, TagScheme, annotated, is_tag
+from peft_taskmoe.uie.data.tokens import Detokenize
 from peft_taskmoe.uie.wording import shown
 
 
@@ -93,20 +94,16 @@ def _documents(sentences: Iterable[list[_Token]], unit: str) -> list[list[list[_
     return documents
 
 
+@dataclass
 class _Columns:
     """Finds the sentences of a file and the two columns that count."""
 
-    def __init__(
-        self,
-        reading: Reading,
-        scheme: TagScheme,
-        token_column: int,
-        tag_column: int,
-        separator: str | None,
-        comment: str | None,
-    ) -> None:
-        self.reading, self.scheme, self.separator = reading, scheme, separator
-        self.token_column, self.tag_column, self.comment = token_column, tag_column, comment
+    reading: Reading
+    scheme: TagScheme
+    token_column: int
+    tag_column: int
+    separator: str | None
+    comment: str | None
 
     def sentences(self, path: Path) -> Iterator[list[_Token]]:
         """The sentences that can be read; an empty one where a document begins."""
@@ -178,12 +175,11 @@ def _row(
     text, annotations = "", []
     for sentence in sentences:
         text += "\n" if text else ""
-        joined, places = join_tokens([token.word for token in sentence], detokenize)
-        mentions, faults = mentions_of_tags([token.tag for token in sentence], scheme)
-        for label, first, behind in mentions:
-            start, end = places[first][0], places[behind - 1][1]
-            span = {"start": len(text) + start, "end": len(text) + end}
-            annotations.append({"label": label, "text": joined[start:end], **span})
+        words, tags = [token.word for token in sentence], [token.tag for token in sentence]
+        joined, found, faults = annotated(words, tags, scheme, detokenize)
+        for one in found:
+            shifted = {"start": len(text) + one["start"], "end": len(text) + one["end"]}
+            annotations.append(one | shifted)
         for i, message in faults:
             reading.error("tags", message, sentence[i].line)
         text += joined

@@ -10,8 +10,8 @@ from typing import Any
 
 from peft_taskmoe.optional import needed
 from peft_taskmoe.uie.data.reading import OnError, Reading, ReadReport
-from peft_taskmoe.uie.data.tags import TagScheme, mentions_of_tags
-from peft_taskmoe.uie.data.tokens import Detokenize, join_tokens
+from peft_taskmoe.uie.data.tags import TagScheme, annotated
+from peft_taskmoe.uie.data.tokens import Detokenize
 
 RowMapping = Callable[[Mapping[str, Any]], "Mapping[str, Any] | None"]
 """From a row of some data set to one of the JSONL format, with or without `id`; None: left out."""
@@ -151,15 +151,8 @@ class TokenTags:
             )
         if self.names is not None:
             tags = [self.names[tag] for tag in tags]
-        mentions, faults = mentions_of_tags(tags, self.scheme)
+        text, annotations, faults = annotated(tokens, tags, self.scheme, self.detokenize)
         if faults:
             raise ValueError(f"tag {faults[0][0]}: {faults[0][1]}")
-        text, places = join_tokens(tokens, self.detokenize)
-        annotations = []
-        for label, first, behind in mentions:
-            start, end = places[first][0], places[behind - 1][1]
-            annotations.append(
-                {"label": label, "text": text[start:end], "start": start, "end": end}
-            )
         out = {"text": text, "task": "NER", "schema": dict(self.schema), "annotations": annotations}
         return out if self.id_ is None else {"id": str(row[self.id_])} | out

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+from peft_taskmoe.uie.data.tokens import Detokenize, join_tokens
 
 TagScheme = Literal["IOB1", "IOB2", "BIOES"]
 
@@ -37,46 +39,43 @@ def mentions_of_tags(
     Returns:
         The mentions, and (index of a token, message) for each tag that the scheme does not allow.
     """
-    sentence = _Sentence(scheme)
-    for i, tag in enumerate(tags):
-        sentence.take(i, tag)
-    sentence.close(len(tags), ended=False)
-    return sentence.mentions, sentence.faults
+    mentions: list[Tagged] = []
+    faults: list[tuple[int, str]] = []
+    label, first = None, 0  # of the mention that is open
+    for i, tag in enumerate((*tags, "O")):
+        prefix, _, name = tag.partition("-")
+        known = is_tag(tag, scheme)
+        continues = known and prefix in "IEL" and name == label
+        if label is not None and not continues:
+            if scheme == "BIOES":
+                message = f"The entity `{label}` does not end with E- or S-."
+                faults.append((i - 1, f"{message} It is read as ending here."))
+            mentions.append(Tagged(label, first, i))
+            label = None
+        if not known:
+            message = f"The tag `{tag}` is none of {scheme}. It is read as O;"
+            faults.append((i, f"{message} pass another scheme if the file has one."))
+        elif tag != "O":
+            if not continues:
+                label, first = name, i
+                if prefix in "IEL" and scheme != "IOB1":
+                    message = f"The tag `{tag}` continues no entity in {scheme}. It is read as"
+                    advice = 'the start of one; pass scheme="IOB1" if that is what the file has.'
+                    faults.append((i, f"{message} {advice}"))
+            if prefix in "ESLU":
+                mentions.append(Tagged(name, first, i + 1))
+                label = None
+    return mentions, faults
 
 
-class _Sentence:
-    """The mentions of the tags so far."""
-
-    def __init__(self, scheme: TagScheme) -> None:
-        self.scheme = scheme
-        self.mentions: list[Tagged] = []
-        self.faults: list[tuple[int, str]] = []
-        self.label: str | None = None  # of the mention that is open, and where it began
-        self.first = 0
-
-    def close(self, behind: int, ended: bool = True) -> None:
-        if self.label is None:
-            return
-        if self.scheme == "BIOES" and not ended:
-            message = f"The entity `{self.label}` does not end with E- or S-. "
-            self.faults.append((behind - 1, f"{message}It is read as ending here."))
-        self.mentions.append(Tagged(self.label, self.first, behind))
-        self.label = None
-
-    def take(self, i: int, tag: str) -> None:
-        prefix, _, label = tag.partition("-")
-        if tag == "O" or not is_tag(tag, self.scheme):
-            self.close(i, ended=False)
-            if tag != "O":
-                message = f"The tag `{tag}` is none of {self.scheme}. It is read as O; "
-                self.faults.append((i, f"{message}pass another scheme if the file has one."))
-            return
-        if prefix not in "IEL" or label != self.label:
-            self.close(i, ended=False)
-            if prefix in "IEL" and self.scheme != "IOB1":
-                message = f"The tag `{tag}` continues no entity in {self.scheme}. It is read as "
-                advice = 'the start of one; pass scheme="IOB1" if that is what the file has.'
-                self.faults.append((i, message + advice))
-            self.label, self.first = label, i
-        if prefix in "ESLU":
-            self.close(i + 1)
+def annotated(
+    tokens: Sequence[str], tags: Sequence[str], scheme: TagScheme, detokenize: Detokenize
+) -> tuple[str, list[dict[str, Any]], list[tuple[int, str]]]:
+    """The text of a sentence, its annotations, and the faults of `mentions_of_tags`."""
+    mentions, faults = mentions_of_tags(tags, scheme)
+    text, places = join_tokens(tokens, detokenize)
+    annotations = []
+    for label, first, behind in mentions:
+        start, end = places[first][0], places[behind - 1][1]
+        annotations.append({"label": label, "text": text[start:end], "start": start, "end": end})
+    return text, annotations, faults

@@ -89,17 +89,11 @@ def to_prompt_completion(
 ) -> Dataset:
     """Training examples in the prompt-completion format of TRL.
 
-    Args:
-        documents: Pairs of data set and document, as `mix` gives them.
-        task_text: What the task encoder reads: the whole "prompt" (the paper's task-aware) or the
-            part before the input text, the "schema" (schema-aware).
-        format: How prompts are written.
-        regularisers: What varies from example to example; another `seed` gives other examples,
-            e.g. for each epoch.
-        seed: Of the regularisers.
-        mentions: Example mentions for the regularisers.
-        negative_pool: Labels for the regularisers.
-        num_proc: Number of processes.
+    `documents` are pairs as `mix` gives them, `num_proc` is a number of processes; the other
+    arguments are those of `build_example`. Another `seed` gives other examples, e.g. each epoch.
+
+    `task_text` is what the task encoder reads: the whole "prompt" (the paper's
+    task-aware) or the part before the input text, the "schema" (schema-aware).
 
     Returns:
         A dataset with the string columns id, dataset, prompt, completion and task_text, one row a

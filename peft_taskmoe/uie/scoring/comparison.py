@@ -169,17 +169,11 @@ def compare_values(
     """Paired bootstrap test of a real number per document, e.g. the loss of its gold answer.
 
     The value of a data set is the weighted mean over its documents, that of the row `("all",)` the
-    unweighted mean over data sets. Resampling, interval and p as in `compare`.
+    unweighted mean over data sets. Resampling, interval, p and their arguments are as in `compare`.
 
-    Args:
-        a: For each data set, the first system's value of each document by its id.
-        b: The second system's, for the same documents.
-        weights: For each data set, the weight of each document, e.g. its number of answer tokens
-            where the values are means over tokens; None: all documents weigh the same.
-        n_resamples: Number of resamples.
-        confidence: Width of the intervals, between 0 and 1.
-        seed: Seed of the resampling.
-        clusters: As in `compare`.
+    `a` and `b` have, for each data set, the value of each document by its id; `weights` likewise
+    the weight of each document, e.g. its number of answer tokens where the values are means over
+    tokens. Without `weights` all documents weigh the same.
 
     Raises:
         ValueError: If the systems do not have the same documents, a value is not finite, a weight

@@ -18,12 +18,7 @@ def confusion(
 
     Items of a task that agree in all but the label (of an argument, its role) belong together.
     Equal labels are matched first. A gold item that is left over counts under `NOT_FOUND`, a
-    predicted one under `NOT_GOLD`.
-
-    Args:
-        documents: For each data set, its documents with their gold records.
-        answers: For each data set, the answers by the documents' ids; no answer finds nothing.
-        match: Compare mentions by "text" or by "offsets", as `score` does.
+    predicted one under `NOT_GOLD`. The arguments are those of `score`.
 
     Returns:
         Counts by (gold label, predicted label).

@@ -132,13 +132,10 @@ class ScoreReport(Tabular):
         The documents of each data set are drawn with replacement, `n_resamples` times; a mean's
         resample is the mean of its data sets' resamples. Resamples without gold are left out.
 
-        Source: Efron & Tibshirani, "An Introduction to the Bootstrap" (1993), ch. 13.
+        The same seed gives the same intervals; those of a data set do not depend on the others. The
+        arguments are those of `compare`.
 
-        Args:
-            n_resamples: Number of resamples.
-            confidence: Width of the interval, between 0 and 1.
-            seed: Same seed, same intervals; those of a data set do not depend on the others.
-            clusters: As in `compare`.
+        Source: Efron & Tibshirani, "An Introduction to the Bootstrap" (1993), ch. 13.
         """
         check_resampling(n_resamples, confidence)
         (resampled,) = resampled_f1([self], n_resamples, seed, clusters)
