@@ -12,6 +12,7 @@ from peft_taskmoe.uie import (
     Entity,
     Event,
     ReadError,
+    Regularisers,
     Relation,
     Schema,
     TokenTags,
@@ -91,17 +92,12 @@ def test_jsonl_is_read_and_written_back(tmp_path):
     report = read_jsonl(jsonl(tmp_path / "in.jsonl", *ROWS))
     assert report.problems == [] and str(report) == "4 documents, 0 problems"
     ner, re_, ee, eae = report.documents
-    assert (
-        isinstance(ner.records[0], Entity)
-        and isinstance(re_.records[0], Relation)
-        and isinstance(ee.records[0], Event)
-    )
+    kinds = [type(document.records[0]) for document in (ner, re_, ee)]
+    assert kinds == [Entity, Relation, Event] and re_.entities[0].label == "Person"
     assert (eae.task, eae.extra) == ("EAE", {"source": "made up"})
-    assert re_.entities[0].label == "Person"
     assert write_jsonl(report.documents, tmp_path / "out.jsonl") == 4
-    assert [
-        json.loads(line) for line in (tmp_path / "out.jsonl").read_text("utf-8").splitlines()
-    ] == ROWS
+    written = (tmp_path / "out.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line) for line in written] == ROWS
     assert read_jsonl(tmp_path / "out.jsonl").documents == report.documents
     assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl"}
 
@@ -155,11 +151,7 @@ BAD_ROWS = [
     (changed(RE, entities__0__end=4), "offsets", r"`entities\[0\]` says"),
     (changed(RE, entities=3), "row", "The value of `entities` is `3`; it has to be a list"),
     (changed(EE, annotations__0__trigger__start=8), "offsets", r"`annotations\[0\].trigger` says"),
-    (
-        changed(EE, **{ARGUMENT + "role": "Tool"}),
-        "label",
-        "role `Tool`, which `Conflict.Attack` do",
-    ),
+    (changed(EE, **{ARGUMENT + "role": "Tool"}), "label", "`Tool`, which `Conflict.Attack` does"),
     (changed(EE, **{ARGUMENT + "role": None}), "row", r"`annotations\[0\].arguments\[0\]` has no"),
     (changed(EE, **{ARGUMENT + "end": 5}), "offsets", r"`annotations\[0\].arguments\[0\]` says"),
     (changed(EE, annotations__0__arguments="x"), "row", r"arguments` is `'x'`, not a list"),
@@ -193,26 +185,19 @@ def test_no_mutation_of_a_row_stops_the_reader(tmp_path):
         return [mutate(inner) for inner in value] if isinstance(value, list) else value
 
     rows = [mutate(changed(rng.choice(ROWS), id=str(i))) for i in range(2000)]
-    report = read_jsonl(
-        jsonl(tmp_path / "in.jsonl", *(json.dumps(row) for row in rows)), on_error="collect"
-    )
+    path = jsonl(tmp_path / "in.jsonl", *map(json.dumps, rows))
+    report = read_jsonl(path, on_error="collect")
     lost = {problem.line for problem in report.errors}
     assert len(lost) + len(report.documents) == 2000 and len(report.documents) > 20
-    assert (
-        write_jsonl(report.documents, tmp_path / "out.jsonl")
-        and not read_jsonl(tmp_path / "out.jsonl").errors
-    )
+    assert write_jsonl(report.documents, path) and not read_jsonl(path).errors
 
 
 def test_all_faults_of_a_row_are_reported(tmp_path):
-    row = changed(
-        RE, annotations__0__head__start=1, annotations__0__relation="Kill", entities__0__end=4
-    )
+    changes = {"annotations__0__head__start": 1, "annotations__0__relation": "Kill"}
+    row = changed(RE, **changes, entities__0__end=4)
     report = read_jsonl(jsonl(tmp_path / "in.jsonl", row), on_error="collect")
-    assert (
-        report.counts() == {"label": 1, "offsets": 2}
-        and str(report) == "0 documents, 3 problems: 1 label, 2 offsets"
-    )
+    assert report.counts() == {"label": 1, "offsets": 2}
+    assert str(report) == "0 documents, 3 problems: 1 label, 2 offsets"
 
 
 def test_characters_that_only_python_takes_for_line_ends(tmp_path):
@@ -222,53 +207,36 @@ def test_characters_that_only_python_takes_for_line_ends(tmp_path):
 
 
 def test_empty_files_and_blank_lines(tmp_path):
+    path = tmp_path / "in.jsonl"
     for content in ("", "\n\n"):
-        (tmp_path / "in.jsonl").write_text(content)
-        with pytest.raises(
-            ReadError, match=r"The file has no document. Check that it is the right one"
-        ):
-            read_jsonl(tmp_path / "in.jsonl")
-    report = read_jsonl(jsonl(tmp_path / "in.jsonl", NER, "", RE, "", ""))
-    assert (
-        places(report) == [("unsupported", 2)]
-        and report.errors == []
-        and len(report.documents) == 2
-    )
+        path.write_text(content)
+        with pytest.raises(ReadError, match=r"The file has no document. Check that it is the righ"):
+            read_jsonl(path)
+    report = read_jsonl(jsonl(path, NER, "", RE, "", ""))
+    assert places(report) == [("unsupported", 2)] and report.errors == []
+    assert len(report.documents) == 2
     with pytest.raises(FileNotFoundError):
         read_jsonl(tmp_path / "missing.jsonl")
-    with pytest.raises(
-        ValueError, match=r'There is no on_error="skip". Choose "raise" or "collect"'
-    ):
-        read_jsonl(tmp_path / "in.jsonl", on_error="skip")
+    with pytest.raises(ValueError, match=r'There is no on_error="skip". Choose "raise" or "colle'):
+        read_jsonl(path, on_error="skip")
 
 
 def test_keys_that_no_record_holds_are_noted(tmp_path):
     row = changed(RE, annotations__0__certainty="high", annotations__0__head__kb="Q1")
     report = read_jsonl(jsonl(tmp_path / "in.jsonl", row))
-    assert len(report.documents) == 1 and report.problems[0].severity == "note"
-    assert (
-        report.problems[0].message
-        == "The annotations have keys that are not kept: `certainty`, `kb`."
-    )
+    (note,) = report.problems
+    assert len(report.documents) == 1 and note.severity == "note"
+    assert note.message == "The annotations have keys that are not kept: `certainty`, `kb`."
 
 
 def test_several_tasks_in_one_schema(tmp_path):
-    row = {
-        "id": "u",
-        "text": RE["text"],
-        "task": "UIE",
-        "schema": {"entities": {"Person": ""}, "relations": RE["schema"]},
-        "annotations": [RE["annotations"][0], RE["entities"][0]],
-    }
-    assert [
-        type(record)
-        for record in read_jsonl(jsonl(tmp_path / "in.jsonl", row)).documents[0].records
-    ] == [Relation, Entity]
-    report = read_jsonl(
-        jsonl(tmp_path / "in.jsonl", changed(row, annotations__1__label="Work_For")),
-        on_error="collect",
-    )
-    assert report.counts() == {"label": 1}
+    schema = {"entities": {"Person": ""}, "relations": RE["schema"]}
+    row = {"id": "u", "text": RE["text"], "task": "UIE", "schema": schema}
+    row["annotations"] = [RE["annotations"][0], RE["entities"][0]]
+    (document,) = read_jsonl(jsonl(tmp_path / "in.jsonl", row)).documents
+    assert [type(record) for record in document.records] == [Relation, Entity]
+    path = jsonl(tmp_path / "in.jsonl", changed(row, annotations__1__label="Work_For"))
+    assert read_jsonl(path, on_error="collect").counts() == {"label": 1}
 
 
 # --- CoNLL
@@ -284,9 +252,8 @@ TAGS = {
 
 
 def conll(path, *sentences):
-    path.write_text(
-        "\n".join("".join(line + "\n" for line in lines) for lines in sentences), encoding="utf-8"
-    )
+    lines = ("".join(f"{line}\n" for line in lines) for lines in sentences)
+    path.write_text("\n".join(lines), encoding="utf-8")
     return path
 
 
@@ -299,14 +266,12 @@ def found(document):
 def test_conll_schemes(tmp_path, tags):
     lines = [f"{token} x {tag}" for token, tag in zip(TOKENS, TAGS[tags], strict=True)]
     scheme = "BIOES" if tags == "BILOU" else tags
-    report = read_conll(
-        conll(tmp_path / "a.conll", ["-DOCSTART- -X- O"], lines, lines[:2]), scheme=scheme
-    )
+    path = conll(tmp_path / "a.conll", ["-DOCSTART- -X- O"], lines, lines[:2])
+    report = read_conll(path, scheme=scheme)
     assert [found(document) for document in report.documents] == [SPANS, SPANS[:1]]
-    assert (
-        report.documents[0].text == "Ann Lee Bob saw New York" and report.documents[0].id == "a-0"
-    )
-    assert report.documents[0].schema == Schema.from_dict("NER", {"PER": "", "LOC": ""})
+    first = report.documents[0]
+    assert (first.id, first.text) == ("a-0", "Ann Lee Bob saw New York")
+    assert first.schema == Schema.from_dict("NER", {"PER": "", "LOC": ""})
 
 
 CONTINUES = "The tag `{}` continues no entity in {}"
@@ -338,26 +303,18 @@ def test_conll_tags_that_break_the_scheme(tmp_path, scheme, tags, line, message,
 
 def test_conll_columns_and_documents(tmp_path):
     path = tmp_path / "a.txt"
-    path.write_text(
-        "# id 1\n1\tNew York\tB-creative-work\n2\tTimes\tI-creative-work\n\n1\t#\tO\n"
-        "-DOCSTART-\n\n1\tAnn\tB-PER\n",
-        "utf-8",
-    )
+    text = "# id 1\n1\tNew York\tB-creative-work\n2\tTimes\tI-creative-work\n\n1\t#\tO\n"
+    path.write_text(f"{text}-DOCSTART-\n\n1\tAnn\tB-PER\n", "utf-8")
     options = {"token_column": 1, "separator": "\t", "comment": "# id"}
     report = read_conll(path, unit="document", **options)
     assert [document.text for document in report.documents] == ["New York Times\n#", "Ann"]
     assert found(report.documents[0]) == [("creative-work", "New York Times")]
-    assert [document.text for document in read_conll(path, **options).documents] == [
-        "New York Times",
-        "#",
-        "Ann",
-    ]
+    sentences = [document.text for document in read_conll(path, **options).documents]
+    assert sentences == ["New York Times", "#", "Ann"]
     report = read_conll(path, token_column=5, comment="# id", on_error="collect")
     assert report.documents == [] and set(report.counts()) == {"columns"}
-    with pytest.raises(
-        ReadError,
-        match=r"a\.txt:2: columns: Found .*: 3 columns, asked for token_column=5 and tag_column=-1",
-    ):
+    asked = r"a\.txt:2: columns: Found .*: 3 columns, asked for token_column=5 and tag_column=-1"
+    with pytest.raises(ReadError, match=asked):
         read_conll(path, separator="\t", token_column=5, comment="# id")
     with pytest.raises(ValueError, match="Choose IOB1, IOB2 or BIOES; sentence or document"):
         read_conll(path, scheme="BIO")
@@ -372,19 +329,17 @@ def test_conll_lines_without_their_columns_cost_their_sentence(tmp_path):
 
 
 def test_conll_without_documents_or_labels(tmp_path):
-    (tmp_path / "a.conll").write_text("-DOCSTART- O\n\n")
+    path = conll(tmp_path / "a.conll", ["-DOCSTART- O"], [])
     with pytest.raises(ReadError, match="The file has no document"):
-        read_conll(tmp_path / "a.conll")
+        read_conll(path)
+    conll(path, ["Ann O"])
     with pytest.raises(
-        ReadError, match=r"The file has no label for NER. Pass schema=\{label: description\}"
+        ReadError, match=r"has no label for NER. Pass schema=\{label: description\}"
     ):
-        read_conll(conll(tmp_path / "b.conll", ["Ann O"]))
+        read_conll(path)
+    assert read_conll(path, schema={"LOC": ""}).documents[0].records == ()
     with pytest.raises(ReadError, match="has the label `PER`, which the schema does not have"):
-        read_conll(conll(tmp_path / "c.conll", ["Ann B-PER"]), schema={"LOC": ""})
-    assert (
-        read_conll(conll(tmp_path / "d.conll", ["Ann O"]), schema={"LOC": ""}).documents[0].records
-        == ()
-    )
+        read_conll(conll(path, ["Ann B-PER"]), schema={"LOC": ""})
 
 
 # --- BRAT
@@ -410,35 +365,22 @@ def brat(folder, name="one", text=BRAT_TEXT, ann=BRAT_ANN):
     return folder
 
 
-def test_brat_mentions(tmp_path):
+def test_brat_of_each_task(tmp_path):
     report = read_brat(brat(tmp_path), "NER")
-    document = report.documents[0]
+    (document,) = report.documents
     assert found(document) == [("Person", "Ann"), ("Org", "Acme\nCorp"), ("Person", "Bob")]
     assert document.id == "one" and document.text == BRAT_TEXT
-    assert not report.errors and report.counts() == {
-        "unsupported": 5
-    }  # attribute, note, relation, two events
+    assert not report.errors  # but notes: an attribute, a note, a relation, two events
+    assert report.counts() == {"unsupported": 5}
 
+    (document,) = read_brat(tmp_path, "RE").documents
+    (relation,) = document.records
+    assert (relation.label, relation.head_type, relation.tail_type) == ("WorkFor", "Person", "Org")
+    assert (relation.head.text, relation.tail.text) == ("Ann", "Acme\nCorp")
+    assert len(document.entities) == 3
 
-def test_brat_relations(tmp_path):
-    document = read_brat(brat(tmp_path), "RE").documents[0]
-    relation = document.records[0]
-    assert (relation.label, relation.head.text, relation.tail.text) == (
-        "WorkFor",
-        "Ann",
-        "Acme\nCorp",
-    )
-    assert (relation.head_type, relation.tail_type) == ("Person", "Org") and len(
-        document.entities
-    ) == 3
-
-
-def test_brat_events(tmp_path):
-    document = read_brat(brat(tmp_path), "EE").documents[0]
-    roles = {
-        event.label: [(a.role, a.span.text) for a in event.arguments] for event in document.records
-    }
-    assert roles == {
+    (document,) = read_brat(tmp_path, "EE").documents
+    assert {e.label: [(a.role, a.span.text) for a in e.arguments] for e in document.records} == {
         "Join": [("Who", "Ann"), ("Who", "Bob"), ("Org", "Acme\nCorp")],
         "Hit": [("Cause", "joined"), ("Whom", "Bob")],
     }
@@ -448,11 +390,7 @@ def test_brat_events(tmp_path):
 @pytest.mark.parametrize(
     ("line", "kind", "message"),
     [
-        (
-            "T6\tPerson 0 3;35 38\tAnn Bob",
-            "discontinuous",
-            r"`T6` has several pieces \(0 3;35 38\)",
-        ),
+        ("T6\tPerson 0 3;35 38\tAnn Bob", "discontinuous", r"has several pieces \(0 3;35 38\)"),
         ("T6\tPerson 1 4\tAnn", "offsets", r"`T6` says `'Ann'`, but text\[1:4\] is `'nn '`"),
         ("T6\tPerson 90 93\tAnn", "offsets", "but text.90:93. is `''`"),
         ("T6 Person 0 3 Ann", "brat", "Cannot read `'T6 Person 0 3 Ann'`. Expected a T, R or E"),
@@ -479,10 +417,8 @@ def test_brat_folders(tmp_path):
     (tmp_path / "alone.txt").write_text("x")
     report = read_brat(tmp_path, "NER", on_error="collect")
     assert [document.id for document in report.documents] == ["a/one", "a/two.v1"]
-    assert [(p.kind, Path(p.file).name) for p in report.errors] == [
-        ("brat", "alone.ann"),
-        ("encoding", "bad.txt"),
-    ]
+    errors = [(problem.kind, Path(problem.file).name) for problem in report.errors]
+    assert errors == [("brat", "alone.ann"), ("encoding", "bad.txt")]
     (tmp_path / "empty").mkdir()
     with pytest.raises(ReadError, match="The file has no document"):
         read_brat(tmp_path / "empty", "NER")
@@ -497,115 +433,65 @@ def test_brat_folders(tmp_path):
 
 def iepile(task, schema, text, output, as_strings=True, **more):
     instruction = {"instruction": "You are an expert.", "schema": schema, "input": text}
-    encode = json.dumps if as_strings else (lambda value: value)
-    return {
-        "task": task,
-        "source": "made up",
-        "instruction": encode(instruction),
-        "output": encode(output),
-    } | more
+    instruction, output = map(json.dumps if as_strings else (lambda x: x), (instruction, output))
+    return {"task": task, "source": "made up", "instruction": instruction, "output": output} | more
+
+
+def arguments_of(event):
+    return [(argument.role, argument.span.text) for argument in event.arguments]
 
 
 @pytest.mark.parametrize("as_strings", [True, False])
 def test_iepile_tasks(tmp_path, as_strings):
-    text = "Ann Lee hired Ann at Acme"
+    people = {"person": ["Ann", "Ann", "Ann Lee"], "place": []}
+    works = {"works for": [{"subject": "Ann", "object": "Acme"}]}
+    asked = [{"event_type": "hire", "trigger": True, "arguments": ["who", "whom", "when"]}]
+    arguments = {"who": "Ann Lee", "whom": ["Ann"], "when": "NAN"}
+    hired = {"hire": [{"trigger": "hired", "arguments": arguments}]}
     rows = [
-        iepile(
-            "NER",
-            ["person", "place"],
-            text,
-            {"person": ["Ann", "Ann", "Ann Lee"], "place": []},
-            as_strings,
-        ),
-        iepile(
-            "RE",
-            ["works for"],
-            text,
-            {"works for": [{"subject": "Ann", "object": "Acme"}]},
-            as_strings,
-            id="r",
-        ),
-        iepile(
-            "EE",
-            [{"event_type": "hire", "trigger": True, "arguments": ["who", "whom", "when"]}],
-            text,
-            {
-                "hire": [
-                    {
-                        "trigger": "hired",
-                        "arguments": {"who": "Ann Lee", "whom": ["Ann"], "when": "NAN"},
-                    }
-                ]
-            },
-            as_strings,
-        ),
-        iepile("EET", ["hire", "fire"], text, {"hire": ["hired"], "fire": []}, as_strings),
+        ("NER", ["person", "place"], people, {}),
+        ("RE", ["works for"], works, {"id": "r"}),
+        ("EE", asked, hired, {}),
+        ("EET", ["hire", "fire"], {"hire": ["hired"], "fire": []}, {}),
     ]
+    text = "Ann Lee hired Ann at Acme"
+    rows = [iepile(task, asked, text, out, as_strings, **id_) for task, asked, out, id_ in rows]
     ner, re_, ee, eet = read_iepile(jsonl(tmp_path / "in.json", *rows)).documents
-    assert [(r.span.start, r.span.text) for r in ner.records] == [
-        (0, "Ann"),
-        (14, "Ann"),
-        (0, "Ann Lee"),
-    ]
+    starts = [(record.span.start, record.span.text) for record in ner.records]
+    assert starts == [(0, "Ann"), (14, "Ann"), (0, "Ann Lee")]
     assert (ner.id, re_.id, ner.extra) == ("in-1", "r", {"source": "made up"})
     assert [label.name for label in ner.schema.labels] == ["person", "place"]
     assert (re_.records[0].head.start, re_.records[0].tail.text) == (0, "Acme")
     assert ee.records[0].trigger.text == "hired"
-    assert [(a.role, a.span.text) for a in ee.records[0].arguments] == [
-        ("who", "Ann Lee"),
-        ("whom", "Ann"),
-    ]
+    assert arguments_of(ee.records[0]) == [("who", "Ann Lee"), ("whom", "Ann")]
     assert [event.trigger.text for event in eet.records] == ["hired"]
 
 
 def test_iepile_lines_as_they_are_published(tmp_path):
     """What occurs in the files: blanks at the end of a mention, no trigger, a list for one role."""
     text = "The  board dismissed Ann Lee in May; Bo quit ."
-    hire = {
-        "event_type": "end position",
-        "trigger": True,
-        "arguments": ["Person", "Time.Point", "agent"],
-    }
-    given = {
-        "event_type": "end position",
-        "trigger": ["dismissed "],
-        "arguments": ["Person", "Time.Point"],
-    }
+    end, roles = "end position", ["Person", "Time.Point"]
+    hire = {"event_type": end, "trigger": True, "arguments": [*roles, "agent"]}
+    given = {"event_type": end, "trigger": ["dismissed "], "arguments": roles}
     two = {"event_type": "quit", "trigger": ["dismissed", "quit"], "arguments": ["Person"]}
     arguments = {"Person": ["Ann Lee ", "Bo"], "Time.Point": "May", "agent": "NAN"}
-    rows = [
-        iepile(
-            "EE",
-            [hire],
-            text,
-            {"end position": [{"trigger": "dismissed ", "arguments": arguments}]},
-            split="train",
-        ),
-        iepile(
-            "EE",
-            [hire | {"trigger": False}],
-            text,
-            {"end position": [{"arguments": {"Person": "Bo"}}]},
-        ),
-        iepile("EE", [hire], text, {"end position": [{"trigger": "NAN", "arguments": {}}]}),
-        iepile(
-            "EEA", [given], text, {"end position": [{"Person": "Ann Lee", "Time.Point": "NAN"}]}
-        ),
-        iepile("EEA", [given], text, {"end position": []}),
-        iepile(
-            "EEA",
-            [given, two],
-            text,
-            {"end position": [{"Person": "Ann Lee"}], "quit": [{"Person": "Bo"}]},
-        ),
-        iepile("EEA", [two], text, {"quit": [{"Person": "Bo"}, {"Person": "Ann Lee"}]}),
-        iepile(
-            "NER",
-            ["人物", "地点"],
-            "王小明住在北京，北京很大。",
-            {"人物": ["王小明"], "地点": ["北京", "北京"]},
-        ),
+    ann, bo = {"Person": "Ann Lee"}, {"Person": "Bo"}
+    events = [
+        ("EE", [hire], {end: [{"trigger": "dismissed ", "arguments": arguments}]}),
+        ("EE", [hire | {"trigger": False}], {end: [{"arguments": bo}]}),
+        ("EE", [hire], {end: [{"trigger": "NAN", "arguments": {}}]}),
+        ("EEA", [given], {end: [ann | {"Time.Point": "NAN"}]}),
+        ("EEA", [given], {end: []}),
+        ("EEA", [given, two], {end: [ann], "quit": [bo]}),
+        ("EEA", [two], {"quit": [bo, ann]}),
     ]
+    rows = [iepile(task, asked, text, output) for task, asked, output in events]
+    rows[0]["split"] = "train"
+    chinese, places_of = (
+        "王小明住在北京，北京很大。",
+        {"人物": ["王小明"], "地点": ["北京", "北京"]},
+    )
+    rows.append(iepile("NER", ["人物", "地点"], chinese, places_of))
     report = read_iepile(jsonl(tmp_path / "in.json", *rows), on_error="collect")
     assert places(report) == [("no_trigger", n) for n in (2, 3, 6, 7)]
     assert "`end position` has no trigger" in report.problems[0].message
@@ -614,12 +500,11 @@ def test_iepile_lines_as_they_are_published(tmp_path):
     assert ee.extra == {"source": "made up", "split": "train"}
     (event,) = ee.records
     assert (event.trigger.text, event.trigger.start) == ("dismissed", 11)
-    assert [(a.role, a.span.text) for a in event.arguments] == [
-        ("Person", "Ann Lee"), ("Person", "Bo"), ("Time.Point", "May"),
-    ]  # fmt: skip
-    assert [slot.name for slot in ee.schema.labels[0].roles] == ["Person", "Time.Point", "agent"]
+    expected = [("Person", "Ann Lee"), ("Person", "Bo"), ("Time.Point", "May")]
+    assert arguments_of(event) == expected
+    assert [slot.name for slot in ee.schema.labels[0].roles] == [*roles, "agent"]
     assert (eea.task, eea.given[0].trigger.text) == ("EAE", "dismissed")
-    assert [(a.role, a.span.text) for a in eea.records[0].arguments] == [("Person", "Ann Lee")]
+    assert arguments_of(eea.records[0]) == [("Person", "Ann Lee")]
     assert empty.given == eea.given and empty.records[0].arguments == ()
     assert [r.label for r in partly.records] == ["end position"] and len(partly.schema.labels) == 2
     assert [(r.label, r.span.start) for r in ner.records] == [("人物", 0), ("地点", 5), ("地点", 8)]
@@ -637,7 +522,7 @@ def test_iepile_keys_that_a_document_has_for_itself(tmp_path):
         "id": "1",
         "instruction": row["instruction"],
         "label": "[]",
-    }  # of the repository's test conversion
+    }  # a test set, converted
     with pytest.raises(ReadError, match=r"it has no `task` \(keys: id, instruction, label\)"):
         read_iepile(jsonl(tmp_path / "test.json", converted))
 
@@ -656,23 +541,11 @@ def test_iepile_problems(tmp_path):
         "{",
     )
     report = read_iepile(path, on_error="collect")
-    assert places(report) == [
-        ("not_in_text", 2),
-        ("row", 3),
-        ("label", 4),
-        ("row", 5),
-        ("row", 6),
-        ("row", 7),
-        ("json", 8),
-    ]
-    assert [(document.id, len(document.records)) for document in report.documents] == [
-        ("in-1", 1),
-        ("in-2", 1),
-    ]
-    assert (
-        "there is no reading of task `KG`, only of NER, RE, EE, EET, EEA"
-        in report.problems[1].message
-    )
+    kinds = ["not_in_text", "row", "label", "row", "row", "row", "json"]
+    assert places(report) == list(zip(kinds, range(2, 9), strict=True))
+    assert [(one.id, len(one.records)) for one in report.documents] == [("in-1", 1), ("in-2", 1)]
+    no_task = "there is no reading of task `KG`, only of NER, RE, EE, EET, EEA"
+    assert no_task in report.problems[1].message
     with pytest.raises(ReadError, match=r"The text has no `'Bob'`. What it belongs to is left out"):
         read_iepile(path)
 
@@ -690,10 +563,8 @@ def hub(tmp_path, monkeypatch):
     """A local JSON data set and a cache folder of its own; returns load options."""
     pytest.importorskip("datasets")
     rows = [*CONLL_ROWS[:4], CONLL_ROWS[4] | {"ner_tags": [2, 2, 0]}, CONLL_ROWS[5]]
-    return {
-        "data_files": {"test": str(jsonl(tmp_path / "rows.jsonl", *rows))},
-        "cache_dir": str(tmp_path / "cache"),
-    }
+    path, cache = jsonl(tmp_path / "rows.jsonl", *rows), tmp_path / "cache"
+    return {"data_files": {"test": str(path)}, "cache_dir": str(cache)}
 
 
 @pytest.mark.parametrize(
@@ -724,14 +595,9 @@ def test_hub_mapping_may_leave_rows_out_and_ids_to_be_made(hub):
 def test_hub_rows_in_the_jsonl_format(tmp_path, streaming):
     pytest.importorskip("datasets")
     other = changed(EE, id="e2", schema={"Die": {"description": "", "roles": []}}, annotations=[])
-    path = jsonl(
-        tmp_path / "rows.jsonl", EE, other
-    )  # Arrow gives each row's schema the labels of the other, as None
-    options = {
-        "data_files": str(path),
-        "cache_dir": str(tmp_path / "cache"),
-        "streaming": streaming,
-    }
+    # Arrow gives each row's schema the labels of the other, as None.
+    path, cache = jsonl(tmp_path / "rows.jsonl", EE, other), tmp_path / "cache"
+    options = {"data_files": str(path), "cache_dir": str(cache), "streaming": streaming}
     report = read_hub("json", split="train", **options)
     assert [document.to_dict() for document in report.documents] == [EE, other]
 
@@ -742,34 +608,22 @@ def test_hub_calls_that_cannot_work(hub):
     with pytest.raises(ReadError, match=r"tags are numbers: pass names=dataset.features"):
         read_hub("json", TokenTags({"PER": ""}), split="test", **hub)
     with pytest.raises(ReadError, match="there are 3 tokens, but 1 tags"):
-        read_hub(
-            "json",
-            lambda row: TokenTags({"PER": ""}, TAG_NAMES)(row | {"ner_tags": [0]}),
-            split="test",
-            **hub,
-        )
+        mapping = TokenTags({"PER": ""}, TAG_NAMES)
+        read_hub("json", lambda row: mapping(row | {"ner_tags": [0]}), split="test", **hub)
 
 
 def test_datasets_of_a_command_line(tmp_path):
     """Files of one folder are one data set; `limit` is per data set, and draws as `sample` does."""
     rows = [changed(NER, id=f"n{i}") for i in range(6)]
-    for folder, file, part in (
-        ("a", "train", rows[:3]),
-        ("a", "dev", rows[3:]),
-        ("demo", "test_seen", rows[:2]),
-    ):
-        (tmp_path / folder).mkdir(exist_ok=True)
-        jsonl(tmp_path / folder / f"{file}.jsonl", *part)
-    sources = [
-        tmp_path / "a" / "train.jsonl",
-        str(tmp_path / "a" / "dev.jsonl"),
-        tmp_path / "demo" / "test_seen.jsonl",
-    ]
+    parts = {"a/train": rows[:3], "a/dev": rows[3:], "demo/test_seen": rows[:2]}
+    for name, part in parts.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        jsonl(tmp_path / f"{name}.jsonl", *part)
+    train, dev, seen = (tmp_path / f"{name}.jsonl" for name in parts)
+    sources = [train, str(dev), seen]
     whole = read_datasets(sources, split="train")
-    assert {name: [one.id for one in documents] for name, documents in whole.items()} == {
-        "a": [row["id"] for row in rows],
-        "test_seen": ["n0", "n1"],
-    }
+    ids = {name: [one.id for one in documents] for name, documents in whole.items()}
+    assert ids == {"a": [row["id"] for row in rows], "test_seen": ["n0", "n1"]}
     drawn = read_datasets(sources, split="train", limit=4, seed=7)
     assert drawn == {"a": sample(whole["a"], 4, 7), "test_seen": whole["test_seen"]}
     assert drawn["a"] != sample(whole["a"], 4, 0)
@@ -782,9 +636,9 @@ def test_datasets_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     found = read_datasets(["user/set"], split="test")
-    assert {name: [one.to_dict() for one in documents] for name, documents in found.items()} == {
-        "user/set": [NER]
-    }
+    assert [(name, [one.to_dict() for one in of]) for name, of in found.items()] == [
+        ("user/set", [NER])
+    ]
 
 
 # --- Conversion and training examples
@@ -796,16 +650,11 @@ def test_conversion(tmp_path):
     report = convert(tmp_path / "brat", target, "brat", task="EE")
     assert read_jsonl(target).documents == report.documents
     lines = [f"{token} {tag}" for token, tag in zip(TOKENS, TAGS["BIOES"], strict=True)]
-    report = convert(
-        conll(tmp_path / "a.conll", lines),
-        target,
-        "conll",
-        scheme="BIOES",
-        schema={"PER": "p", "LOC": "l"},
-    )
+    path, schema = conll(tmp_path / "a.conll", lines), {"PER": "p", "LOC": "l"}
+    report = convert(path, target, "conll", scheme="BIOES", schema=schema)
     assert found(read_jsonl(target).documents[0]) == SPANS
     with pytest.raises(
-        ValueError, match=r"There is no format `xml`. Choose one of jsonl, conll, brat, iepile"
+        ValueError, match=r"There is no format `xml`. Choose one of jsonl, conll, b"
     ):
         convert(target, tmp_path / "x", "xml")
     before = target.read_bytes()
@@ -821,30 +670,20 @@ def documents_of(name, n):
 def test_sample_keeps_the_order_and_grows():
     documents = documents_of("a", 50)
     ten, twenty = sample(documents, 10, seed=3), sample(documents, 20, seed=3)
-    assert (
-        len(ten) == 10
-        and [d for d in documents if d in ten] == ten
-        and all(d in twenty for d in ten)
-    )
+    assert len(ten) == 10 and [d for d in documents if d in ten] == ten
+    assert all(d in twenty for d in ten)
     assert sample(documents, 10, seed=4) != ten and sample(documents, 99) == documents
 
 
 def test_mix_spreads_data_sets_evenly():
-    sets = {
-        "big": documents_of("big", 60),
-        "small": documents_of("small", 20),
-        "tiny": documents_of("tiny", 4),
-    }
+    sizes = {"big": 60, "small": 20, "tiny": 4}
+    sets = {name: documents_of(name, n) for name, n in sizes.items()}
     mixed = mix(sets, seed=1)
-    assert Counter(name for name, _ in mixed) == {"big": 60, "small": 20, "tiny": 4}
+    assert Counter(name for name, _ in mixed) == sizes
     assert {d.id for _, d in mixed} == {d.id for of in sets.values() for d in of}
     for start in range(0, 84, 21):  # each quarter has a quarter of each, give or take one
         quarter = Counter(name for name, _ in mixed[start : start + 21])
-        assert (
-            abs(quarter["big"] - 15) <= 1
-            and abs(quarter["small"] - 5) <= 1
-            and abs(quarter["tiny"] - 1) <= 1
-        )
+        assert all(abs(quarter[name] - n / 4) <= 1 for name, n in sizes.items())
     assert mix(sets, seed=1) == mixed != mix(sets, seed=2)
     assert [d.id for name, d in mixed if name == "big"] != [d.id for d in sets["big"]]
 
@@ -863,41 +702,28 @@ def test_prompt_completion_rows(num_proc):
     documents = [(f"set{i % 2}", Document.from_dict(row)) for i, row in enumerate(ROWS)]
     rows = to_prompt_completion(documents, num_proc=num_proc)
     assert set(rows.column_names) == {"id", "dataset", "prompt", "completion", "task_text"}
-    assert rows["id"][:] == [row["id"] for row in ROWS] and rows["dataset"][:] == [
-        "set0",
-        "set1",
-        "set0",
-        "set1",
-    ]
-    assert all(
-        row["prompt"].endswith("result =") and row["task_text"] == row["prompt"] for row in rows
-    )
+    assert rows["id"][:] == [row["id"] for row in ROWS]
+    assert rows["dataset"][:] == ["set0", "set1", "set0", "set1"]
+    assert all(row["prompt"].endswith("result =") for row in rows)
+    assert all(row["task_text"] == row["prompt"] for row in rows)
     assert "Zoë" in rows[0]["completion"] and "Work_For" in rows[1]["completion"]
     schema_aware = to_prompt_completion(documents, task_text="schema", num_proc=num_proc)
-    assert all(
-        row["prompt"].startswith(row["task_text"]) and document.text not in row["task_text"]
-        for row, (_, document) in zip(schema_aware, documents, strict=True)
-    )
+    for row, (_, document) in zip(schema_aware, documents, strict=True):
+        assert row["prompt"].startswith(row["task_text"])
+        assert document.text not in row["task_text"]
     with pytest.raises(
-        ValueError,
-        match=r'Found task_text="text". The task encoder reads the "prompt" or the "schema"',
+        ValueError, match=r'Found task_text="text". The task encoder reads the "pro'
     ):
         to_prompt_completion(documents, task_text="text")
 
 
 def test_prompt_completion_takes_regularisers_and_seeds():
     pytest.importorskip("datasets")
-    from peft_taskmoe.uie.regularisers import Regularisers
-
     row = changed(NER, schema=dict.fromkeys(["Person", *"ABCDEFG"], ""))
     documents = [("a", Document.from_dict(row))]
     plain = to_prompt_completion(documents)[0]["prompt"]
-    shuffled = [
-        to_prompt_completion(documents, regularisers=Regularisers(shuffle=True), seed=s)[0][
-            "prompt"
-        ]
-        for s in (1, 2, 1)
-    ]
+    options = {"regularisers": Regularisers(shuffle=True)}
+    shuffled = [to_prompt_completion(documents, **options, seed=s)[0]["prompt"] for s in (1, 2, 1)]
     assert shuffled[0] == shuffled[2] and len({plain, *shuffled}) == 3
 
 
@@ -924,6 +750,5 @@ def test_public_sets_are_read_whole(tmp_path):
                     del row["entities"]
                 for event in row["schema"].values() if row["task"] in ("EE", "EAE") else ():
                     event["roles"] = list(dict.fromkeys(event["roles"]))
-            assert [
-                json.loads(line) for line in (tmp_path / "out.jsonl").open(encoding="utf-8")
-            ] == rows, path
+            written = (tmp_path / "out.jsonl").open(encoding="utf-8")
+            assert [json.loads(line) for line in written] == rows, path
