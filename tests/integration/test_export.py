@@ -32,43 +32,18 @@ LLAMA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 IDS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])
 
 # Base model and settings of the adapter. All read the task only, so the export has to be exact.
+CAUSAL = {"task_type": "CAUSAL_LM"}
+RANKS = {"rank_pattern": {"q_proj": 4, "layers.1.mlp.up_proj": 1}}
+LAYERS = {"exclude_modules": ["o_proj"], "layers_to_transform": [1]}
+SAVED = {"modules_to_save": ["lm_head"], "trainable_token_indices": [5, 8]}
 EXACT = {
-    "llama": ("llama", {"task_type": "CAUSAL_LM"}),
-    "top_k": ("llama", {"task_type": "CAUSAL_LM", "top_k": 2}),
-    "patterns": (
-        "llama",
-        {
-            "task_type": "CAUSAL_LM",
-            "rank_pattern": {"q_proj": 4, "layers.1.mlp.up_proj": 1},
-            "alpha_pattern": {"k_proj": 5.0, "q_proj": 9.0},
-        },
-    ),
-    "rslora": (
-        "llama",
-        {
-            "task_type": "CAUSAL_LM",
-            "use_rslora": True,
-            "rank_pattern": {"q_proj": 4},
-            "alpha_pattern": {"q_proj": 9.0},
-        },
-    ),
-    "layers": (
-        "llama",
-        {
-            "target_modules": LLAMA_TARGETS,
-            "exclude_modules": ["o_proj"],
-            "layers_to_transform": [1],
-        },
-    ),
-    "saved": (
-        "llama",
-        {
-            "task_type": "CAUSAL_LM",
-            "modules_to_save": ["lm_head"],
-            "trainable_token_indices": [5, 8],
-        },
-    ),
-    "gpt2": ("gpt2", {"task_type": "CAUSAL_LM"}),
+    "llama": ("llama", CAUSAL),
+    "top_k": ("llama", CAUSAL | {"top_k": 2}),
+    "patterns": ("llama", CAUSAL | RANKS | {"alpha_pattern": {"k_proj": 5.0, "q_proj": 9.0}}),
+    "rslora": ("llama", CAUSAL | RANKS | {"use_rslora": True, "alpha_pattern": {"q_proj": 9.0}}),
+    "layers": ("llama", {"target_modules": LLAMA_TARGETS, **LAYERS}),
+    "saved": ("llama", CAUSAL | SAVED),
+    "gpt2": ("gpt2", CAUSAL),
     "gpt2_all_biases": ("gpt2", {"bias": "all"}),
     "gpt2_own_biases": ("gpt2", {"bias": "taskmoe_lora_only", "target_modules": ["c_attn"]}),
     "bert": ("bert", {"task_type": "SEQ_CLS"}),
@@ -113,61 +88,50 @@ def disturb(model, seed=5):
     return model
 
 
+def close(found, expected, within):
+    torch.testing.assert_close(found, expected, atol=within, rtol=within)
+
+
+def averaged(model, *args, **kwargs):
+    """The export of an adapter whose router reads the token."""
+    with pytest.warns(UserWarning, match="approximation"):
+        return to_lora(model, *args, **kwargs)
+
+
 def test_stock_peft_loads_what_was_exported(adapted, tiny_model, tmp_path, task):
     """In one process without this package: the same logits, and for averaged gates the report's."""
     jobs, expected, moved = [], {}, 0
+
+    def save(export, name, base):
+        export.save_pretrained(tmp_path / name)
+        tiny_model(base).save_pretrained(tmp_path / f"base_{base}")
+        folders = [str(tmp_path / f"base_{base}"), str(tmp_path / name)]
+        jobs.append([name, type(tiny_model(base)).__name__, *folders])
+
     for name, (base, settings) in EXACT.items():
         model = disturb(adapted(base, router_inputs="task", **settings))
         export = to_lora(model, task)
         assert export.report.exact and export.report.tokens == 0
-        export.save_pretrained(tmp_path / name)
-        tiny_model(base).save_pretrained(tmp_path / f"base_{base}")
-        jobs.append(
-            (
-                name,
-                type(tiny_model(base)).__name__,
-                str(tmp_path / f"base_{base}"),
-                str(tmp_path / name),
-            )
-        )
+        save(export, name, base)
         expected[name] = logits(model, task)
         with model.disable_adapter():
             moved += not torch.allclose(expected[name], logits(model), atol=1e-2)
     assert moved == len(EXACT)  # every adapter does something
-
     model = adapted(task_type="CAUSAL_LM")
-    with pytest.warns(UserWarning, match="approximation"):
-        export = to_lora(model, task, calibration=[{"input_ids": IDS}])
-    export.save_pretrained(tmp_path / "averaged")
-    jobs.append(
-        ("averaged", "LlamaForCausalLM", str(tmp_path / "base_llama"), str(tmp_path / "averaged"))
-    )
+    export = averaged(model, task, calibration=[{"input_ids": IDS}])
+    save(export, "averaged", "llama")
 
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            STOCK_PEFT,
-            json.dumps(jobs),
-            json.dumps(IDS.tolist()),
-            str(tmp_path / "out"),
-        ],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+    arguments = [json.dumps(jobs), json.dumps(IDS.tolist()), str(tmp_path / "out")]
+    command = [sys.executable, "-c", STOCK_PEFT, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = load_file(tmp_path / "out")
     for name, values in expected.items():
-        torch.testing.assert_close(
-            found[name], values, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        close(found[name], values, 1e-5)
     apart = found["averaged"] - logits(model, task)
     assert apart.abs().max().item() == pytest.approx(export.report.logits_max_abs, rel=1e-3)
-    assert (
-        json.loads((tmp_path / "averaged" / "export_report.json").read_text())
-        == export.report.to_dict()
-    )
+    report = json.loads((tmp_path / "averaged" / "export_report.json").read_text())
+    assert report == export.report.to_dict()
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"top_k": 2}])
@@ -178,8 +142,7 @@ def test_exact_to_1e_6(adapted, tiny_model, tmp_path, task, settings):
     loaded = PeftModel.from_pretrained(
         tiny_model(dtype=torch.float64), tmp_path, autocast_adapter_dtype=False
     ).double()
-    expected = logits(model, task.double())
-    torch.testing.assert_close(logits(loaded.eval()), expected, atol=1e-10, rtol=1e-10)
+    close(logits(loaded.eval()), logits(model, task.double()), 1e-10)
     ranks = {p.shape[0] for n, p in loaded.named_parameters() if "lora_A" in n}
     assert ranks == {3 * 2} == {loaded.peft_config["default"].r}
 
@@ -192,57 +155,42 @@ def test_measuring_an_exact_export_finds_rounding_only(adapted, task):
 
 
 def test_bare_model_of_inject_adapter(tiny_model, task, tmp_path):
-    config = TaskMoELoraConfig(
-        num_experts=2,
-        r=2,
-        task_dim=TASK_DIM,
-        router_inputs="task",
-        init_weights=False,
-        target_modules=["q_proj"],
-    )
+    settings = {"router_inputs": "task", "init_weights": False, "target_modules": ["q_proj"]}
+    config = TaskMoELoraConfig(num_experts=2, r=2, task_dim=TASK_DIM, **settings)
     model = inject_adapter_in_model(config, tiny_model()).eval()
     to_lora(model, task[0]).save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny_model(), tmp_path).eval()
-    torch.testing.assert_close(logits(loaded), logits(model, task), atol=1e-5, rtol=1e-5)
+    close(logits(loaded), logits(model, task), 1e-5)
 
 
 def test_another_adapter_than_the_active_one(adapted, tiny_model, task, tmp_path):
     model = adapted()  # "default" reads the token, "other" does not
-    other = TaskMoELoraConfig(
-        num_experts=2, r=1, task_dim=TASK_DIM, router_inputs="task", init_weights=False
-    )
+    settings = {"router_inputs": "task", "init_weights": False}
+    other = TaskMoELoraConfig(num_experts=2, r=1, task_dim=TASK_DIM, **settings)
     model.add_adapter("other", other)
     to_lora(model, task, adapter_name="other").save_pretrained(tmp_path)
     assert model.active_adapter == "default"
     loaded = PeftModel.from_pretrained(tiny_model(), tmp_path).eval()
     model.set_adapter("other")
-    torch.testing.assert_close(logits(loaded), logits(model.eval(), task), atol=1e-5, rtol=1e-5)
-    with pytest.raises(
-        ValueError,
-        match=r'adapter "default" alone.*the adapters are active: \[\'other\'\].*set_adapter',
-    ):
+    close(logits(loaded), logits(model.eval(), task), 1e-5)
+    message = r'adapter "default" alone.*the adapters are active: \[\'other\'\].*set_adapter'
+    with pytest.raises(ValueError, match=message):
         to_lora(model, task, adapter_name="default", calibration=[{"input_ids": IDS}])
 
 
 def reference_updates(model, task_embeds, batches, name):
     """Exact updates and those with mean gates of a layer over the tokens that count, by loops."""
     layer = model.get_base_model().get_submodule(name)
-    a = layer.taskmoe_lora_A["default"].weight.detach().double()
-    b = layer.taskmoe_lora_B["default"].weight.detach().double()
-    router = layer.taskmoe_lora_router["default"].weight.detach().double()
+    parts = layer.taskmoe_lora_A, layer.taskmoe_lora_B, layer.taskmoe_lora_router
+    a, b, router = (part["default"].weight.detach().double() for part in parts)
     r, scaling = layer.r["default"], layer.scaling["default"]
     rows = []
     hook = layer.register_forward_pre_hook(lambda m, args: rows.append(args[0].detach()))
     for batch in batches:
         logits(model, task_embeds, **batch)
     hook.remove()
-    tokens = [
-        x[i, t].double()
-        for x, batch in zip(rows, batches, strict=True)
-        for i in range(x.shape[0])
-        for t in range(x.shape[1])
-        if batch["attention_mask"][i, t]
-    ]
+    both = zip(rows, batches, strict=True)
+    tokens = [x for rows_, batch in both for x in rows_[batch["attention_mask"].bool()].double()]
     e = task_embeds[0].double()
     e = e / e.norm() * 0.25 * layer.in_features**0.5
     gates = torch.stack([torch.softmax(router @ torch.cat((x, e)), dim=0) for x in tokens])
@@ -262,30 +210,23 @@ def test_average_and_its_report(adapted, tiny_model, task, tmp_path):
         {"input_ids": IDS, "attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])},
         {"input_ids": IDS[:1, :3], "attention_mask": torch.ones(1, 3, dtype=torch.long)},
     ]
-    with pytest.warns(
-        UserWarning, match=r"approximation.*11 calibration tokens.*and the logits by up.*Score it"
-    ) as caught:
+    message = r"approximation.*11 calibration tokens.*and the logits by up.*Score it"
+    with pytest.warns(UserWarning, match=message) as caught:
         export = to_lora(model, task, calibration=batches)
     assert len([w for w in caught if "approximation" in str(w.message)]) == 1
     report = export.report
     assert not report.exact and report.tokens == 11 and report.rank == 6
     for name in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
         exact, mean = reference_updates(model, task, batches, name)
-        assert report.layer_errors[name] == pytest.approx(
-            ((mean - exact).norm() / exact.norm()).item(), rel=1e-4
-        )
-        assert report.layer_errors[name] > 1e-3
+        error = ((mean - exact).norm() / exact.norm()).item()
+        assert report.layer_errors[name] == pytest.approx(error, rel=1e-4) and error > 1e-3
 
     export.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny_model(), tmp_path).eval()
-    ours, theirs = [], []
-    for batch in batches:
-        mask = batch["attention_mask"].bool()
-        ours.append(logits(model, task, **batch)[mask])
-        theirs.append(
-            logits(loaded, **{k: v for k, v in batch.items() if k != "task_embeds"})[mask]
-        )
-    ours, theirs = torch.cat(ours), torch.cat(theirs)
+    counted = [batch.pop("attention_mask").bool() for batch in batches]
+    both = list(zip(batches, counted, strict=True))
+    theirs = torch.cat([logits(loaded, **x, attention_mask=m.long())[m] for x, m in both])
+    ours = torch.cat([logits(model, task, **x, attention_mask=m.long())[m] for x, m in both])
     assert report.logits_max_abs == pytest.approx((ours - theirs).abs().max().item(), rel=1e-3)
     kl = nn.functional.kl_div(
         theirs.log_softmax(-1), ours.log_softmax(-1), log_target=True, reduction="batchmean"
@@ -298,31 +239,25 @@ def test_calibration_leaves_the_model_alone(adapted, task):
     model.get_base_model().lm_head.eval()
     modes = [m.training for m in model.modules()]
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.warns(UserWarning, match="approximation"):
-        to_lora(model, task, calibration=[{"input_ids": IDS}])
+    averaged(model, task, calibration=[{"input_ids": IDS}])
     assert [m.training for m in model.modules()] == modes and current_state() is None
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
 
 
-def test_calibration_on_texts_and_on_the_encoder_s_own_tasks(
+def test_calibration_on_texts_and_on_the_tasks_of_the_encoder(
     adapted, word_tokenizer, tiny_encoder, task
 ):
     model, texts = adapted(), ["w5 w6 w7", "w8 w9"]
     batches = [dict(word_tokenizer(text, return_tensors="pt")) for text in texts]
-    with pytest.warns(UserWarning, match="approximation"):
-        of_texts = to_lora(model, task, calibration=texts, tokenizer=word_tokenizer)
-        of_batches = to_lora(model, task, calibration=batches)
+    of_texts = averaged(model, task, calibration=texts, tokenizer=word_tokenizer)
+    of_batches = averaged(model, task, calibration=batches)
     assert of_texts.report == of_batches.report and of_texts.report.tokens == 5
     attach_task_encoder(model, tiny_encoder, word_tokenizer)
-    with pytest.warns(UserWarning, match="approximation"):
-        automatic = to_lora(model, calibration=texts, tokenizer=word_tokenizer)
-        explicit = to_lora(
-            model,
-            calibration=[
-                {**b, "task_embeds": tiny_encoder([t])} for b, t in zip(batches, texts, strict=True)
-            ],
-        )
+    automatic = averaged(model, calibration=texts, tokenizer=word_tokenizer)
+    for batch, text in zip(batches, texts, strict=True):
+        batch["task_embeds"] = tiny_encoder([text])
+    explicit = averaged(model, calibration=batches)
     for key, value in automatic.state_dict.items():
         torch.testing.assert_close(value, explicit.state_dict[key])
     assert automatic.report.layer_errors != of_texts.report.layer_errors
@@ -335,8 +270,7 @@ def test_token_router_and_encoder_decoder(adapted, tiny_model, tmp_path):
         "attention_mask": torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]),
         "labels": IDS[:, :3].contiguous(),
     }
-    with pytest.warns(UserWarning, match="approximation"):
-        export = to_lora(model, calibration=[batch])
+    export = averaged(model, calibration=[batch])
     export.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny_model("t5"), tmp_path).eval()
     apart = (logits(loaded, **batch) - logits(model, **batch)).abs().max().item()
@@ -355,21 +289,16 @@ class TwoPaths(nn.Module):
 
 
 def test_plain_model_and_layers_that_calibration_does_not_reach():
-    config = TaskMoELoraConfig(
-        num_experts=2,
-        r=1,
-        router_inputs="token",
-        init_weights=False,
-        target_modules=["first", "second"],
-    )
+    settings = {"router_inputs": "token", "init_weights": False}
+    targets = ["first", "second"]
+    config = TaskMoELoraConfig(num_experts=2, r=1, target_modules=targets, **settings)
     model = get_peft_model(TwoPaths(), config)
     with pytest.raises(ValueError, match=r"never reached 1 of the 2 adapted layers, e.g. `second`"):
         to_lora(model, calibration=[{"x": torch.randn(3, 4), "both": False}])
     with pytest.warns(UserWarning, match=r"differ by up to \d+\.\d% \(`\w+`\)\. Score it"):
         report = to_lora(model, calibration=[{"x": torch.randn(3, 4), "both": True}]).report
-    assert (
-        report.tokens == 3 and report.logits_max_abs is None and report.layer_errors["second"] > 0
-    )
+    assert report.tokens == 3 and report.logits_max_abs is None
+    assert report.layer_errors["second"] > 0
 
 
 def test_errors_of_to_lora(adapted, tiny_model, task):
@@ -410,16 +339,12 @@ def test_errors_of_to_lora(adapted, tiny_model, task):
 
 
 def test_merging_where_conv1d_and_linear_are_both_adapted(adapted, task):
-    model = adapted(
-        "gpt2",
-        router_inputs="task",
-        target_modules=["c_attn", "lm_head"],
-        model_changes={"tie_word_embeddings": False},
-    ).double()
+    settings = {"target_modules": ["c_attn", "lm_head"], "router_inputs": "task"}
+    model = adapted("gpt2", **settings, model_changes={"tie_word_embeddings": False}).double()
     unmerged = logits(model, task.double())
     with task_context(task.double()):
         model.merge_adapter()
-    torch.testing.assert_close(logits(model), unmerged, atol=1e-9, rtol=1e-9)
+    close(logits(model), unmerged, 1e-9)
 
 
 # Experts from LoRAs
@@ -450,13 +375,9 @@ def lora_delta(model, name):
 def test_uniform_gates_give_the_mean_or_the_sum(
     adapted, tiny_model, lora, tmp_path, task, base, combine
 ):
-    sources = [
-        lora(1, base),
-        lora(2, base, lora_alpha=7, use_rslora=True),
-        lora(
-            3, base, r=4, alpha_pattern={"c_attn" if base == "gpt2" else "q_proj": 5}
-        ),  # becomes two experts
-    ]
+    one = {"c_attn" if base == "gpt2" else "q_proj": 5}
+    sources = [lora(1, base), lora(2, base, lora_alpha=7, use_rslora=True)]
+    sources.append(lora(3, base, r=4, alpha_pattern=one))  # becomes two experts
     sources[0].save_pretrained(tmp_path)
     share = 1 / 3 if combine == "mean" else 1
     model = adapted(base, num_experts=4, r=2, lora_alpha=11).double()
@@ -466,9 +387,7 @@ def test_uniform_gates_give_the_mean_or_the_sum(
         if isinstance(layer, TaskMoELoraLayer):
             delta = sum(lora_delta(source.double(), name) for source in sources) * share
             reference.get_submodule(name).weight.data += delta.detach()
-    torch.testing.assert_close(
-        logits(model, task.double()), logits(reference), atol=1e-5, rtol=1e-5
-    )
+    close(logits(model, task.double()), logits(reference), 1e-5)
 
 
 def test_an_expert_alone_is_its_lora(adapted, lora):
@@ -484,12 +403,8 @@ def test_an_expert_alone_is_its_lora(adapted, lora):
 
 def test_the_router_can_stay_and_training_can_start(adapted, lora, task):
     model, sources = adapted(num_experts=2, r=2), [lora(1), lora(2)]
-    router = (
-        model.get_base_model()
-        .model.layers[0]
-        .self_attn.q_proj.taskmoe_lora_router["default"]
-        .weight
-    )
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    router = layer.taskmoe_lora_router["default"].weight
     before = router.detach().clone()
     experts_from_loras(model, sources, zero_router=False)
     assert torch.equal(router, before)
@@ -505,65 +420,47 @@ def test_there_and_back(adapted, task, tmp_path):
     to_lora(model, task).save_pretrained(tmp_path)
     back = adapted()  # 3 experts of rank 2 from one LoRA of rank 6
     experts_from_loras(back, [tmp_path])
-    torch.testing.assert_close(logits(back, task), logits(model, task), atol=1e-4, rtol=1e-4)
+    close(logits(back, task), logits(model, task), 1e-4)
 
 
-def test_errors_of_experts_from_loras(adapted, lora, tmp_path):
+def test_errors_of_experts_from_loras(adapted, lora, tiny_model):
     model = adapted(num_experts=2, r=2)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    cases = [
-        ([lora(1)], r"The 1 LoRAs make 1 experts of rank 2 at `.*q_proj`.*num_experts=1, r=2"),
-        (
-            [lora(1, r=3), lora(2)],
-            r"LoRA 0 \(adapter \"default\"\) has rank 3 at .*cut into experts of rank 2.*`r=3`",
-        ),
-        (
-            [lora(1), lora(2, target_modules=["q_proj"])],
-            r"LoRA 1 .*not adapt `.*layers.0.self_attn.k_proj`.*target_modules=\['q_proj'\]",
-        ),
-        ([lora(1), lora(2, use_dora=True)], r"LoRA 1 .*has `use_dora`"),
-        (
-            [lora(1), lora(2, modules_to_save=["lm_head"])],
-            r"LoRA 1 .*also holds `lm_head.weight`.*no expert",
-        ),
-        ([model, lora(1)], r"LoRA 0 .*has the PEFT type TASKMOE_LORA"),
-        ([3], r"Item 0 of `loras` is a int"),
-        ([], r"`loras` is empty"),
-    ]
+
+    def refused(message, loras, model=model, **settings):
+        with pytest.raises(ValueError, match=message):
+            experts_from_loras(model, loras, **settings)
+
+    first, both = lora(1), [lora(1), lora(2)]
+    refused(r"The 1 LoRAs make 1 experts of rank 2 at `.*q_proj`.*num_experts=1, r=2", [first])
+    rank = r"LoRA 0 \(adapter \"default\"\) has rank 3 at .*cut into experts of rank 2.*`r=3`"
+    refused(rank, [lora(1, r=3), lora(2)])
+    infinite = r"LoRA 1 .*alpha .* must be a finite"
+    targets = r"LoRA 1 .*not adapt `.*layers.0.self_attn.k_proj`.*target_modules=\['q_proj'\]"
+    for settings, message in (
+        ({"target_modules": ["q_proj"]}, targets),
+        ({"use_dora": True}, r"LoRA 1 .*has `use_dora`"),
+        ({"modules_to_save": ["lm_head"]}, r"LoRA 1 .*also holds `lm_head.weight`.*no expert"),
+        ({"lora_alpha": float("inf")}, infinite),
+        ({"lora_alpha": True}, infinite),
+    ):
+        refused(message, [first, lora(2, **settings)])
+    refused(r"LoRA 0 .*has the PEFT type TASKMOE_LORA", [model, first])
+    refused(r"Item 0 of `loras` is a int", [3])
+    refused(r"`loras` is empty", [])
     broken = lora(2)
     next(p for n, p in broken.named_parameters() if "lora_B" in n).data[0, 0] = float("nan")
-    cases += [
-        ([lora(1), broken], r"LoRA 1 .*has NaN or infinite values in `.*lora_B.weight`"),
-        *(([lora(1), lora(2, **{"lora_alpha": alpha})], r"LoRA 1 .*alpha .* must be a finite")
-          for alpha in (float("inf"), True)),
-    ]  # fmt: skip
-    narrow = adapted(num_experts=2, r=2, target_modules=["q_proj"])
-    with pytest.raises(
-        ValueError,
-        match=r"LoRA 0 .*adapts `.*`, which adapter \"default\" does not \(12 such.*be lost",
-    ):
-        experts_from_loras(narrow, [lora(1), lora(2)])
-    for loras, message in cases:
-        with pytest.raises(ValueError, match=message):
-            experts_from_loras(model, loras)
-    with pytest.raises(ValueError, match=r"`combine` is 'max', which is unknown"):
-        experts_from_loras(model, [lora(1), lora(2)], combine="max")
-    with pytest.raises(
-        ValueError, match=r"With a zero router all gates tie, and `top_k=1`.*`zero_router=False`"
-    ):
-        experts_from_loras(adapted(num_experts=2, top_k=1), [lora(1), lora(2)])
+    refused(r"LoRA 1 .*has NaN or infinite values in `.*lora_B.weight`", [first, broken])
+    lost = r"LoRA 0 .*adapts `.*`, which adapter \"default\" does not \(12 such.*be lost"
+    refused(lost, both, adapted(num_experts=2, r=2, target_modules=["q_proj"]))
+    refused(r"`combine` is 'max', which is unknown", both, combine="max")
+    tie = r"With a zero router all gates tie, and `top_k=1`.*`zero_router=False`"
+    refused(tie, both, adapted(num_experts=2, top_k=1))
+    config = LoraConfig(r=2, target_modules="all-linear")
+    wide = get_peft_model(tiny_model(intermediate_size=20), config)
+    base = r"at `model.layers.0.mlp.gate_proj`, which takes 16 features to 24.*another base"
+    refused(base, [first, wide])
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-
-
-def test_loras_of_another_base_model_are_refused(adapted, lora, tiny_model):
-    wide = get_peft_model(
-        tiny_model(intermediate_size=20), LoraConfig(r=2, target_modules="all-linear")
-    )
-    with pytest.raises(
-        ValueError,
-        match=r"at `model.layers.0.mlp.gate_proj`, which takes 16 features to 24.*another base",
-    ):
-        experts_from_loras(adapted(num_experts=2, r=2), [lora(1), wide])
 
 
 # The published layout
@@ -592,21 +489,15 @@ def install_reference_layers(base, checkpoint, task_embeds, alpha):
     for name, module in list(base.named_modules()):
         if not isinstance(module, nn.Linear) or name == "lm_head":
             continue
-        a, b, route = (
-            checkpoint[f"base_model.model.{name}.{part}"]
-            for part in ("lora_A_weight", "lora_B_weight", "lora_route.weight")
-        )
+        parts = ("lora_A_weight", "lora_B_weight", "lora_route.weight")
+        a, b, route = (checkpoint[f"base_model.model.{name}.{part}"] for part in parts)
 
         def forward(x, weight=module.weight, a=a, b=b, route=route):
             y = x @ weight.T
             for row in range(x.shape[0]):
                 for t in range(x.shape[1]):
-                    read = (
-                        x[row, t]
-                        if task_embeds is None
-                        else torch.cat((x[row, t], task_embeds[row]))
-                    )
-                    gates = torch.softmax(route @ read, dim=0)
+                    task = () if task_embeds is None else (task_embeds[row],)
+                    gates = torch.softmax(route @ torch.cat((x[row, t], *task)), dim=0)
                     for i in range(E):
                         y[row, t] += alpha / R * gates[i] * ((x[row, t] @ a[i]) @ b[i])
             return y
@@ -619,9 +510,7 @@ def install_reference_layers(base, checkpoint, task_embeds, alpha):
     "form", ["safetensors", "bin", "file", "tensors", "no prefix", "token only", "config"]
 )
 def test_published_layout_equals_the_plain_loops(tiny_model, tmp_path, form):
-    base = tiny_model(
-        num_hidden_layers=3
-    ).eval()  # 21 layers: more than PEFT keeps in full in target_modules
+    base = tiny_model(num_hidden_layers=3).eval()  # 21 layers: more than PEFT lists in full
     d_task = 0 if form == "token only" else D_TASK
     checkpoint = reference_checkpoint(base, d_task)
     source, settings = tmp_path / "theirs", {"lora_alpha": 4}
@@ -638,17 +527,9 @@ def test_published_layout_equals_the_plain_loops(tiny_model, tmp_path, form):
     if form == "file":
         given = source / "adapter_model.safetensors"
     if form == "config":
-        (source / "adapter_config.json").write_text(
-            json.dumps(
-                {
-                    "r": R,
-                    "lora_alpha": 4,
-                    "lora_dropout": 0.1,
-                    "target_modules": LLAMA_TARGETS,
-                    "base_model_name_or_path": "some/base",
-                }
-            )
-        )
+        theirs = {"r": R, "lora_alpha": 4, "lora_dropout": 0.1, "target_modules": LLAMA_TARGETS}
+        theirs["base_model_name_or_path"] = "some/base"
+        (source / "adapter_config.json").write_text(json.dumps(theirs))
         settings = {}
     config = from_reference_checkpoint(given, tmp_path / "ours", base_model=base, **settings)
     assert (config.num_experts, config.r, config.lora_alpha, config.task_norm) == (E, R, 4, "none")
@@ -660,11 +541,9 @@ def test_published_layout_equals_the_plain_loops(tiny_model, tmp_path, form):
     task_embeds = None if form == "token only" else torch.randn(2, D_TASK)
     with torch.no_grad():
         plain = base(input_ids=IDS).logits
-        expected = install_reference_layers(base, checkpoint, task_embeds, alpha=4)(
-            input_ids=IDS
-        ).logits
+        expected = install_reference_layers(base, checkpoint, task_embeds, alpha=4)(IDS).logits
     assert not torch.allclose(expected, plain, atol=0.1)
-    torch.testing.assert_close(logits(model, task_embeds), expected, atol=1e-4, rtol=1e-4)
+    close(logits(model, task_embeds), expected, 1e-4)
 
 
 def test_errors_of_the_published_layout(tiny_model, tmp_path):
