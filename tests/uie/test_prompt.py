@@ -32,23 +32,11 @@ class Launcher(EntityType):
     examples = ("Falcon 9", "Soyuz")
 
 
-SCHEMA = Schema.of(
-    Launcher,
-    {"creative-work": ""},
-    {
-        "carries": {
-            "description": "",
-            "head": ["Launcher"],
-            "tail": {"description": "what", "types": ["Probe", "Crew"]},
-        }
-    },
-    {
-        "Launch": {
-            "description": 'It "starts"',
-            "roles": {"Vehicle": {"examples": ["Soyuz"]}, "Launch.Site": "a \\ place"},
-        }
-    },
-)
+CARRIES = {"description": "", "head": ["Launcher"]}
+CARRIES["tail"] = {"description": "what", "types": ["Probe", "Crew"]}
+ROLES = {"Vehicle": {"examples": ["Soyuz"]}, "Launch.Site": "a \\ place"}
+LAUNCH = {"Launch": {"description": 'It "starts"', "roles": ROLES}}
+SCHEMA = Schema.of(Launcher, {"creative-work": ""}, {"carries": CARRIES}, LAUNCH)
 
 
 def span(text, words, nth=1):
@@ -59,9 +47,7 @@ def span(text, words, nth=1):
 
 
 def test_dataclass_style():
-    assert (
-        prompt_text('Ariane 5 "flew"\nto Mars.', SCHEMA)
-        == '''\
+    expected = '''\
 @dataclass
 class Launcher(Entity):
     """A vehicle designed to carry a payload to space. Such as: Falcon 9, Soyuz"""
@@ -84,20 +70,18 @@ class Launch(Event):
 text = "Ariane 5 \\"flew\\"\\nto Mars."
 # The annotation instances that take place in the text above are listed here
 result ='''
-    )
+    assert prompt_text('Ariane 5 "flew"\nto Mars.', SCHEMA) == expected
 
 
 def test_compact_style():
-    assert (
-        prompt_text("Ariane 5", SCHEMA, format=COMPACT)
-        == """\
+    expected = """\
 Launcher(span): A vehicle designed to carry a payload to space. Such as: Falcon 9, Soyuz
 creative_work(span): creative-work
 carries(head, tail): head: Launcher; tail: Probe or Crew: what
 Launch(trigger, Vehicle, Launch_Site): It "starts"; Vehicle: Such as: Soyuz; Launch_Site: a \\ place
 text = "Ariane 5"
 result ="""
-    )
+    assert prompt_text("Ariane 5", SCHEMA, format=COMPACT) == expected
 
 
 @pytest.mark.parametrize("format", [PromptFormat(), COMPACT])
@@ -110,33 +94,19 @@ def test_the_schema_text_is_the_beginning_of_every_prompt(format):
 
 
 def test_the_prompt_is_python_whatever_the_guidelines_hold():
-    nasty = [
-        '"""',
-        "ends with \\",
-        'ends with "',
-        "new\nline",
-        "'''",
-        "\0",
-        "\ud800",
-        "# result =",
-        "{x}",
-    ]
+    ends = ["ends with \\", 'ends with "']
+    nasty = [*ends, '"""', "new\nline", "'''", "\0", "\ud800", "# result =", "{x}"]
     for words in nasty:
-        schema = Schema.of(
-            {words: {"description": words, "examples": [words], "roles": {words: words}}}
-        )
-        ast.parse(prompt_text(words, schema) + " []")
+        label = {"description": words, "examples": [words], "roles": {words: words}}
+        ast.parse(prompt_text(words, Schema.of({words: label})) + " []")
 
 
 def test_completions():
     text = "Ariane 5 and Ariane 5 carried Rosetta from Kourou, not from Kourou."
     second = span(text, "Ariane 5", 2)
+    site, vehicle = Argument("Launch.Site", span(text, "Kourou", 2)), Argument("Vehicle", second)
     records = [
-        Event(
-            "Launch",
-            span(text, "carried"),
-            (Argument("Launch.Site", span(text, "Kourou", 2)), Argument("Vehicle", second)),
-        ),
+        Event("Launch", span(text, "carried"), (site, vehicle)),
         Entity("Launcher", second),
         Entity("Launcher", second),
         Relation("carries", second, span(text, "Rosetta")),
@@ -154,9 +124,8 @@ def test_completions():
         'Launch("carried", Vehicle="Ariane 5", Launch_Site="Kourou", Launch_Site_nth=2), '
         'creative_work("Rosetta")]'
     )
-    plain = completion_text(
-        records, text, SCHEMA, format=PromptFormat("compact", occurrences=False)
-    )
+    words_only = PromptFormat("compact", occurrences=False)
+    plain = completion_text(records, text, SCHEMA, format=words_only)
     assert "_nth" not in plain and len(parse_answer(plain, SCHEMA, text).records) == 4
     assert completion_text([], text, SCHEMA) == " []"
 
@@ -177,38 +146,33 @@ def test_given_events_are_shown_without_their_arguments():
     assert 'given = [Launch("flew", trigger_nth=2)]\nresult =' in example.prompt
     assert "Kourou" not in example.prompt.split("given =")[1]
     assert example.completion == ' [Launch("flew", Launch_Site="Kourou")]'
-    parsed = parse_answer(
-        example.completion, example.schema, text, names=example.names, given=document.given
-    )
-    assert parsed.records == (event,)
-    long = build_example(document).prompt
-    assert (
+    options = {"names": example.names, "given": document.given}
+    assert parse_answer(example.completion, example.schema, text, **options).records == (event,)
+    shown = (
         "# These events are given; list each with its arguments\n"
-        'given = [Launch(trigger="flew", trigger_nth=2)]' in long
+        'given = [Launch(trigger="flew", trigger_nth=2)]'
     )
+    assert shown in build_example(document).prompt
 
 
 ANY_TEXT = [
-    "",
-    "plain",
-    "quotes \" ' \"\"\" '''",
-    "back\\slash \\n \\",
-    "a\nb\r\nc\rd",
-    "tab\there",
-    "NUL \0 here",
-    "x = 'code'  # result = [A()]\nresult =",
-    "שלום עולם",
-    "‮right-to-left‬",
-    "👩‍🚀 emoji ❤️",
-    "é e\u0301",
-    "\u2028\u2029\x85",
-    "lone \ud83d surrogate",
-    "\ufeffbom",
-    "日本語",
-    "\x7f\x80\x1b[0m",
-    "f'{x}' %s {0}",
-    "\\N{DASH}",
-    "\U0010ffff",
+    *("", "plain", "quotes \" ' \"\"\" '''", "back\\slash \\n \\", "a\nb\r\nc\rd", "tab\there"),
+    *("NUL \0 here", "x = 'code'  # result = [A()]\nresult =", "\\N{DASH}", "\U0010ffff"),
+    *(
+        "שלום עולם",
+        "\u202eright-to-left\u202c",
+        "👩\u200d🚀 emoji ❤️",
+        "é e\u0301",
+        "\u2028\u2029\x85",
+    ),
+    *(
+        "\u2028\u2029\x85",
+        "lone \ud83d surrogate",
+        "\ufeffbom",
+        "日本語",
+        "\x7f\x80\x1b[0m",
+        "f'{x}' %s {0}",
+    ),
 ]
 
 
@@ -218,12 +182,8 @@ def test_any_text_goes_in_and_comes_back(text):
     assert ast.literal_eval(literal) == text
     assert len(literal.splitlines()) == 1
     literal.encode("utf-8")
-    assert (
-        ast.literal_eval(
-            prompt_text(text, SCHEMA, format=COMPACT).split("\ntext = ")[1].split("\nresult =")[0]
-        )
-        == text
-    )
+    prompt = prompt_text(text, SCHEMA, format=COMPACT)
+    assert ast.literal_eval(prompt.split("\ntext = ")[1].split("\nresult =")[0]) == text
     # Every character of it can be a span, with exact offsets.
     records = tuple(
         Entity("Launcher", Span(text[i : i + 2], i, min(i + 2, len(text))))
@@ -241,15 +201,12 @@ def test_readable_characters_stay_readable():
 def test_unknown_labels_and_roles_are_errors():
     text = "It flew."
     wrong = Document("d7", text, "NER", Schema.of(Launcher), (Entity("Rocket", span(text, "It")),))
-    with pytest.raises(
-        ValueError, match=r"Document `d7`: There is a record of the entity `Rocket`.*has `Launcher`"
-    ):
+    unknown = r"Document `d7`: There is a record of the entity `Rocket`.*has `Launcher`"
+    with pytest.raises(ValueError, match=unknown):
         build_example(wrong)
     event = Event("Launch", span(text, "flew"), (Argument("Crew", span(text, "It")),))
-    with pytest.raises(
-        ValueError,
-        match=r"event `Launch` has an argument in the role `Crew`.*roles: `Vehicle`, `Lau",
-    ):
+    role = r"event `Launch` has an argument in the role `Crew`.*roles: `Vehicle`, `Lau"
+    with pytest.raises(ValueError, match=role):
         completion_text([event], text, SCHEMA)
     with pytest.raises(ValueError, match=r'`style` is .long.\. Write "dataclass" or "compact"'):
         PromptFormat("long")
@@ -260,6 +217,10 @@ def test_unknown_labels_and_roles_are_errors():
 LABELS = Schema.from_dict("NER", {f"L{i}": f"guideline {i}" for i in range(8)})
 WORDS = [f"word{i}" for i in range(8)]
 TEXT = " ".join(WORDS)
+
+
+FLEW = Event("Launch", span("It flew.", "flew"))
+LAUNCHED = Document("e", "It flew.", "EAE", SCHEMA.select([SCHEMA.labels[-1]]), (FLEW,))
 
 
 def document(number, labels=(0, 3)):
@@ -301,17 +262,12 @@ def test_they_do_not_depend_on_the_hash_seed():
         "for i in range(20): print(t.build_example(t.document(i), *given))"
     )
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    outputs = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            cwd=root,
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
-        for seed in ("0", "1")
-    }
+    outputs = set()
+    for seed in ("0", "1"):
+        options = {"cwd": root, "capture_output": True, "text": True, "check": True}
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, **options)
+        outputs.add(done.stdout)
     assert len(outputs) == 1 and "LABEL_" in outputs.pop()
 
 
@@ -320,9 +276,9 @@ def test_all_of_them_still_come_back():
         example = build_example(document(number, (0, 2, 5)), COMPACT, ALL, 1, POOL, NEGATIVES)
         parsed = parse_answer(example.completion, example.schema, TEXT, names=example.names)
         assert parsed.problems == ()
-        assert {record_key(r) for r in parsed.records} == {
-            record_key(r) for r in example.document.records
-        }
+        assert set(map(record_key, parsed.records)) == set(
+            map(record_key, example.document.records)
+        )
         for label in example.schema.labels:
             assert f"{example.names.class_of(label)}(span)" in example.prompt
 
@@ -332,12 +288,9 @@ def test_all_of_them_still_come_back():
 )
 def test_what_is_shown_does_not_depend_on_the_gold_records(regularisers):
     for number in range(100):
-        shown = {
-            build_example(
-                document(number, labels), COMPACT, regularisers, 4, POOL, NEGATIVES
-            ).prompt
-            for labels in ((), (0,), (1, 2), range(8))
-        }
+        gold = [document(number, labels) for labels in ((), (0,), (1, 2), range(8))]
+        options = (COMPACT, regularisers, 4, POOL, NEGATIVES)
+        shown = {build_example(one, *options).prompt for one in gold}
         assert len(shown) == 1
 
 
@@ -345,9 +298,8 @@ def test_class_order_does_not_leak_the_answer():
     # With negatives limited, positives are always there; their place must tell nothing.
     places = Counter()
     for number in range(2_000):
-        shown, _ = regularise(
-            document(number, (0, 3)), Regularisers(shuffle=True, max_negatives=2), 0
-        )
+        limited = Regularisers(shuffle=True, max_negatives=2)
+        shown, _ = regularise(document(number, (0, 3)), limited, 0)
         names = [label.name for label in shown.schema.labels]
         assert len(names) == 4
         places.update(i for i, name in enumerate(names) if name in ("L0", "L3"))
@@ -370,11 +322,7 @@ def test_dropout_takes_labels_with_their_records():
     for number in range(50):
         shown, _ = regularise(document(number), Regularisers(dropout=1.0), 0)
         assert len(shown.schema.labels) == 1
-    text = "It flew."
-    given = Document(
-        "e", text, "EAE", SCHEMA.select([SCHEMA.labels[-1]]), (Event("Launch", span(text, "flew")),)
-    )
-    assert regularise(given, Regularisers(dropout=1.0), 0)[0] == given
+    assert regularise(LAUNCHED, Regularisers(dropout=1.0), 0)[0] == LAUNCHED
 
 
 def test_masks_are_counted_in_the_order_shown():
@@ -382,9 +330,8 @@ def test_masks_are_counted_in_the_order_shown():
     identifiers = [example.names.class_of(label) for label in example.schema.labels]
     assert identifiers == [f"LABEL_{i}" for i in range(1, 9)]
     assert "L0" not in example.prompt + example.completion
-    masked = [
-        regularise(document(i), Regularisers(mask=0.5), 0)[1] != LABELS.names for i in range(1_000)
-    ]
+    half = Regularisers(mask=0.5)
+    masked = [regularise(document(i), half, 0)[1] != LABELS.names for i in range(1_000)]
     assert 430 < sum(masked) < 570
 
 
@@ -396,10 +343,8 @@ def test_example_mentions_are_sampled_and_never_in_the_text():
             assert len(label.examples) <= 2
             seen.update(label.examples)
     assert {"alpha", "beta", "gamma 0"} < set(seen) and not any(word in seen for word in WORDS)
-    assert (
-        "Such as: "
-        in build_example(document(2), regularisers=Regularisers(examples=2), mentions=POOL).prompt
-    )
+    example = build_example(document(2), regularisers=Regularisers(examples=2), mentions=POOL)
+    assert "Such as: " in example.prompt
 
 
 def test_negatives_are_added_from_other_schemas():
@@ -407,9 +352,7 @@ def test_negatives_are_added_from_other_schemas():
     names = [label.name for label in shown.schema.labels]
     assert sorted(names[8:]) == ["N1", "N2", "N3"]  # not L1: that is asked for already
     assert shown.records == document(1).records
-    with pytest.raises(
-        ValueError, match=r"`added_negatives` is 1, but there is no schema.*negative_pool=Schema.of"
-    ):
+    with pytest.raises(ValueError, match=r"`added_negatives` is 1, but.*negative_pool=Schema.of"):
         regularise(document(1), Regularisers(added_negatives=1), 0)
     with pytest.raises(ValueError, match=r"`dropout` is 2. It is a probability"):
         Regularisers(dropout=2)
@@ -418,10 +361,7 @@ def test_negatives_are_added_from_other_schemas():
 
 
 def test_collected_mentions():
-    text = "It flew."
-    launch = Document(
-        "e", text, "EE", SCHEMA.select([SCHEMA.labels[-1]]), (Event("Launch", span(text, "flew")),)
-    )
+    launch = replace(LAUNCHED, task="EE")
     assert collect_mentions([document(1), document(2, (0, 1)), launch]) == {
         ("entity", "L0"): ("word0",),
         ("entity", "L3"): ("word3",),
