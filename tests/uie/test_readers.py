@@ -101,8 +101,11 @@ def test_detokenized_text_keeps_the_mentions(tmp_path):
         '"',
         "so",
         '"',
+        "in",
+        "Rome",
+        ".",
+        "''",
     ]
-    tokens += ["in", "Rome", ".", "''"]
     tags = ["B-NE" if token in ("Rome", "5") else "O" for token in tokens]
     tags[tokens.index("%")] = "I-NE"
     lines = [f"{token} {tag}" for token, tag in zip(tokens, tags, strict=True)]
@@ -138,12 +141,8 @@ def test_brat_offsets_may_count_a_windows_line_end_once(tmp_path):
 
 
 def test_brat_in_one_pass(tmp_path):
-    lines = [
-        "T1\tPER 0 3\tAnn",
-        "T2\tMeet 4 7\tmet",
-        "T3\tPER 8 11\tBob",
-        "R1\tknows Arg1:T1 Arg2:T3",
-    ]
+    lines = ["T1\tPER 0 3\tAnn", "T2\tMeet 4 7\tmet", "T3\tPER 8 11\tBob"]
+    lines.append("R1\tknows Arg1:T1 Arg2:T3")
     path = brat(tmp_path, "Ann met Bob", *lines, "E1\tMeet:T2 Who:T1 Who2:T3")
     report = convert(path, tmp_path / "out.jsonl", "brat", task="UIE")
     (document,) = read_jsonl(tmp_path / "out.jsonl").documents
@@ -171,6 +170,7 @@ def test_relations_with_a_schema_of_entities_are_refused(tmp_path, schema):
 
 
 ROCKET = "Ariane 5 🚀 by Arianespace, of Evry."
+LINK = {"type": "relation", "from_id": "a", "to_id": "b"}
 
 
 def region(name, start, end, label, words=None):
@@ -185,13 +185,7 @@ def test_label_studio(tmp_path):
         region("b", 15, 26, "Firm", "Arianespace"),  # as a browser counts: behind a rocket
         region("c", None, None, "Place", "Evry"),
         {"id": "d", "type": "choices", "value": {"choices": ["good"]}},
-        {
-            "type": "relation",
-            "from_id": "a",
-            "to_id": "b",
-            "direction": "left",
-            "labels": ["built"],
-        },
+        LINK | {"direction": "left", "labels": ["built"]},
     ]
     cancelled = {"was_cancelled": True, "result": []}
     item = {"id": 7, "data": {"text": ROCKET}, "annotations": [cancelled, {"result": regions}]}
@@ -203,12 +197,8 @@ def test_label_studio(tmp_path):
     assert "1 mentions without offsets were placed" in report.problems[2].message
     document, other = report.documents
     assert (document.id, document.task, other.records) == ("7", "UIE", ())
-    assert found(document) == [
-        ("Launcher", "Ariane 5"),
-        ("Firm", "Arianespace"),
-        ("Place", "Evry"),
-        ("built", "Arianespace", "Ariane 5"),
-    ]
+    entities = [("Launcher", "Ariane 5"), ("Firm", "Arianespace"), ("Place", "Evry")]
+    assert found(document) == [*entities, ("built", "Arianespace", "Ariane 5")]
     smallest = {"id": 7, "text": ROCKET, "label": [{"start": 0, "end": 8, "labels": ["Launcher"]}]}
     path.write_text(json.dumps([smallest]), encoding="utf-8")
     assert found(read_label_studio(path).documents[0]) == [("Launcher", "Ariane 5")]
@@ -237,9 +227,6 @@ def test_doccano(tmp_path):
 
 def studio(*results, text="Ann"):
     return {"data": {"text": text}, "annotations": [{"result": list(results)}]}
-
-
-LINK = {"type": "relation", "from_id": "a", "to_id": "b"}
 
 
 @pytest.mark.parametrize(

@@ -29,12 +29,8 @@ from peft_taskmoe.uie import (
 from peft_taskmoe.uie.scoring.reliability import Judged
 
 TEXT = "Ann met Bob and Ann hit Eve"
-SCHEMAS = {
-    "NER": {"P": "", "Q": ""},
-    "RE": {"R": ""},
-    "EE": {"E": {"description": "", "roles": ["x", "y"]}},
-}
-SCHEMAS["EAE"] = SCHEMAS["EE"]
+EVENTS = {"E": {"description": "", "roles": ["x", "y"]}}
+SCHEMAS = {"NER": {"P": "", "Q": ""}, "RE": {"R": ""}, "EE": EVENTS, "EAE": EVENTS}
 
 
 def at(start: int, end: int) -> Span:
@@ -60,13 +56,8 @@ def of_bins(found) -> list[tuple[int, float, float]]:
 
 def test_figures_by_hand():
     gold = [Entity("P", ANN), Entity("P", BOB), Entity("Q", EVE)]
-    predicted = [
-        Entity("P", ANN, 0.95),
-        Entity("P", BOB, 0.85),
-        Entity("Q", BOB, 0.81),
-        Entity("P", EVE, 0.3),
-        Entity("Q", MET),
-    ]
+    predicted = [Entity("P", ANN, 0.95), Entity("P", BOB, 0.85), Entity("Q", BOB, 0.81)]
+    predicted += [Entity("P", EVE, 0.3), Entity("Q", MET)]
     found = curve("NER", gold, predicted)
     assert of_bins(found) == [(1, 0.3, 0.0), (2, 0.83, 0.5), (1, 0.95, 1.0)]
     assert [one.low for one in found.bins] == pytest.approx([i / 10 for i in range(10)])
@@ -85,10 +76,8 @@ def test_one_gold_mention_makes_one_record_right():
     both = [Entity("P", ANN, 0.9), Entity("P", ANN2, 0.6)]
     assert curve("NER", gold, both).precision == 0.5
     assert curve("NER", [*gold, Entity("P", ANN2)], both).precision == 1.0
-    assert of_bins(curve("NER", gold, both[::-1], match="offsets")) == [
-        (1, 0.6, 0.0),
-        (1, 0.9, 1.0),
-    ]
+    by_offsets = curve("NER", gold, both[::-1], match="offsets")
+    assert of_bins(by_offsets) == [(1, 0.6, 0.0), (1, 0.9, 1.0)]
     assert curve("NER", gold, [both[0], both[0]]).count == 1  # the same place twice is said once
 
 
@@ -112,15 +101,9 @@ def test_an_event_is_right_if_all_that_it_says_is():
 def test_relations_and_spans_that_are_not_in_the_text():
     gold = [Relation("R", ANN, BOB)]
     lost = Relation("R", ANN, Span("Zoe", alignment="not_found"), confidence=0.9)
-    found = curve(
-        "RE",
-        gold,
-        [Relation("R", ANN, BOB, confidence=0.7), Relation("R", BOB, ANN, confidence=0.7), lost],
-    )
-    assert (found.count, found.precision) == (
-        2,
-        0.5,
-    )  # as in precision, what is not in the text is dropped
+    turned = [Relation("R", *pair, confidence=0.7) for pair in ((ANN, BOB), (BOB, ANN))]
+    found = curve("RE", gold, [*turned, lost])  # as in precision, lost spans are dropped
+    assert (found.count, found.precision) == (2, 0.5)
 
 
 def random_sets(seed: int, sets: int = 3, documents: int = 40):
@@ -133,11 +116,8 @@ def random_sets(seed: int, sets: int = 3, documents: int = 40):
         for i in range(documents):
             spans = [at(s, s + 1) for s in rng.sample(range(len(TEXT)), 8)]
             truth = [Entity(rng.choice("PQ"), span) for span in spans[:5]]
-            written = [
-                replace(record, confidence=rng.random() ** 0.3)
-                for record in truth
-                if rng.random() < 0.7
-            ]
+            kept = [record for record in truth if rng.random() < 0.7]
+            written = [replace(record, confidence=rng.random() ** 0.3) for record in kept]
             written += [Entity(rng.choice("PQ"), span, rng.random()) for span in spans[4:]]
             rng.shuffle(written)
             gold[name].append(document("NER", *truth, name=str(i)))
@@ -178,9 +158,8 @@ def test_the_error_agrees_with_a_plain_computation(bins):
     for b in range(bins):
         inside = [i for i, v in enumerate(values) if b / bins < v <= (b + 1) / bins]
         error += abs(sum(right[i] for i in inside) - sum(values[i] for i in inside))
-    assert reliability(gold, answers, match="offsets", bins=bins).ece == pytest.approx(
-        error / len(values)
-    )
+    found = reliability(gold, answers, match="offsets", bins=bins)
+    assert found.ece == pytest.approx(error / len(values))
 
 
 @pytest.mark.parametrize(("binning", "strategy"), [("width", "uniform"), ("count", "quantile")])
@@ -188,9 +167,8 @@ def test_the_curve_agrees_with_that_of_scikit_learn(binning, strategy):
     calibration = pytest.importorskip("sklearn.calibration", reason="scikit-learn is not installed")
     gold, answers = random_sets(2)
     values, right = judged(gold, answers)
-    precisions, confidences = calibration.calibration_curve(
-        right, values, n_bins=8, strategy=strategy
-    )
+    options = {"n_bins": 8, "strategy": strategy}
+    precisions, confidences = calibration.calibration_curve(right, values, **options)
     found = reliability(gold, answers, match="offsets", bins=8, binning=binning)
     full = [one for one in found.bins if one.count]
     assert [one.precision for one in full] == pytest.approx(list(precisions))
@@ -247,19 +225,16 @@ def test_tables_and_plot(tmp_path):
     gold, answers = random_sets(5)
     found = reliability(gold, answers, n_resamples=50)
     lines = found.to_markdown().splitlines()
-    assert (
-        lines[0]
-        == "| confidence | records | mean confidence | precision | precision - confidence |"
-    )
+    header = "| confidence | records | mean confidence | precision | precision - confidence |"
+    assert lines[0] == header
     assert len(lines) == 13 and lines[-1].startswith(f"| all | {found.count} |")
     assert f"ECE {found.ece:.3f} [" in lines[-1]
     console = Console(file=io.StringIO(), width=160)
     console.print(found.table())
     assert f"ECE {found.ece:.3f} [" in console.file.getvalue()
     figures = json.loads(found.to_json())
-    assert (
-        figures["ece"] == found.ece and sum(one["count"] for one in figures["bins"]) == found.count
-    )
+    assert figures["ece"] == found.ece
+    assert sum(one["count"] for one in figures["bins"]) == found.count
     pytest.importorskip("matplotlib", reason="matplotlib is not installed (the extra `plot`)")
     found.plot(tmp_path / "curve.svg")
     drawn = (tmp_path / "curve.svg").read_text()
@@ -284,26 +259,22 @@ def like_measured(seed: int, documents: int = 60):
     return {"set": gold}, {"set": answers}
 
 
-def calibrated(calibration, answers):
-    return {
-        name: {id_: calibration.apply(records) for id_, records in of.items()}
-        for name, of in answers.items()
-    }
+@pytest.fixture(scope="module")
+def calibration():
+    return fit_calibration(reliability(*like_measured(1), match="offsets"))
 
 
-def test_calibrated_confidences_hold_on_documents_they_were_not_fitted_on():
-    calibration = fit_calibration(reliability(*like_measured(1), match="offsets"))
+def test_calibrated_confidences_hold_on_documents_they_were_not_fitted_on(calibration):
     gold, answers = like_measured(2)
     before = reliability(gold, answers, match="offsets")
-    after = reliability(gold, calibrated(calibration, answers), match="offsets")
+    calibrated = {id_: calibration.apply(records) for id_, records in answers["set"].items()}
+    after = reliability(gold, {"set": calibrated}, match="offsets")
     assert before.ece > 0.45 and after.ece < 0.12
     assert after.precision == before.precision and after.count == before.count
 
 
-def test_calibration_keeps_the_order_and_what_has_no_confidence():
-    calibration = fit_calibration(reliability(*like_measured(1), match="offsets"))
-    values = [value / 100 for value in range(101)]
-    records = [Entity("P", ANN, value) for value in values]
+def test_calibration_keeps_the_order_and_what_has_no_confidence(calibration):
+    records = [Entity("P", ANN, value / 100) for value in range(101)]
     found = [record.confidence for record in calibration.apply(records)]
     assert found == sorted(found) and 0 <= found[0] < found[-1] <= 1
     assert calibration.apply([Entity("P", ANN)]) == (Entity("P", ANN),)
@@ -324,8 +295,7 @@ def test_each_kind_of_record_has_its_curve_and_rare_ones_share_one():
         fit_calibration(Reliability((), 0, None, tuple(events)))
 
 
-def test_a_calibration_is_saved_beside_the_adapter(tmp_path):
-    calibration = fit_calibration(reliability(*like_measured(1), match="offsets"))
+def test_a_calibration_is_saved_beside_the_adapter(tmp_path, calibration):
     path = calibration.save(tmp_path)
     assert path.name == "uie_calibration.json" and set(json.loads(path.read_text())) == {"curves"}
     assert Calibration.load(tmp_path) == Calibration.load(path) == calibration
@@ -348,9 +318,8 @@ def test_a_calibration_is_saved_beside_the_adapter(tmp_path):
 def test_a_broken_calibration_is_refused_by_name(tmp_path, curve, found):
     path = tmp_path / "uie_calibration.json"
     path.write_text(json.dumps({"curves": {"all": curve}}), encoding="utf-8")
-    with pytest.raises(
-        ValueError, match=f"(?s)`.*uie_calibration.json` is no calibration.*({found})"
-    ):
+    message = f"(?s)`.*uie_calibration.json` is no calibration.*({found})"
+    with pytest.raises(ValueError, match=message):
         Calibration.load(tmp_path)
 
 
