@@ -238,16 +238,10 @@ def test_the_page_needs_nothing_else():
     assert not re.search(r"https?:|url\(|@import|<link|<script", html)
 
 
-ANY = [
-    "שלום עולם",
-    "a\r\nb\tc",
-    "nul\x00 esc\x1b[31m \x9b bell\x07",
-    "half \ud83d pair",
-    "🚀é\u0301",
-]
+ANY = ["שלום עולם", "a\r\nb\tc", "nul\x00 esc\x1b[31m \x9b bell\x07", "half \ud83d pair"]
 
 
-@pytest.mark.parametrize("text", [*ANY, ""])
+@pytest.mark.parametrize("text", [*ANY, "🚀é\u0301", ""])
 def test_any_text_can_be_written(tmp_path, text):
     records = [Entity("word", Span(text, 0, len(text)))] if text else []
     Extractions([extraction(text, *records)], 0.0).save_html(tmp_path / "page.html")
