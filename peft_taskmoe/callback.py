@@ -1,4 +1,4 @@
-"""Logs what the routers do while a Trainer trains."""
+"""A Trainer callback that logs routing figures."""
 
 from __future__ import annotations
 

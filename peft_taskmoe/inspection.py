@@ -1,12 +1,4 @@
-"""Gates looked at from outside: recorded per layer and task, and summed up.
-
-It puts a recorder into the scope that the layers hand their gates to. Outputs do not change beyond
-the rounding of the plain form (`router.py`, `experts.py`), which the layers use meanwhile.
-
-To see what the task does to a model at test time, run the same batch under another task embedding,
-e.g. that of another example (`task_embeds.roll(1, 0)`) or none (`torch.zeros_like(task_embeds)`),
-given as `task_embeds=...` or `task_context(...)`.
-"""
+"""Gates recorded by layer and task, and summarised; outputs change by float rounding alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which training tasks a prompt resembles: in its embedding and in the gates it opens."""
+"""The training tasks nearest to a prompt, by task embedding and by gates."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class ExportReport:
     Attributes:
         adapter_name: The adapter it was made from.
         exact: Whether the LoRA equals the adapter for this task, up to rounding.
-        rank: Rank of the LoRA, `num_experts * r`, where `rank_pattern` says nothing else.
+        rank: Rank of the LoRA, `num_experts * r`, where `rank_pattern` has no other.
         tokens: Calibration tokens (without padding) of the following; 0 if none were given.
         layer_errors: For each layer, `||update of the LoRA - update of the adapter|| / ||update of
             the adapter||` over those tokens, both on the inputs of the adapter's model.

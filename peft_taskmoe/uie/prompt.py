@@ -1,4 +1,4 @@
-"""What the model reads and what it is taught to write: prompts and completions.
+"""Prompts and completions: what the model reads and learns to write.
 
 The `"dataclass"` style is that of the method's paper, after GoLLIE::
 

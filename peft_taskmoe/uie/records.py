@@ -1,4 +1,4 @@
-"""What an extraction is made of: spans, records, problems and documents, and their JSON."""
+"""Spans, records, problems and documents, and their JSON."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def record_from_dict(task: str, data: Mapping[str, Any]) -> Record:
         An `Entity` for `"NER"`, a `Relation` for `"RE"`, an `Event` for `"EE"` and `"EAE"`.
 
     Raises:
-        ValueError: The task is unknown or the annotation lacks a key.
+        ValueError: The task is unknown or a key of the annotation is missing.
     """
     if task not in TASKS:
         raise ValueError(f"`{task}` is no task. Write one of: {listed(TASKS)}.")

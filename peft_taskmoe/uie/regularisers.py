@@ -1,4 +1,4 @@
-"""What makes one document look different each time it is trained on: order, masks, negatives.
+"""Regularisers vary how a document is shown in training: label order, masks, negatives.
 
 Everything is a function of (seed, document id) alone: the same in every process. After GoLLIE
 (Sainz et al., 2024), written from its description.
@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeAlias
 
 from peft_taskmoe.uie.records import Document, Entity, Record, Relation
 from peft_taskmoe.uie.schema import Kind, Label, Names, Schema
 
+_Chances: TypeAlias = Callable[[str], random.Random]
 MentionPool: TypeAlias = Mapping[tuple[Kind, str], Sequence[str]]
 """Mentions seen for each label, by its kind and name; `collect_mentions` makes one."""
 
@@ -82,7 +84,7 @@ def regularise(
     Raises:
         ValueError: `added_negatives` without a `negative_pool`.
     """
-    chances = _Chances(seed, document.id)
+    chances = partial(_random, seed, document.id)
     labels = list(document.schema.labels)
     if regularisers.added_negatives:
         labels += _added(labels, regularisers.added_negatives, negative_pool, chances)
@@ -168,13 +170,8 @@ def _with_examples(
     return replace(label, examples=tuple(chance.sample(candidates, number)))
 
 
-class _Chances:
-    """A source of chance for each regulariser, so that one more leaves the others as they are."""
-
-    def __init__(self, seed: int, document_id: str) -> None:
-        self.seed, self.document_id = seed, document_id
-
-    def __call__(self, what: str) -> random.Random:
-        content = f"{self.seed}\0{what}\0{self.document_id}"
-        digest = hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()
-        return random.Random(int.from_bytes(digest[:8], "big"))
+def _random(seed: int, document_id: str, what: str) -> random.Random:
+    """A generator for each regulariser, so that one more leaves the others as they are."""
+    content = f"{seed}\0{what}\0{document_id}"
+    digest = hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()
+    return random.Random(int.from_bytes(digest[:8], "big"))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_taskmoe.uie.data.file_schema import GivenSchema
-from peft_taskmoe.uie.data.graph import Graph, GraphTask, Happening, Link, add_graphs
+from peft_taskmoe.uie.data.graph import Graph, GraphEvent, GraphTask, Link, add_graphs
 from peft_taskmoe.uie.data.reading import OnError, Reading, ReadReport
 from peft_taskmoe.uie.wording import shown
 
@@ -67,10 +67,10 @@ def read_brat(
 def _graph(name: str, stem: Path, reading: Reading) -> Graph | None:
     text_file = stem.with_name(stem.name + ".txt")
     file = stem.with_name(stem.name + ".ann")
-    for lacking in (text_file, file):
-        if not lacking.is_file():
+    for needed in (text_file, file):
+        if not needed.is_file():
             message = "The file is missing. BRAT needs a .txt and an .ann for every document."
-            reading.error("brat", message, file=lacking)
+            reading.error("brat", message, file=needed)
             return None
     raw = text_file.read_bytes().removeprefix(b"\xef\xbb\xbf")
     text = reading.decoded(raw, file=text_file)
@@ -113,7 +113,7 @@ def _take(line: str, number: int, graph: Graph) -> None:
         for role, argument in pairs:
             unnumbered = role.rstrip("0123456789")
             arguments.append((unnumbered if unnumbered in bare else role, argument))
-        graph.events[match[1]] = Happening(match[2], match[3], arguments, number)
+        graph.events[match[1]] = GraphEvent(match[2], match[3], arguments, number)
     else:
         message = f"Cannot read `{shown(line)}`. Expected a T, R or E line of BRAT."
         graph.reading.error("brat", message, number, graph.file)

@@ -27,7 +27,7 @@ def schema_of_file(
     Args:
         task: What is read.
         given: The user's schema; `None`: the labels and roles of the rows, without descriptions.
-        rows: Rows of the JSONL format that lack their schema.
+        rows: Rows of the JSONL format without their schema.
         reading: Where the error goes.
         others: Labels that the file has for something else than what the task reads.
     """

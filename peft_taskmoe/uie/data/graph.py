@@ -25,7 +25,7 @@ class Link(NamedTuple):
     line: int | None = None
 
 
-class Happening(NamedTuple):
+class GraphEvent(NamedTuple):
     """An event: its label, its trigger's id, (role, id) of its arguments, and its line."""
 
     label: str
@@ -57,7 +57,7 @@ class Graph:
     file: Path | None = None
     mentions: dict[str, dict[str, Any]] = field(default_factory=dict)
     links: list[Link] = field(default_factory=list)
-    events: dict[str, Happening] = field(default_factory=dict)
+    events: dict[str, GraphEvent] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
@@ -112,7 +112,7 @@ class Graph:
         row = {"id": self.id, "text": self.text, "task": task, "annotations": annotations}
         return self.extra | row | ({"entities": entities} if task == "RE" else {})
 
-    def _not_read(self, what: str, task: str, left: Iterable[Link | Happening]) -> None:
+    def _not_read(self, what: str, task: str, left: Iterable[Link | GraphEvent]) -> None:
         for one in left:
             self.reading.note(f"The {what} is not read for {task}.", one.line, self.file)
 
@@ -123,7 +123,7 @@ class Graph:
             return None
         return {"relation": link.label, "head": head, "tail": tail}
 
-    def _event(self, event: Happening) -> dict[str, Any] | None:
+    def _event(self, event: GraphEvent) -> dict[str, Any] | None:
         placed = [(role, self._span(name, event.line)) for role, name in event.arguments]
         arguments = [{"role": role} | span for role, span in placed if span is not None]
         if (trigger := self._span(event.trigger, event.line)) is None:

@@ -100,7 +100,7 @@ def to_prompt_completion(
         document.
 
     Raises:
-        ValueError: There is no such `task_text`, or a record has a label that its schema lacks.
+        ValueError: There is no such `task_text`, or a record has a label that is not in its schema.
         ImportError: `datasets` is not installed.
     """
     if task_text not in ("prompt", "schema"):

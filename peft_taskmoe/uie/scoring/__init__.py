@@ -1,1 +1,1 @@
-"""How well answers match gold records, and how far their confidences can be trusted."""
+"""F1 of answers against gold records, and calibration of their confidences."""

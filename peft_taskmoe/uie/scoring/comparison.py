@@ -227,9 +227,9 @@ def _weighted_columns(
         raise ValueError(
             f"The systems have different documents of `{name}`, or none. Compare them on the same."
         )
-    if lacking := [id_ for id_ in a if not weight.get(id_, 0) > 0]:
+    if unweighted := [id_ for id_ in a if not weight.get(id_, 0) > 0]:
         raise ValueError(
-            f"Document `{lacking[0]}` of `{name}` has no positive weight. Give it one."
+            f"Document `{unweighted[0]}` of `{name}` has no positive weight. Give it one."
         )
     columns = np.array([[weight[i], weight[i] * a[i], weight[i] * b[i]] for i in a])
     if not np.isfinite(columns).all():

@@ -1,4 +1,4 @@
-"""How far confidences can be trusted: the share of right records among those of like confidence.
+"""Reliability curve: the precision of predicted records by their confidence.
 
 A record is right if everything that it says is gold: of an entity its label and mention, of a
 relation its label and both mentions, of an event its label, its trigger and each of its arguments
@@ -247,7 +247,7 @@ def _ece(sums: NDArray[np.float64]) -> NDArray[np.float64]:
 def _judged(
     records: Sequence[Record], document: Document, match: Match
 ) -> list[tuple[Record, bool | None]]:
-    """For each record that counts, whether it is right; None where it says nothing."""
+    """For each record that counts, whether it is right; None where the task has no item of it."""
     kept, _, _ = usable(records, document, count_not_found=False)
     gold = {
         task: items_of(document.records, task, match, document.id) for task in tasks_of(document)

@@ -61,7 +61,7 @@ def score(
         ids = _ids(name, gold, answers.get(name, {}))
         tallies, counted[name] = _count(gold, answers.get(name, {}), match, identification)
         of_set = table.seen.get(name)
-        if of_set is not None and (note := _strangers(name, tallies, table)):
+        if of_set is not None and (note := _unknown_gold_label(name, tallies, table)):
             if seen is not None:
                 raise ValueError(
                     note + 'Add it to the "seen" or the "unseen" list of the data set.'
@@ -108,8 +108,8 @@ class _Tally:
         return DatasetScore(dataset, task, labels, is_seen, ids, counts, roles)
 
 
-def _strangers(name: str, tallies: Mapping[str, _Tally], table: SeenLabels) -> str:
-    """What is to be said where the table knows a data set, but not all its gold labels."""
+def _unknown_gold_label(name: str, tallies: Mapping[str, _Tally], table: SeenLabels) -> str:
+    """The message where the table has a data set, but not all its gold labels."""
     labels = (label for tally in tallies.values() for label in tally.gold_labels)
     for label in labels:
         if not table.knows(name, label):
@@ -129,10 +129,10 @@ def _ids(
         raise ValueError(
             f"Data set `{name}` has two documents `{repeated[0]}`. Give each an id of its own."
         )
-    if strays := sorted(set(answers) - set(ids)):
+    if others := sorted(set(answers) - set(ids)):
         raise ValueError(
-            f"Data set `{name}` has {len(strays)} answers to documents it does not have, the first "
-            f"`{strays[0]}`. Score the answers against the documents they were given for."
+            f"Data set `{name}` has {len(others)} answers to documents it does not have, the first "
+            f"`{others[0]}`. Score the answers against the documents they were given for."
         )
     return tuple(ids)
 

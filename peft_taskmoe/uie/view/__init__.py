@@ -1,4 +1,4 @@
-"""Extractions and reports for the eye: HTML pages, notebooks and terminals."""
+"""Extractions and reports as HTML pages, notebook views and terminal output."""
 
 from .html import tables_to_html, to_html, to_page
 from .terminal import show

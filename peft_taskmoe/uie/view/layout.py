@@ -1,4 +1,4 @@
-"""Where things stand in a picture of an extraction: mentions, their lines, names of records."""
+"""Layout of an extraction: mentions, the lines that underline them, names of records."""
 
 from __future__ import annotations
 

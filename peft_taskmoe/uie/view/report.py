@@ -31,7 +31,7 @@ class Picture:
     Args:
         title: What stands above it.
         source: A `data:` address.
-        words: What it shows, for those who cannot see it.
+        words: Alternative text.
     """
 
     title: str
