@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
-from ..records import Entity, Problem, Record, Relation, Span
+from ..records import Entity, Record, Relation, Span
+from ..scoring.matching import Answer
 
 # Okabe and Ito's colours, which people with colour blindness can tell apart, and four more.
 COLOURS = (
@@ -29,20 +30,12 @@ VISIBLE = (
 )
 
 
-class Shown(Protocol):
-    """What can be shown."""
+class Shown(Answer, Protocol):
+    """An answer with its text; offsets of its records are those of the text."""
 
     @property
     def text(self) -> str:
         """The text."""
-
-    @property
-    def records(self) -> Sequence[Record]:
-        """Records with offsets of the text."""
-
-    @property
-    def problems(self) -> Sequence[Problem]:
-        """What could not be taken as it stands."""
 
 
 @dataclass(frozen=True)
