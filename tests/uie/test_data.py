@@ -1,7 +1,6 @@
 """Readers, writers and training examples, on made-up files and on public sets."""
 
 import json
-import random
 from collections import Counter
 from pathlib import Path
 
@@ -33,12 +32,10 @@ from peft_taskmoe.uie import (
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data" / "uie"
 
 NER = {
-    "id": "n1",
-    "text": "Zoë flew to 東京 🚀.",
-    "task": "NER",
+    "id": "n1", "text": "Zoë flew to 東京 🚀.", "task": "NER",
     "schema": {"Person": "people", "creative-work": ""},
     "annotations": [{"label": "Person", "text": "Zoë", "start": 0, "end": 3}],
-}
+}  # fmt: skip
 RE = {
     "id": "r1", "text": "Ann works for Acme.", "task": "RE", "schema": {"Work_For": "employment"},
     "annotations": [{
@@ -171,25 +168,6 @@ def test_bad_lines_are_reported_by_number(tmp_path, row, kind, message):
     said = str(caught.value)
     assert said.startswith(f"{path}:2: {kind}: ") and 'Pass on_error="collect"' in said
     assert caught.value.problem == report.problems[0]
-
-
-def test_no_mutation_of_a_row_stops_the_reader(tmp_path):
-    rng = random.Random(0)
-    values = [None, True, -1, 3, 1e400, "", "x", "\ud800", [], {}, [[]], {"text": "x"}, [1, "x"]]
-
-    def mutate(value):
-        if rng.random() < 0.15:
-            return rng.choice(values)
-        if isinstance(value, dict):
-            return {key: mutate(inner) for key, inner in value.items() if rng.random() > 0.03}
-        return [mutate(inner) for inner in value] if isinstance(value, list) else value
-
-    rows = [mutate(changed(rng.choice(ROWS), id=str(i))) for i in range(2000)]
-    path = jsonl(tmp_path / "in.jsonl", *map(json.dumps, rows))
-    report = read_jsonl(path, on_error="collect")
-    lost = {problem.line for problem in report.errors}
-    assert len(lost) + len(report.documents) == 2000 and len(report.documents) > 20
-    assert write_jsonl(report.documents, path) and not read_jsonl(path).errors
 
 
 def test_all_faults_of_a_row_are_reported(tmp_path):
@@ -487,11 +465,8 @@ def test_iepile_lines_as_they_are_published(tmp_path):
     ]
     rows = [iepile(task, asked, text, output) for task, asked, output in events]
     rows[0]["split"] = "train"
-    chinese, places_of = (
-        "王小明住在北京，北京很大。",
-        {"人物": ["王小明"], "地点": ["北京", "北京"]},
-    )
-    rows.append(iepile("NER", ["人物", "地点"], chinese, places_of))
+    chinese = {"人物": ["王小明"], "地点": ["北京", "北京"]}
+    rows.append(iepile("NER", [*chinese], "王小明住在北京，北京很大。", chinese))
     report = read_iepile(jsonl(tmp_path / "in.json", *rows), on_error="collect")
     assert places(report) == [("no_trigger", n) for n in (2, 3, 6, 7)]
     assert "`end position` has no trigger" in report.problems[0].message
@@ -518,28 +493,23 @@ def test_iepile_keys_that_a_document_has_for_itself(tmp_path):
     assert document.text == "Ann" and document.extra == {"source": "made up", "split": "dev"}
     (note,) = report.problems
     assert note.severity == "note" and "not kept: `schema`, `text`, `entities`" in note.message
-    converted = {
-        "id": "1",
-        "instruction": row["instruction"],
-        "label": "[]",
-    }  # a test set, converted
+    # Of the test conversion of the repository:
+    converted = {"id": "1", "instruction": row["instruction"], "label": "[]"}
     with pytest.raises(ReadError, match=r"it has no `task` \(keys: id, instruction, label\)"):
         read_iepile(jsonl(tmp_path / "test.json", converted))
 
 
 def test_iepile_problems(tmp_path):
-    good = iepile("NER", ["person"], "Ann", {"person": ["Ann"]})
-    path = jsonl(
-        tmp_path / "in.json",
-        good,
-        iepile("NER", ["person"], "Ann", {"person": ["Bob", "Ann"]}),
-        iepile("KG", ["person"], "Ann", {}),
-        iepile("NER", ["person"], "Ann", {"place": ["Ann"]}),
-        iepile("RE", ["knows"], "Ann", {"knows": ["Ann"]}),
-        iepile("NER", {"person": "people"}, "Ann", {"person": ["Ann"]}),
-        {"task": "NER"},
-        "{",
-    )
+    rows = [
+        ("NER", ["person"], {"person": ["Ann"]}),
+        ("NER", ["person"], {"person": ["Bob", "Ann"]}),
+        ("KG", ["person"], {}),
+        ("NER", ["person"], {"place": ["Ann"]}),
+        ("RE", ["knows"], {"knows": ["Ann"]}),
+        ("NER", {"person": "people"}, {"person": ["Ann"]}),
+    ]
+    lines = [iepile(task, schema, "Ann", output) for task, schema, output in rows]
+    path = jsonl(tmp_path / "in.json", *lines, {"task": "NER"}, "{")
     report = read_iepile(path, on_error="collect")
     kinds = ["not_in_text", "row", "label", "row", "row", "row", "json"]
     assert places(report) == list(zip(kinds, range(2, 9), strict=True))

@@ -158,21 +158,9 @@ def test_given_events_are_shown_without_their_arguments():
 ANY_TEXT = [
     *("", "plain", "quotes \" ' \"\"\" '''", "back\\slash \\n \\", "a\nb\r\nc\rd", "tab\there"),
     *("NUL \0 here", "x = 'code'  # result = [A()]\nresult =", "\\N{DASH}", "\U0010ffff"),
-    *(
-        "שלום עולם",
-        "\u202eright-to-left\u202c",
-        "👩\u200d🚀 emoji ❤️",
-        "é e\u0301",
-        "\u2028\u2029\x85",
-    ),
-    *(
-        "\u2028\u2029\x85",
-        "lone \ud83d surrogate",
-        "\ufeffbom",
-        "日本語",
-        "\x7f\x80\x1b[0m",
-        "f'{x}' %s {0}",
-    ),
+    *("שלום עולם", "\u202eright-to-left\u202c", "👩\u200d🚀 emoji ❤️", "é e\u0301", "日本語"),
+    *("\u2028\u2029\x85", "lone \ud83d surrogate", "\ufeffbom", "\x7f\x80\x1b[0m"),
+    "f'{x}' %s {0}",
 ]
 
 

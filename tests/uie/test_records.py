@@ -113,34 +113,22 @@ def test_shifted_records():
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("annotation", "message"),
     [
-        ({"text": None}, "The value of `text` is `None`; it has to be a string"),
-        ({"task": "NRE"}, "`NRE` is no task. Write one of: `NER`"),
-        ({"schema": {}}, "The schema has no labels"),
-        ({"annotations": [{"label": "PER"}]}, r"`annotations\[0\]` needs its words as text"),
-        ({"annotations": ["Ada"]}, r"`annotations\[0\]` is `'Ada'`, not an object"),
-        ({"annotations": [{"text": "Ada"}]}, r"`annotations\[0\]` has no `label` \(keys: text\)"),
-        ({"annotations": [PER | {"confidence": "1"}]}, "has the confidence `'1'`, which is no num"),
-        (
-            {"annotations": [PER | {"start": 1, "end": 4}]},
-            r"but text\[1:4\] is `'da '`.*stands at 0",
-        ),
-        ({"annotations": [PER | {"start": -20}]}, r"text\[-20:3\] is outside of the text"),
-        (
-            {"annotations": [PER | {"end": None}]},
-            "needs two integers, start and end; found 0, None",
-        ),
-        ({"annotations": [PER | {"text": ""}]}, "needs its words as text"),
-        (
-            {"annotations": [PER | {"alignment": "lost"}]},
-            "has to be one of `exact`, `normalised`, ",
-        ),
+        ("Ada", r"`annotations\[0\]` is `'Ada'`, not an object"),
+        ({"label": "PER"}, r"`annotations\[0\]` needs its words as text"),
+        ({"text": "Ada"}, r"`annotations\[0\]` has no `label` \(keys: text\)"),
+        (PER | {"confidence": "1"}, "has the confidence `'1'`, which is no number"),
+        (PER | {"start": 1, "end": 4}, r"but text\[1:4\] is `'da '`.*stands at 0"),
+        (PER | {"end": None}, "needs two integers, start and end; found 0, None"),
+        (PER | {"text": ""}, "needs its words as text"),
+        (PER | {"alignment": "lost"}, "has to be one of `exact`, `normalised`, `not_found`"),
     ],
 )
-def test_rows_that_cannot_be_read(change, message):
+def test_the_first_fault_of_a_row_is_an_error(annotation, message):
+    """`test_bad_lines_are_reported_by_number` has the others."""
     with pytest.raises(ValueError, match=message):
-        Document.from_dict(ROWS[0] | change)
+        Document.from_dict(ROWS[0] | {"annotations": [annotation]})
 
 
 def test_missing_keys_and_unknown_tasks():
