@@ -74,26 +74,22 @@ class RoutingCallback(TrainerCallback):
         self._warn(found)
 
     def _warn(self, found: dict[str, float]) -> None:
-        dead = [
-            n for n, value in found.items() if n.startswith("expert_load") and value < _DEAD_LOAD
-        ]
-        if dead and len(dead) < len(found):
-            self._once(
-                "dead",
+        """Warn once of experts that die, and once of a router that ignores the task."""
+        messages = {}
+        dead = [n for n, x in found.items() if n.startswith("expert_load") and x < _DEAD_LOAD]
+        if dead:
+            messages["dead"] = (
                 f"Experts are hardly used: {', '.join(dead)} below {_DEAD_LOAD:.0%}. A "
-                "`router_aux_loss_coef` such as 0.01 balances them.",
+                "`router_aux_loss_coef` such as 0.01 balances them."
             )
         if found.get("task_share", 1.0) < _IGNORED_SHARE:
-            self._once(
-                "ignored",
+            messages["ignored"] = (
                 f"The task explains {found['task_share']:.4%} of the gates' variance: the router "
-                "ignores it. Check that the batch has several tasks, and `task_norm`.",
+                "ignores it. Check that the batch has several tasks, and `task_norm`."
             )
-
-    def _once(self, key: str, message: str) -> None:
-        if key not in self._warned:
+        for key in messages.keys() - self._warned:
             self._warned.add(key)
-            warnings.warn(message, UserWarning, stacklevel=4)
+            warnings.warn(messages[key], UserWarning, stacklevel=3)
 
 
 class _Routing:

@@ -124,7 +124,8 @@ def similarity_map(
     if len(names) < 2:
         raise ValueError(f"Only {names} was recorded. Record two tasks or more to compare them.")
     figure = _figure(figsize=(5.5 + 0.35 * len(names), 3.0 + 0.3 * len(names)))
-    hierarchy, squareform = _scipy()
+    hierarchy = needed("scipy.cluster.hierarchy", "plot")
+    squareform = needed("scipy.spatial.distance", "plot").squareform
     values = np.array([[similarity[a][b] for b in names] for a in names])
     distances = squareform(np.clip(1 - (values + values.T) / 2, 1e-9, None), checks=False)
     tree = hierarchy.linkage(distances, "average", optimal_ordering=True)
@@ -240,11 +241,6 @@ def _colour(i: int) -> str:
 
 def _figure(**options: Any) -> Figure:
     return needed("matplotlib.figure", "plot").Figure(layout="constrained", **options)
-
-
-def _scipy() -> tuple[Any, Any]:
-    distance = needed("scipy.spatial.distance", "plot")
-    return needed("scipy.cluster.hierarchy", "plot"), distance.squareform
 
 
 def _spread(differences: NDArray[np.floating]) -> float:

@@ -22,36 +22,13 @@ from peft_taskmoe.uie.strict_json import parse_json
 
 OnError = Literal["raise", "collect"]
 
-READ_PROBLEM_KINDS: dict[str, str] = {
-    "encoding": "bytes that are no UTF-8, or a character that UTF-8 cannot hold; left out",
-    "json": "a line that is no JSON; it is left out",
-    "row": "a row with a missing key or a value of the wrong type; the document is left out",
-    "task": "a task that does not exist; the document is left out",
-    "schema": "a schema that is not valid for its task; the document is left out",
-    "offsets": "a mention that does not stand where its offsets say; left out",
-    "label": "a label or role that the schema does not have; the document is left out",
-    "duplicate_id": "an id that an earlier document has; the document is left out",
-    "empty": "a file without a document",
-    "columns": "a CoNLL line with other columns than asked for; its sentence is left out",
-    "tags": "a CoNLL tag that the scheme does not allow here; repaired as the message says",
-    "brat": "a BRAT line that cannot be read; the annotation is left out",
-    "reference": "an annotation of a mention that is not there; it is left out",
-    "discontinuous": "a mention of several pieces; it and what refers to it are left out",
-    "no_trigger": "an event without a trigger, or with several to choose from; it is left out",
-    "not_in_text": "a mention without offsets that the text does not contain; left out",
-    "mapping": "a row that the mapping of a data set could not map; the row is left out",
-    "aligned": "note: mentions without offsets, which were placed where the text has them",
-    "unsupported": "note: something that a document cannot hold, such as a BRAT attribute",
-}
-"""Every kind of `ReadProblem`, and what becomes of what it is about."""
-
 
 @dataclass(frozen=True, slots=True)
 class ReadProblem:
     """Something in a file that was not taken as it stands.
 
     Attributes:
-        kind: One of `READ_PROBLEM_KINDS`.
+        kind: One of those in docs/formats.md.
         message: What was found, why it cannot be used, what to do.
         file: The file, or the name of the data set.
         line: Line number from 1 (row number for data sets); `None` if about the whole file.

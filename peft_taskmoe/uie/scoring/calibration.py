@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +64,7 @@ class Calibration:
 
     def save(self, folder: str | Path) -> Path:
         """Write the curves beside an adapter, as JSON."""
-        curves = {
-            kind: {"records": curve.records, "confidence": list(curve.confidence)}
-            | {"precision": list(curve.precision)}
-            for kind, curve in self.curves.items()
-        }
+        curves = {kind: asdict(curve) for kind, curve in self.curves.items()}
         path = Path(folder) / CALIBRATION_FILE
         path.write_text(json_text({"curves": curves}) + "\n", encoding="utf-8")
         return path
