@@ -704,6 +704,7 @@ def test_to_dataset_holds_whole_documents():
     assert dataset["task"][:] == ["NER", "RE", "EE", "EAE"]
 
 
+@pytest.mark.slow
 def test_public_sets_are_read_whole(tmp_path):
     if not DATA.exists():
         pytest.skip("needs the data sets in ../shared/data/uie")

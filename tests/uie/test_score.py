@@ -18,12 +18,9 @@ from peft_taskmoe.uie import (
     SeenLabels,
     compare,
     compare_values,
-    read_jsonl,
     reliability,
     score,
 )
-from peft_taskmoe.uie.parse import parse_answer
-from peft_taskmoe.uie.prompt import PromptFormat, build_example
 from peft_taskmoe.uie.records import Argument, Document, Entity, Event, Problem, Relation, Span
 from peft_taskmoe.uie.schema import Schema
 from peft_taskmoe.uie.scoring import bootstrap
@@ -780,32 +777,3 @@ def test_wrong_values_say_what_to_do():
         compare_values(good, {"x": {"1": 1.0, "2": math.nan}})
     with refused(match="Document `2` of `x` has no positive weight"):
         compare_values(good, good, weights={"x": {"1": 1.0}})
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("style", ["dataclass", "compact"])
-def test_gold_records_written_read_and_scored_give_one_on_every_public_set(style):
-    """Gold -> completion -> parse -> score: F1 of exactly 1 on every document, either match."""
-    if not DATA.exists():
-        pytest.skip("needs the data sets in ../shared/data/uie")
-    documents, answers = {}, {}
-    for path in sorted(DATA.glob("*/test.jsonl")):
-        name = path.parent.name
-        documents[name] = read_jsonl(path).documents
-        examples = [build_example(document, PromptFormat(style)) for document in documents[name]]
-        answers[name] = {
-            x.id: parse_answer(
-                x.completion, x.schema, x.document.text, names=x.names, given=x.document.given
-            )
-            for x in examples
-        }
-    for match in ("text", "offsets"):
-        report = score(documents, answers, match=match)
-        assert len(documents) >= 16
-        assert {s.task for s in report.scores} == {"NER", "RE", "EE", "EAE"}
-        wrong = [(s.dataset, s.task) for s in report.scores if s.by_document()[:, 1:].any()]
-        assert not wrong
-        assert {s.total().f1 for s in report.scores} == {1.0}
-        assert {report.average_f1("all", split) for split in ("all", "seen", "unseen")} == {1}
-        for found in report.answers.values():
-            assert found.hallucinated == found.unanswered == 0 and not found.problems
