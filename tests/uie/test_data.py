@@ -140,6 +140,7 @@ BAD_ROWS = [
     (ner(start=-17), "offsets", r"text\[-17:3\] is outside"),
     (ner(start=None), "row", "needs two integers, start and end"),
     (ner(start=False), "row", "needs two integers, start and end"),
+    (ner(confidence="high"), "row", "has the confidence `'high'`, which is no number"),
     (json.dumps(changed(NER, text="\ud800 Zoë")), "encoding", "half a character .a lone surrogate"),
     (changed(RE, annotations__0__relation="Kill"), "label", "has the relation `Kill`"),
     (changed(RE, annotations__0__tail=None), "row", r"`annotations\[0\].tail` is `None`, not an"),
