@@ -374,11 +374,12 @@ def test_brat_of_each_task(tmp_path):
         ("T6\tPerson 90 93\tAnn", "offsets", "but text.90:93. is `''`"),
         ("T6 Person 0 3 Ann", "brat", "Cannot read `'T6 Person 0 3 Ann'`. Expected a T, R or E"),
         ("R2\tWorkFor Arg1:T1 Arg2:T9", "reference", "There is no usable mention `T9`"),
+        ("E3\tJoin:T9 Who:T1", "reference", "There is no usable mention `T9`"),
         ("X1\twhat", "brat", "Cannot read"),
     ],
 )
 def test_brat_lines_that_cannot_be_read(tmp_path, line, kind, message):
-    task = "RE" if line.startswith("R") else "NER"
+    task = {"R": "RE", "E": "EE"}.get(line[0], "NER")
     brat(tmp_path, ann=BRAT_ANN + line + "\n")
     report = read_brat(tmp_path, task, on_error="collect")
     assert [(p.kind, p.line) for p in report.errors] == [(kind, 11)]

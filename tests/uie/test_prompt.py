@@ -130,6 +130,23 @@ def test_completions():
     assert completion_text([], text, SCHEMA) == " []"
 
 
+@pytest.mark.parametrize(
+    ("head", "tail", "numbers"),
+    [
+        (1, 1, ""),
+        (2, 2, ", head_nth=2"),
+        (1, 2, ", tail_nth=2"),
+        (2, 1, ", head_nth=2, tail_nth=1"),
+    ],
+)
+def test_relations_have_as_few_numbers_as_will_do(head, tail, numbers):
+    text = "Soyuz Rosetta; Soyuz Rosetta"
+    relation = Relation("carries", span(text, "Soyuz", head), span(text, "Rosetta", tail))
+    answer = completion_text([relation], text, SCHEMA, format=COMPACT)
+    assert answer == f' [carries("Soyuz", "Rosetta"{numbers})]'
+    assert parse_answer(answer, SCHEMA, text).records == (relation,)
+
+
 def test_gold_without_offsets_is_written_in_words():
     records = [Entity("Launcher", Span("Ariane 5")), Entity("Launcher", Span("Soyuz"))]
     assert completion_text(records, "Ariane 5, Ariane 5", SCHEMA, format=COMPACT) == (
