@@ -134,9 +134,9 @@ def test_completions():
     ("head", "tail", "numbers"),
     [
         (1, 1, ""),
-        (2, 2, ", head_nth=2"),
+        (2, 1, ", head_nth=2"),
         (1, 2, ", tail_nth=2"),
-        (2, 1, ", head_nth=2, tail_nth=1"),
+        (2, 2, ", head_nth=2, tail_nth=2"),
     ],
 )
 def test_relations_have_as_few_numbers_as_will_do(head, tail, numbers):
