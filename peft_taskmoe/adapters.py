@@ -20,6 +20,9 @@ from .router import gates_from_logits, task_logits
 from .task_scope import TaskState, current_state
 from .token_rows import TokenLayout
 
+_MOST_TIMES_LAYER = 4
+_MOST_WEIGHTS = 10_000_000  # of a layer, however small it is
+
 
 class TaskMoELoraLayer(BaseTunerLayer):
     """Adapters of one layer by name: A `(e*r, in)`, B `(out, e*r)`, router `(e, in + task_dim)`."""
@@ -65,6 +68,7 @@ class TaskMoELoraLayer(BaseTunerLayer):
         )
         router_in = self.in_features * shape.reads_token + config.task_dim * shape.reads_task
         rank = config.num_experts * r
+        _check_size(self.in_features, self.out_features, rank, router_in * config.num_experts)
         self.num_experts[adapter_name] = config.num_experts
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
@@ -247,3 +251,14 @@ def missing_task_message(adapter_name: str) -> str:
         "Pass task_embeds=..., name a `task_encoder` in the config, call "
         "attach_task_encoder(model), or run inside `with task_context(task_embeds):`."
     )
+
+
+def _check_size(wide_in: int, wide_out: int, rank: int, router: int) -> None:
+    """Refuse, before memory is taken, an adapter that is far larger than its layer."""
+    weights = rank * (wide_in + wide_out) + router
+    if weights > max(_MOST_WEIGHTS, _MOST_TIMES_LAYER * wide_in * wide_out):
+        raise ValueError(
+            f"`num_experts`, `r` and `task_dim` give {weights:,} weights beside a layer of "
+            f"{wide_in} x {wide_out}: more than {_MOST_TIMES_LAYER} times as many as it has. "
+            "Lower them."
+        )

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
 from peft import PeftConfig
 
+from .config_checks import (
+    check_choice,
+    check_count,
+    check_indices,
+    check_names,
+    check_number,
+    check_pattern,
+    check_regex,
+    check_tokens,
+)
 from .encoder_config import TaskEncoderConfig
 from .model_card import write_card
 from .peft_type import TASKMOE_LORA
@@ -138,8 +147,8 @@ class TaskMoELoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = TASKMOE_LORA
-        for name in ("target_modules", "exclude_modules", "layers_pattern"):
-            _check_names(name, getattr(self, name))
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+            check_names(name, getattr(self, name), one=name != "modules_to_save")
         for name in ("target_modules", "exclude_modules"):  # as PEFT's methods keep them
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
@@ -170,20 +179,23 @@ class TaskMoELoraConfig(PeftConfig):
 
     def _check(self) -> None:
         """Raise `ValueError` naming field, value and what is allowed."""
+        for name in ("base_model_name_or_path", "revision"):
+            if not isinstance(getattr(self, name), str | PathLike | None):
+                raise ValueError(f"`{name}` must be a string, got {getattr(self, name)!r}.")
         for name in ("num_experts", "r"):
-            _check_count(name, getattr(self, name))
+            check_count(name, getattr(self, name))
         if self.task_dim is not None:
-            _check_count("task_dim", self.task_dim)
-        _check_pattern("rank_pattern", self.rank_pattern, _check_count)
-        _check_pattern("alpha_pattern", self.alpha_pattern, _check_number)
-        _check_number("lora_alpha", self.lora_alpha)
-        _check_choice("router_inputs", self.router_inputs, ROUTER_INPUTS)
-        _check_choice("task_norm", self.task_norm, TASK_NORMS)
-        _check_choice("bias", self.bias, ("none", "all", "taskmoe_lora_only"))
+            check_count("task_dim", self.task_dim)
+        check_pattern("rank_pattern", self.rank_pattern, check_count)
+        check_pattern("alpha_pattern", self.alpha_pattern, check_number)
+        check_number("lora_alpha", self.lora_alpha)
+        check_choice("router_inputs", self.router_inputs, ROUTER_INPUTS)
+        check_choice("task_norm", self.task_norm, TASK_NORMS)
+        check_choice("bias", self.bias, ("none", "all", "taskmoe_lora_only"))
         for name in ("init_weights", "use_rslora", "fan_in_fan_out", "inference_mode"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be true or false, got {getattr(self, name)!r}.")
-        _check_number("lora_dropout", self.lora_dropout)
+        check_number("lora_dropout", self.lora_dropout)
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(
                 f"`lora_dropout` must be at least 0 and below 1, got {self.lora_dropout!r}."
@@ -192,7 +204,7 @@ class TaskMoELoraConfig(PeftConfig):
         self._check_targets()
 
     def _check_routing(self) -> None:
-        _check_number("router_aux_loss_coef", self.router_aux_loss_coef)
+        check_number("router_aux_loss_coef", self.router_aux_loss_coef)
         if self.router_aux_loss_coef < 0:
             raise ValueError(
                 "`router_aux_loss_coef` must not be negative, got "
@@ -200,7 +212,7 @@ class TaskMoELoraConfig(PeftConfig):
             )
         if self.top_k is None:
             return
-        _check_count("top_k", self.top_k)
+        check_count("top_k", self.top_k)
         if self.top_k > self.num_experts:
             raise ValueError(
                 f"`top_k` must be at most `num_experts` = {self.num_experts}, got {self.top_k!r}. "
@@ -215,6 +227,16 @@ class TaskMoELoraConfig(PeftConfig):
 
     def _check_targets(self) -> None:
         targets = self.target_modules
+        check_indices("layers_to_transform", self.layers_to_transform)
+        check_tokens("trainable_token_indices", self.trainable_token_indices)
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), str):
+                check_regex(name, getattr(self, name))
+        patterns = self.layers_pattern or ()
+        for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+            check_regex("layers_pattern", pattern)
+        for name in self.modules_to_save or ():  # PEFT reads them as expressions
+            check_regex("modules_to_save", name)
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
                 "`layers_pattern` has no effect without `layers_to_transform`. Pass "
@@ -226,33 +248,3 @@ class TaskMoELoraConfig(PeftConfig):
                 f"`layers_to_transform` does not work with the regex `target_modules={targets!r}`. "
                 'Pass `target_modules="all-linear"` or a list of names.'
             )
-
-
-def _check_count(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
-
-
-def _check_number(name: str, value: object) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value):  # type: ignore[arg-type]
-        raise ValueError(f"`{name}` must be a finite number, got {value!r}.")
-
-
-def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"`{name}` must be one of {list(allowed)}, got {value!r}.")
-
-
-def _check_pattern(name: str, values: object, check: Callable[[str, object], None]) -> None:
-    if not isinstance(values, dict | None):
-        raise ValueError(f"`{name}` must map module names to numbers, got {values!r}.")
-    for key, value in (values or {}).items():
-        check(f"{name}[{key!r}]", value)
-
-
-def _check_names(name: str, value: object) -> None:
-    if value is None or isinstance(value, str):
-        return
-    if not isinstance(value, list | set | tuple) or not all(isinstance(v, str) for v in value):
-        raise ValueError(f"`{name}` must be a name, a regex or a list of names, got {value!r}.")

@@ -56,6 +56,8 @@ class PromptFormat:
     def __post_init__(self) -> None:
         if self.style not in ("dataclass", "compact"):
             raise ValueError(f'`style` is {self.style!r}. Write "dataclass" or "compact".')
+        if not isinstance(self.occurrences, bool):
+            raise ValueError(f"`occurrences` must be true or false, got {self.occurrences!r}.")
 
 
 @dataclass(frozen=True, slots=True)
