@@ -18,6 +18,7 @@ from itertools import islice
 from typing import Any, TypeAlias
 
 from peft_taskmoe.uie.records import Alignment, Span
+from peft_taskmoe.uie.suffixes import SortedSuffixes, find_all
 
 Place: TypeAlias = tuple[int, int]
 """Start and end in the text."""
@@ -27,8 +28,9 @@ MAX_OCCURRENCES = 10_000
 
 _PLACES_BUDGET = 5_000_000
 _MOST_BEYOND_BUDGET = 100
-_SCAN_BUDGET = 1_000_000_000  # characters
-_SCANS = 2_000  # of the whole text, that are always within the budget
+_SCAN_BUDGET = 200_000_000  # characters
+_SCANS = 500  # of the whole text, that are always within the budget
+_PLAIN_SCANS = 200  # of a text, before its suffixes are put in order
 _MOST_TIMES_TEXT = 8  # a mention that is longer than the text by more than this is not in it
 
 _PLAIN = str.maketrans(
@@ -82,6 +84,7 @@ class TextIndex:
     def __init__(self, text: str) -> None:
         self.text = text
         self._found: dict[str, Occurrences] = {}
+        self._searched = _Searched(text)
         self._folded: _Folded | None = None
         self._places_left = _PLACES_BUDGET
         self._scan_left = _SCAN_BUDGET + _SCANS * len(text)
@@ -92,8 +95,9 @@ class TextIndex:
 
         So that no text and answer can make it slow, there are budgets. Once the places found so
         far, weighed by the length of their mentions, exceed 5,000,000 characters, 100 places of
-        each further mention are looked at. Once 1,000,000,000 characters and the whole text 2,000
-        times were searched through, further mentions are not looked for (`searched` is false).
+        each further mention are looked at. From the 200th mention on the text's suffixes are put in
+        order, and a search reads only what begins alike. Once 200,000,000 characters and the whole
+        text 500 times were read, further mentions are not looked for (`searched` is false).
         """
         if mention not in self._found:
             weight = len(mention) + 16
@@ -107,15 +111,21 @@ class TextIndex:
             return Occurrences("not_found", ())
         if self._scan_left < 0:
             return Occurrences("not_found", (), searched=False)
-        self._scan_left -= len(self.text)
-        if exact := _find_all(mention, self.text, most):
+        if exact := self._find_all(self._searched, mention, most):
             return self._ordered("exact", [(start, start + len(mention)) for start in exact])
         if wanted := normalise(mention):
-            self._folded = self._folded or _Folded(self.text)
-            self._scan_left -= len(self._folded.form)
-            if places := self._folded.places(wanted, most):
+            if self._folded is None:
+                self._folded = _Folded(self.text)
+                self._folded_searched = _Searched(self._folded.form)
+            starts = self._find_all(self._folded_searched, wanted, most)
+            if places := self._folded.places(starts, len(wanted)):
                 return self._ordered("normalised", places)
         return Occurrences("not_found", ())
+
+    def _find_all(self, searched: _Searched, words: str, most: int) -> list[int]:
+        found, read = searched.find_all(words, most)
+        self._scan_left -= read
+        return found
 
     def _ordered(self, alignment: Alignment, places: list[Place]) -> Occurrences:
         alone = [place for place in places if stands_alone(self.text, *place)]
@@ -335,11 +345,12 @@ class _Folded:
         self.form = "".join(form)
         self.sources = sources
 
-    def places(self, wanted: str, most: int) -> list[Place]:
+    def places(self, starts: list[int], length: int) -> list[Place]:
+        """The places in the text of parts of the form."""
         sources, last = self.sources, len(self.sources)
         found: dict[tuple[int, int], None] = {}
-        for begin in _find_all(wanted, self.form, most):
-            behind = begin + len(wanted)
+        for begin in starts:
+            behind = begin + length
             splits = (begin and sources[begin - 1] == sources[begin]) or (
                 behind < last and sources[behind - 1] == sources[behind]
             )
@@ -388,11 +399,18 @@ def _joined(text: str, at: int) -> bool:
     return not (_UNSPACED.match(before) or _UNSPACED.match(after))
 
 
-def _find_all(needle: str, text: str, most: int) -> list[int]:
-    """Starts of the first occurrences, overlapping ones included."""
-    found: list[int] = []
-    at = text.find(needle)
-    while at >= 0 and len(found) < most:
-        found.append(at)
-        at = text.find(needle, at + 1)
-    return found
+class _Searched:
+    """A text that is read by the first searches, and whose suffixes are put in order for more."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.searches = 0
+        self.suffixes: SortedSuffixes | None = None
+
+    def find_all(self, needle: str, most: int) -> tuple[list[int], int]:
+        """Starts of the first occurrences, overlapping ones included; characters that were read."""
+        self.searches += 1
+        if self.searches > _PLAIN_SCANS:
+            self.suffixes = self.suffixes or SortedSuffixes(self.text)
+            return self.suffixes.find_all(needle, most)
+        return find_all(needle, self.text, most), len(self.text)
