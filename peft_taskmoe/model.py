@@ -23,7 +23,6 @@ from .encoder_config import TaskEncoderConfig
 from .encoder_loading import task_dim_of
 from .layer import Linear, repeat_names
 from .peft_type import PREFIX
-from .push import push_with_card
 from .task_scope import TaskState, current_state, user_scope
 
 _TRAINED_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
@@ -127,7 +126,6 @@ class TaskMoELoraModel(BaseTuner):
                 stacklevel=2,
             )
         install_conditioning(model)
-        push_with_card()
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Unsupported: raises `NotImplementedError`."""

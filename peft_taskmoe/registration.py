@@ -20,6 +20,7 @@ def register() -> None:
 
         from .config import TaskMoELoraConfig
         from .model import TaskMoELoraModel
+        from .push import push_with_card
     except ImportError as error:
         from importlib.metadata import version
 
@@ -31,3 +32,4 @@ def register() -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING[TASKMOE_LORA] = TaskMoELoraConfig
     PEFT_TYPE_TO_TUNER_MAPPING[TASKMOE_LORA] = TaskMoELoraModel
     PEFT_TYPE_TO_PREFIX_MAPPING[TASKMOE_LORA] = PREFIX
+    push_with_card()

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import transformers
 from huggingface_hub import ModelCard
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers.utils import PushToHubMixin
 
 import scripted
 from peft_taskmoe import TaskMoELoraConfig
@@ -179,9 +180,17 @@ def test_a_base_of_the_hub_is_named_in_the_header(adapted, tmp_path) -> None:
     assert 'from_pretrained("user/adapter")' in read(tmp_path)
 
 
-def test_a_copied_model_pushes_itself(adapted) -> None:
-    copied = copy.deepcopy(adapted())
-    assert copied._upload_modified_files.model is copied
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_push_writes_the_card_of_the_method_only(adapted, tmp_path, monkeypatch, ours) -> None:
+    sent: list[tuple] = []
+    monkeypatch.setattr(
+        PushToHubMixin, "_upload_modified_files", lambda self, *args, **kwargs: sent.append(args)
+    )
+    lora = LoraConfig(target_modules=["q_proj"])
+    model = copy.deepcopy(adapted()) if ours else get_peft_model(scripted.tiny_llama(), lora)
+    model._upload_modified_files(str(tmp_path), "user/adapter", files_timestamps={})
+    assert sent == [(str(tmp_path), "user/adapter")]
+    assert (tmp_path / "README.md").exists() == ours
 
 
 def test_a_config_saved_alone_has_no_card(tmp_path) -> None:
