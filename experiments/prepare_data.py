@@ -100,7 +100,8 @@ def documents(task: str, rows: Iterable[Mapping[str, Any]]) -> tuple[list[Docume
     """The documents of instruction rows, and how many records or rows were left out as errors."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{task}.json"
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        path.write_text(lines, encoding="utf-8")
         report = read_iepile(path, on_error="collect")
     return report.documents, len(report.errors)
 

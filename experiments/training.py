@@ -134,7 +134,9 @@ class StepClock(TrainerCallback):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+        self.seconds: dict[str, float] = (
+            json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        )
         self.start = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
