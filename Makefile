@@ -4,7 +4,8 @@
 # make fast   the tests that take no more than some seconds each
 # make fuzz   FUZZ_SECONDS of hostile answers, then the properties with other and more examples
 # make docs   the documents and the API reference as a site, in outputs/site
-# make check  lint, types and tests, for people who work on it
+# make audit  the packages of constraints.txt among known vulnerabilities
+# make check  lint, types, documents, audit and tests, for people who work on it
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,7 +21,7 @@ QUIET = PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error TQDM_DISABLE=1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo smoke test fast fuzz docs check lint types clean
+.PHONY: demo smoke test fast fuzz docs check audit lint types clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV): some minutes, the first time only."
@@ -70,7 +71,14 @@ fuzz: $(VENV)/developed
 docs: $(VENV)/developed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-check: lint types docs test
+check: lint types docs audit test
+
+# Without a way to the service (osv.dev) it says so and goes on; any other fault ends it.
+AUDIT = $(BIN)/pip-audit --vulnerability-service osv --progress-spinner off --disable-pip --no-deps
+audit: $(VENV)/developed
+	@$(AUDIT) --requirement constraints.txt 2> $(VENV)/audit || { \
+		tail -n 1 $(VENV)/audit; tail -n 1 $(VENV)/audit | grep -qE "ConnectionError|ConnectTimeout" && \
+		echo "The vulnerability service cannot be reached: the packages are not audited."; }
 
 lint: $(VENV)/developed
 	$(BIN)/ruff check .

@@ -119,3 +119,23 @@ def test_the_wheel_holds_every_file_of_the_package(tmp_path) -> None:
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert said.stdout.startswith(str(tmp_path / "site"))
+
+
+def test_every_dependency_has_its_reason_and_its_version_in_the_lock() -> None:
+    extras = PROJECT["optional-dependencies"]
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8").partition("## Dependencies")[2]
+    table = re.findall(r"^\| ([a-z][^|]*) \|", text.partition("\n## ")[0], re.MULTILINE)
+    explained = {name for row in table for name in row.split(", ")}
+    lock = (ROOT / "constraints.txt").read_text("utf-8")
+    locked = {
+        re.sub("[-_.]+", "-", name).lower() for name in re.findall(r"^([\w.-]+)==\S+$", lock, re.M)
+    }
+    assert len(locked) == sum(not line.startswith("#") for line in lock.splitlines())
+    for requirement in [*PROJECT["dependencies"], *(r for rs in extras.values() for r in rs)]:
+        name = re.split(r"[\[<>=~! ]", requirement)[0].lower()
+        if name != "peft_taskmoe":
+            assert name in explained, f"{name} has no reason in CONTRIBUTING.md"
+    for extra in ("train", "uie", "constrained", "plot", "serve", "docs", "dev"):
+        for requirement in extras[extra]:
+            name = re.split(r"[\[<>=~! ]", requirement)[0].lower()
+            assert name in locked, f"{name} is not in constraints.txt"
