@@ -1,7 +1,7 @@
 # make demo   create an environment, install, train on the embedded corpus, score, extract from TEXT; again: extract at once
 # make smoke  the comparison of experiments/ in small, from training to report
 # make test   create an environment, install, run the tests
-# make fast   the tests that take no more than some seconds each
+# make fast   the tests that take no more than about a second each
 # make fuzz   FUZZ_SECONDS of hostile answers, then the properties with other and more examples
 # make docs   the documents and the API reference as a site, in outputs/site
 # make audit  the packages of constraints.txt among known vulnerabilities

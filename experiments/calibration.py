@@ -3,7 +3,7 @@
 The curves are fitted on some documents (`--fit`) and applied to others: of the same data sets
 (`--same`), and of data sets that the adapter was not trained on (`--other`).
 
-    python experiments/calibration.py --adapter my-adapter --fit f.jsonl --same s.jsonl --other o.jsonl
+    python experiments/calibration.py --adapter A --fit f.jsonl --same s.jsonl --other o.jsonl
 """
 
 from __future__ import annotations

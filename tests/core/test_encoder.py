@@ -207,6 +207,7 @@ def test_a_vector_does_not_depend_on_the_batch(kind):
     assert torch.cdist(alone, alone).fill_diagonal_(1).min() > 1e-3  # and they are not all the same
 
 
+@pytest.mark.slow
 def test_minilm_gives_the_masked_mean_in_any_company(minilm):
     texts = ["A soft cheese.", "The crew ate cheese from the hills. " * 9, "", "word " * 200]
     batch = minilm.tokenizer(texts, padding=True, truncation=False, return_tensors="pt")

@@ -233,6 +233,7 @@ def sft(tiny_model, tiny_encoder, word_tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.slow
 def test_it_reaches_the_gradients_of_sft(sft, checkpointing, tiny_encoder, word_tokenizer) -> None:
     """`SFTTrainer` computes its loss from log-probabilities; their gradient tells the weight."""
     trainer = sft(gradient_checkpointing=checkpointing)
@@ -255,6 +256,7 @@ def test_it_reaches_the_gradients_of_sft(sft, checkpointing, tiny_encoder, word_
     torch.testing.assert_close(gradients(model), gradients(plain), atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_trainers_log_it(sft) -> None:
     """Once, however often it is asked for, the mean of the accumulated batches."""
     settings = {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 1}
@@ -286,6 +288,7 @@ def trainer_of(model, tokenizer, folder, collator=None, data=None, **settings: A
     )
 
 
+@pytest.mark.slow
 def test_the_loss_that_trainer_sees_contains_it(
     adapted, tiny_encoder, word_tokenizer, tmp_path
 ) -> None:

@@ -96,12 +96,14 @@ def test_requests_that_arrive_over_time_get_the_tokens_of_generate(attention):
 
 
 @pytest.mark.parametrize("settings", [{"router_inputs": "task"}, {"top_k": 1}])
+@pytest.mark.slow
 def test_other_routers(settings):
     model = adapted(**settings)
     prompts, embeds = requests(8)
     assert batched(model, prompts, task_embeds=embeds) == alone(model, prompts, embeds)
 
 
+@pytest.mark.slow
 def test_preempted_requests_keep_their_task(monkeypatch):
     restarts, name = [], "create_equivalent_initial_request"
     restart = getattr(RequestState, name)
@@ -112,6 +114,7 @@ def test_preempted_requests_keep_their_task(monkeypatch):
     assert restarts and found == alone(model, prompts, embeds)
 
 
+@pytest.mark.slow
 def test_several_sequences_of_a_request_share_its_task():
     model = adapted()
     prompts, embeds = requests(6)
@@ -122,6 +125,7 @@ def test_several_sequences_of_a_request_share_its_task():
     assert [output.generated_tokens for output in outputs.values()] == expected
 
 
+@pytest.mark.slow
 def test_the_encoder_embeds_each_prompt_once(tiny_encoder, word_tokenizer, monkeypatch):
     model = adapted()
     attach_task_encoder(model, tiny_encoder, word_tokenizer)
@@ -133,6 +137,7 @@ def test_the_encoder_embeds_each_prompt_once(tiny_encoder, word_tokenizer, monke
     assert after.hits + after.misses - before.hits - before.misses == len(prompts)
 
 
+@pytest.mark.slow
 def test_the_scope_around_gives_the_tasks():
     model = adapted()
     prompts, embeds = requests(4)
@@ -143,6 +148,7 @@ def test_the_scope_around_gives_the_tasks():
         batched(model, prompts)
 
 
+@pytest.mark.slow
 def test_paged_generate_is_routed_by_row():
     model = adapted()
     prompts, embeds = [[5, 6, 7], [5, 6, 7], [9, 8, 3]], torch.randn(3, TASK_DIM)
@@ -157,6 +163,7 @@ def test_paged_generate_is_routed_by_row():
         model.generate(torch.tensor(prompts), task_embeds=embeds, **given)
 
 
+@pytest.mark.slow
 def test_two_managers_at_once_and_another_adapter():
     model = adapted()
     other = TaskMoELoraConfig(task_dim=TASK_DIM, num_experts=2, r=1, router_inputs="task")
@@ -224,6 +231,7 @@ def error_of(manager: Any) -> str:
     return error
 
 
+@pytest.mark.slow
 def test_requests_without_a_task_fail_and_say_so():
     base = tiny_llama()
     before = base.init_continuous_batching(GREEDY, engine())

@@ -98,6 +98,7 @@ def averaged(model, *args, **kwargs):
         return to_lora(model, *args, **kwargs)
 
 
+@pytest.mark.slow
 def test_stock_peft_loads_what_was_exported(adapted, tiny_model, tmp_path, task):
     """In one process without this package: the same logits, and for averaged gates the report's."""
     jobs, expected, moved = [], {}, 0

@@ -101,6 +101,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, package, extra, 
         call()
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_file_of_the_package(tmp_path) -> None:
     wheels = pytest.importorskip("hatchling.builders.wheel", reason="hatchling is not installed")
     (wheel,) = wheels.WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])

@@ -177,6 +177,7 @@ def test_two_trainers_on_one_model(sft, attach) -> None:
     assert torch.isfinite(restored(**batch).loss)  # nothing of the adapter is left in the way
 
 
+@pytest.mark.slow
 def test_sft_with_a_column_of_embeddings(sft, tiny_encoder) -> None:
     data = tiny_encoder.encode_dataset(TEXTS, column="prompt")
     trainer = sft(
@@ -235,6 +236,7 @@ def test_metrics_see_logits_of_the_same_task(sft, attach) -> None:
     assert not torch.allclose(whole, expected, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_label_smoothing_needs_the_column(sft, attach, tiny_encoder) -> None:
     trainer = sft(label_smoothing_factor=0.1)
     attach(trainer.model)
@@ -439,6 +441,7 @@ def test_group_by_length_and_the_best_model_at_the_end(trainer, adapted, attach)
     )  # the encoder is still attached, too
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_where_an_unbroken_one_does(
     trainer, adapted, attach, tiny_model, tmp_path
 ) -> None:
@@ -452,6 +455,7 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(
     torch.testing.assert_close(adapter_of(loaded), adapter_of(resumed.model))
 
 
+@pytest.mark.slow
 def test_gradients_accumulate(trainer, adapted, attach) -> None:
     """Two batches of two with one step equal one batch of four."""
     weights = []
@@ -467,6 +471,7 @@ def test_gradients_accumulate(trainer, adapted, attach) -> None:
 
 
 @pytest.mark.parametrize("way", ["automatic", "column"])
+@pytest.mark.slow
 def test_seq2seq_trainer_predicts_with_generate(
     adapted, attach, tokenized, word_tokenizer, tiny_encoder, tmp_path, way
 ) -> None:

@@ -384,6 +384,7 @@ def process(monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_several_processes_write_what_one_does(loads, monkeypatch, capsys, process):
     texts(*({"text": f"text {i} Ada"} for i in range(30)), "{")
     assert extract() == Exit.SOME_LINES_BAD
@@ -651,6 +652,7 @@ def ended(process: subprocess.Popen, code: int = Exit.DONE) -> tuple[bytes, byte
     return out, err
 
 
+@pytest.mark.slow
 def test_from_the_shell_with_an_adapter_from_disk(job, tmp_path):
     output = tmp_path / "out.jsonl"
     ended(start("-m", "peft_taskmoe", *job, f"--output={output}", "--max-prompt-tokens=500"))
@@ -667,6 +669,7 @@ def test_help_and_version_import_nothing_slow():
         assert not re.search(rb"\b(torch|transformers|peft|datasets)$", err, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_results_reach_pipes_and_files_of_any_code_page(tmp_path):
     gold = {"id": "a", "text": "Ada", "task": "NER", "schema": {"人名": ""}}
     gold["annotations"] = [{"label": "人名", "text": "Ada", "start": 0, "end": 3}]
@@ -680,6 +683,7 @@ def test_results_reach_pipes_and_files_of_any_code_page(tmp_path):
     assert "人名" in (tmp_path / "s.json").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_is_no_error(tmp_path):
     gold = {"id": "a", "text": "Ada", "task": "NER", "schema": {"p": ""}, "annotations": []}
     file = tmp_path / "gold.jsonl"

@@ -171,6 +171,7 @@ def with_python(page: Path) -> bool:
 
 
 @pytest.mark.parametrize("page", filter(with_python, PAGES), ids=lambda page: page.name)
+@pytest.mark.slow
 def test_python_runs_and_prints_what_is_shown(page, names, capsys) -> None:
     blocks = blocks_of(page)
     for block, following in zip(blocks, [*blocks[1:], None], strict=True):

@@ -141,6 +141,7 @@ def kill_while_saving(monkeypatch, where: str, step: int) -> None:
 
 
 @pytest.mark.parametrize("where", ["weights", "before the optimizer", "state"])
+@pytest.mark.slow
 def test_a_run_killed_while_saving_goes_on_from_the_newest_whole_checkpoint(
     train, tmp_path, capsys, monkeypatch, where
 ) -> None:
@@ -179,6 +180,7 @@ def test_the_same_command_again_trains_no_further_step(train, capsys, monkeypatc
     assert trained_steps(output) == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_another_run_in_the_same_folder_is_refused_or_started_anew(train, tmp_path) -> None:
     data = tmp_path / "train.jsonl"
     shutil.copy(f"{DEMO}/train.jsonl", data)
@@ -247,6 +249,7 @@ def test_data_that_cannot_be_used_is_found_before_training(train, tmp_path) -> N
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_answers_that_max_length_cuts_are_counted_and_left_out(train, capsys) -> None:
     with pytest.raises(SystemExit, match="`--max_length 60` cuts all 8 answers"):
         train(max_length=60)
@@ -259,6 +262,7 @@ def test_answers_that_max_length_cuts_are_counted_and_left_out(train, capsys) ->
     assert f"demo ({8 - left} documents)" in (output / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_layers_named_are_adapted(train, tmp_path) -> None:
     for targets, layers in (
         (["q_proj", "v_proj"], {"q_proj", "v_proj"}),
@@ -274,6 +278,7 @@ def test_the_layers_named_are_adapted(train, tmp_path) -> None:
 # Evaluation while it trains ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_evaluates_stops_early_and_keeps_the_best_checkpoint(train, capsys) -> None:
     settings = {
         "dev_data": [f"{DEMO}/test_seen.jsonl"],
@@ -297,6 +302,7 @@ def test_it_evaluates_stops_early_and_keeps_the_best_checkpoint(train, capsys) -
     assert same(output, output / f"checkpoint-{best}")
 
 
+@pytest.mark.slow
 def test_tables_fit_into_80_columns(train, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     data = tmp_path / f"{'a-long-name-' * 10}.jsonl"

@@ -143,6 +143,7 @@ def test_an_interval_over_trainings_is_a_paired_t_interval(parts) -> None:
     assert parts.formats.t_interval([-0.1, 0.0]) == "-"
 
 
+@pytest.mark.slow
 def test_runs_measured_by_likelihood_alone_are_compared_by_it(parts, tmp_path) -> None:
     order = ["lora-32", "lora-36", "task-aware"]
 

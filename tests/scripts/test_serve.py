@@ -122,6 +122,7 @@ def metric(client, name: str) -> float:
     return sum(float(line.rpartition(" ")[2]) for line in lines)
 
 
+@pytest.mark.slow
 def test_answers_of_many_clients_are_the_offline_ones_from_shared_batches() -> None:
     extractor, offline = scripted(batch_size=4), scripted(batch_size=4)
     kinds = [
@@ -159,6 +160,7 @@ def test_answers_of_many_clients_are_the_offline_ones_from_shared_batches() -> N
     assert max(map(len, extractor.model.batches)) == 4
 
 
+@pytest.mark.slow
 def test_each_adapter_answers_as_it_does_alone(models, tmp_path) -> None:
     language_model, encoder = models
     settings = {"target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM", "r": 2}
@@ -242,6 +244,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_answered_is_refused_by_its_name() -> None:
     limits = {"max_texts": 3, "max_text_characters": 100, "max_labels": 10, "max_waiting": 16}
     headers = {"Authorization": "Bearer secret", "Content-Type": "application/json"}
@@ -263,6 +266,7 @@ def test_what_cannot_be_answered_is_refused_by_its_name() -> None:
         assert ask(client, "Ada").json()["results"][0]["records"]
 
 
+@pytest.mark.slow
 def test_full_queues_deadlines_and_clients_that_leave() -> None:
     gate = Gate()
     extractor = scripted(gate, batch_size=1)
@@ -294,6 +298,7 @@ def test_full_queues_deadlines_and_clients_that_leave() -> None:
     assert asked[1] == "Running" and sorted(asked[2:4]) == ["First", "Second"]
 
 
+@pytest.mark.slow
 def test_one_bad_prompt_fails_alone_and_hostile_clients_leave_it_serving() -> None:
     gate = Gate()
     extractor = scripted(gate)

@@ -107,6 +107,7 @@ def variant(words, rng):
     return "".join(c for c in words if not unicodedata.combining(c))
 
 
+@pytest.mark.slow
 def test_agrees_with_brute_force_in_100_000_trials():
     rng = random.Random(20240607)
     statuses = dict.fromkeys(("exact", "normalised", "not_found"), 0)

@@ -150,6 +150,7 @@ def test_of_given_events_only_those(wrapped):
     assert not takes(wrapped, grammar, ' [class_("He")]')
 
 
+@pytest.mark.slow
 def test_any_walk_through_the_masks_is_an_answer_that_parses(wrapped):
     """500 answers of a model that chooses at random among the tokens that are allowed."""
     tokenizer, rng = byte_tokenizer(), random.Random(7)
@@ -183,6 +184,7 @@ def extract(answer, texts, schema, **options):
     return Extractor(model, byte_tokenizer(), **{"max_new_tokens": 150, **options})(texts, schema)
 
 
+@pytest.mark.slow
 def test_a_valid_free_answer_is_the_same_under_the_constraint():
     documents = [Document("d", TEXT, "UIE", SCHEMA, (record,)) for record in RECORDS]
     answers = iter([build_example(document).completion for document in documents] * 2)
@@ -214,6 +216,7 @@ def test_an_invalid_free_answer_is_not_possible(answer):
     assert {problem.kind for problem in found.problems} & OF_FORM <= cut
 
 
+@pytest.mark.slow
 def test_a_row_that_is_stopped_for_repeating_itself_is_let_go_in_silence(recwarn):
     def answer(prompt: str) -> str:
         loops = ' [class_("He"), ' + 'class_("Then"), ' * 100

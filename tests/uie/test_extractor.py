@@ -200,6 +200,7 @@ def test_an_answer_that_goes_round_in_circles_is_stopped_and_says_so():
     assert truncated.message.endswith("It was stopped because it repeats itself.")
 
 
+@pytest.mark.slow
 def test_answers_of_many_like_records_are_not_taken_for_a_loop():
     text = " ".join(f"Name{number:03}" for number in range(60))
     found = scripted(max_new_tokens=3000)(text, WORDS)
@@ -325,6 +326,7 @@ def assert_leaving_changes_nothing(
     ("reads", "caching"),
     [*itertools.product(["nothing", "lora", "token", "schema"], [False, True]), ("prompt", False)],
 )
+@pytest.mark.slow
 def test_rows_that_are_done_leave_and_no_answer_changes(monkeypatch, reads, caching):
     model, encoder = (moe_model().double(), tiny_encoder()) if reads == "prompt" else adapted(reads)
     assert_leaving_changes_nothing(monkeypatch, model, encoder, prefix_caching=caching)
@@ -345,6 +347,7 @@ def test_rows_leave_a_constrained_generation(monkeypatch):
 
 
 @pytest.mark.parametrize("changes", [{"use_cache": False}, {"cache_implementation": "static"}])
+@pytest.mark.slow
 def test_rows_stay_where_the_cache_cannot_be_continued(monkeypatch, changes):
     model = ends_often(tiny_llama().double())
     model.generation_config.update(**changes)
@@ -378,6 +381,7 @@ def test_generation_settings_of_the_base_have_no_part_in_answers(monkeypatch, na
     assert changed == plain and len(plain) == len(TEXTS)
 
 
+@pytest.mark.slow
 def test_rows_stay_in_a_task_context_under_recorded_gates_and_with_states_of_another_kind(
     monkeypatch,
 ):
@@ -550,6 +554,7 @@ def test_prefix_caching_with_a_sliding_window(monkeypatch, window):
     assert (cost[True] < cost[False]) == (window > 64)
 
 
+@pytest.mark.slow
 def test_prefix_caching_with_given_events_windows_several_schemas_and_a_constraint(monkeypatch):
     pytest.importorskip("llguidance")
     model, encoder = adapted("schema")
@@ -671,6 +676,7 @@ def test_an_encoder_decoder_is_refused(tokenizer):
 # --- windows -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_long_texts_are_read_in_windows_with_offsets_of_the_whole_text():
     text = " ".join(
         f"word{i} {'Ada Zürich 🚀 Name' + str(i) if i % 3 == 0 else 'and so on'}."
@@ -1055,6 +1061,7 @@ def test_hostile_answers_are_kept_raw_with_their_problems(answer):
 # --- input of every form -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_first_result_comes_after_one_batch_and_an_endless_iterable_is_read_as_needed():
     extractor = scripted(batch_size=2)
     taken = []
@@ -1416,6 +1423,7 @@ print([one.format.style for one in found], found[0]("Ada", "Capital")[0].answers
 """
 
 
+@pytest.mark.slow
 def test_from_the_hub_with_revision_and_subfolder(saved, tmp_path):
     """In a process of its own, since the client reads its settings when it is imported."""
     shutil.copytree(saved, tmp_path / "plain")

@@ -38,6 +38,7 @@ def test_an_answer_has_every_character_that_an_identifier_may_have():
 @given(st.lists(NAMES, min_size=1, max_size=6, unique=True), st.booleans())
 @example(SCRIPTS, False)
 @example(SCRIPTS, True)
+@pytest.mark.slow
 def test_records_of_any_label_and_role_come_back(names, compact):
     format = PromptFormat("compact" if compact else "dataclass")
     schema = Schema.from_dict(

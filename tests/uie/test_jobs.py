@@ -114,6 +114,7 @@ here.extractor(slow).to_jsonl(here.TEXTS, here.WORDS, sys.argv[3], progress=Fals
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_loses_no_line_that_was_written(tmp_path, whole):
     path, tests = tmp_path / "out.jsonl", Path(__file__).parents[1]
     process = subprocess.Popen(
@@ -219,6 +220,7 @@ write_lines(Waits(), [], Path(sys.argv[1]), "run")
 """
 
 
+@pytest.mark.slow
 def test_a_second_writer_is_refused_until_the_first_is_gone(tmp_path, whole):
     path = tmp_path / "whole.jsonl"
     path.write_bytes(b"")

@@ -328,6 +328,7 @@ def test_any_records_of_any_text_come_back(style):
 
 
 @pytest.mark.parametrize("style", ["dataclass", "compact"])
+@pytest.mark.slow
 def test_every_prefix_gives_exactly_its_complete_records(style):
     rng = random.Random(6)
     prefixes = 0
@@ -407,6 +408,7 @@ def test_hostile_answers(name):
 @pytest.mark.parametrize(
     "name", ["calls in calls", "unterminated", "alternating quotes", "many records", "spaces"]
 )
+@pytest.mark.slow
 def test_time_is_linear(name):
     answer = HOSTILE[name]
 

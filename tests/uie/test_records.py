@@ -151,6 +151,7 @@ JSON = st.recursive(
 @settings(max_examples=500, deadline=None)
 @given(st.sampled_from(ROWS), st.dictionaries(KEY, JSON, max_size=3), JSON)
 @pytest.mark.filterwarnings("ignore:The annotations have keys")
+@pytest.mark.slow
 def test_any_row_is_a_document_or_a_value_error(row, changes, record):
     for changed in (row | changes, row | {"annotations": [record]}):
         with contextlib.suppress(ValueError):

@@ -28,6 +28,7 @@ def read(name):
 
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("style", ["dataclass", "compact"])
+@pytest.mark.slow
 def test_every_record_of_every_document_comes_back(name, style):
     documents = list(read(name))
     mentions = collect_mentions(documents)

@@ -395,6 +395,7 @@ JSON = st.recursive(
 
 @settings(max_examples=500, deadline=None)
 @given(JSON, st.sampled_from([*TASKS, "NRE"]))
+@pytest.mark.slow
 def test_any_value_is_a_schema_or_a_schema_error(value, task):
     try:
         schema = Schema.from_dict(task, value)

@@ -621,6 +621,7 @@ def test_interval_of_a_mean_is_that_of_independent_data_sets():
     assert mean.high - mean.low == pytest.approx(math.sqrt(sum(w**2 for w in widths)) / 4, rel=0.08)
 
 
+@pytest.mark.slow
 def test_coverage_of_the_interval():
     rng = random.Random(5)
     rate, noise = 0.5, 0.3
@@ -646,6 +647,7 @@ def test_paired_test_sees_a_difference_and_no_difference():
     assert turned.p == difference.p
 
 
+@pytest.mark.slow
 def test_p_is_uniform_where_there_is_no_difference():
     rng = random.Random(8)
     p = []

@@ -260,6 +260,7 @@ def test_a_trigger_longer_than_the_overlap_gets_a_window_of_its_own():
     assert len(own.prompt) > 600
 
 
+@pytest.mark.slow
 def test_prompts_with_numbered_triggers_fit():
     text = "flew " * 400
     given = [Event("Act", Span("flew", at, at + 4)) for at in range(500, 600, 5)]
