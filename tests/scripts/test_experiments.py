@@ -551,3 +551,29 @@ def test_public_data_become_documents(parts) -> None:
     (event,) = document.records
     assert (event.label, event.trigger.start, errors) == ("leave", 4, 0)
     assert {a.role: a.span.text for a in event.arguments} == {"who": "Ada", "place": "Kourou"}
+
+
+def test_confidences_are_calibrated_on_other_documents(parts, monkeypatch, tmp_path) -> None:
+    from peft_taskmoe.uie import Document, Entity, Extractor, Schema, Span, write_jsonl
+    from scripted import Scripted, byte_tokenizer
+
+    schema = Schema.of({"Person": ""})
+    model = Scripted(lambda prompt: ' [Person("Ada")]')
+    monkeypatch.setattr(
+        Extractor,
+        "from_pretrained",
+        lambda adapter, calibrated, **options: Extractor(model, byte_tokenizer(), **options),
+    )
+    for name, right in (("a", 1), ("b", 3), ("c", 0)):  # of four answers each
+        gold = [(Entity("Person", Span("Ada", 0, 3)),) if i < right else () for i in range(4)]
+        documents = [Document(str(i), "Ada", "NER", schema, of) for i, of in enumerate(gold)]
+        write_jsonl(documents, tmp_path / f"{name}.jsonl")
+    files = [f"--{name}={tmp_path / file}.jsonl" for name, file in (("fit", "a"), ("same", "b"))]
+    output = tmp_path / "figures.json"
+    options = [f"--adapter={tmp_path}", "--save", f"--output={output}", "--min_records=2"]
+    parts.calibration.main([*files, f"--other={tmp_path / 'c'}.jsonl", *options])
+    figures = json.loads(output.read_text(encoding="utf-8"))
+    assert [figures[name]["right"] for name in ("fit", "same", "other")] == [0.25, 0.75, 0.0]
+    assert [figures[name]["after"]["ece"] for name in ("fit", "same", "other")] == [0, 0.5, 0.25]
+    assert figures["same"]["before"]["confidence"] > 0.5
+    assert (tmp_path / "uie_calibration.json").is_file()
