@@ -114,8 +114,7 @@ def embeds_of_requests(
 ) -> dict[str, torch.Tensor]:
     """`(requests, task_dim)` for each adapter: the given ones, those in scope, or the encoders'."""
     readers, scope = source.task_readers(), current_state() or TaskState()
-    if scope.adapter_names is not None or scope.recorder is not None:
-        raise ValueError("`adapter_names` and `record_gates` do not reach the engine's thread.")
+    _check_scope(scope)
     if isinstance(task_embeds, torch.Tensor):
         task_embeds = dict.fromkeys(readers, task_embeds)
     elif task_embeds is None:
@@ -147,6 +146,7 @@ def routed_manager(
     model: Any, source: TaskSource, inner: Callable[..., Any], call: dict[str, Any]
 ) -> Any:
     """`init_continuous_batching` whose manager routes each request by its task."""
+    _check_scope(current_state())
     if not any(config.reads_task for config in source.configs().values()):
         return inner(**call)
     cached = getattr(model, "_cached_continuous_batching_manager", None)
@@ -175,6 +175,7 @@ def routed_batch(
 ) -> Any:
     """`generate_batch` whose requests are embedded first, so that errors are raised, not logged."""
     task_embeds = call.pop(_KEY, None)
+    _check_scope(current_state())
     if not source.task_readers() or not call["inputs"]:
         return inner(**call)
     unread = set(call) - set(inspect.signature(inner).parameters) - {"max_new_tokens"}
@@ -192,6 +193,12 @@ def check_paged_generate(call: Mapping[str, Any]) -> None:
         raise ValueError("Padding is read as prompt. Pass lists of ids to `generate_batch`.")
     if call.get("logits_processor"):
         raise ValueError("Continuous batching drops a `logits_processor`. Use `generate`.")
+
+
+def _check_scope(scope: TaskState | None) -> None:
+    """Refuse what a scope says to layers of this thread only, whatever the router reads."""
+    if scope is not None and (scope.adapter_names is not None or scope.recorder is not None):
+        raise ValueError("`adapter_names` and `record_gates` do not reach the engine's thread.")
 
 
 def _engine_config(config: Any) -> Any:

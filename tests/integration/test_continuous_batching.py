@@ -218,8 +218,10 @@ def test_what_the_engine_lacks_is_refused():
         batched(model, [[5]])
     with pytest.raises(ValueError, match="stopping_criteria"):
         batched(model, [[5]], stopping_criteria=[], **task)
-    with pytest.raises(ValueError, match="record_gates"), record_gates(model):
-        batched(model, [[5]], **task)
+    for router, given in (("token+task", task), ("token", {})):
+        read = adapted(router_inputs=router)
+        with pytest.raises(ValueError, match="record_gates"), record_gates(read):
+            batched(read, [[5]], **given)
     with pytest.raises(ValueError, match="lm_head"):
         batched(adapted(target_modules=["lm_head"]), [[5]], **task)
 
