@@ -23,14 +23,8 @@ from peft_taskmoe.uie import (
     parse_answer,
 )
 from peft_taskmoe.uie.records import spans_of
+from strategies import PIECES
 
-SHORT = (
-    '" \' """ [ ] ( ) , = \\ # { } … \x00 span head trigger span_nth =1 =-1 =1e999 None True '
-    '**{} ().__class__ Person( Works( Meet( \\" ﬁ e\u0301 “Ada” \\N{DASH} \\x4 \ud800 \u202e'
-)
-LONG = ("lambda: 0", "__import__('os').system('x')", 'Person("Ada")', '], [Person("Bob")', "f'{1}'")
-SIZES = ("=0x" + "f" * 99, "=" + "9" * 99, "Ada" * 50, "(" * 60, "[" * 60)
-PIECES = [*SHORT.split(" "), *LONG, *SIZES, "result =", "\n", "\u2028"]
 parsing = False
 TEXTS = [
     "Ada met Bob in Bergen.",

@@ -88,53 +88,25 @@ def documents(draw: st.DrawFn) -> Document:
     return Document(draw(st.text(min_size=1, max_size=5)), text, "UIE", schema, tuple(found))
 
 
-PIECES = st.sampled_from(
-    [
-        *("[", "]", "(", ")", ",", "=", '"', "'", '"""', "\\", "\n", "#", ":", "{", "}", "*", "**"),
-        *(
-            "Person",
-            "span",
-            "head",
-            "trigger",
-            "span_nth",
-            "lambda",
-            "__import__",
-            "os.system",
-            "f",
-        ),
-        *(
-            "None",
-            "True",
-            "-",
-            "0x" + "f" * 40,
-            "1" * 30,
-            "1e999",
-            "Ada",
-            "\x00",
-            "\ud800",
-            "\u2028",
-        ),
-        *(
-            "Person(",
-            'Person("Ada")',
-            "[Person(",
-            ' [Person(span="Ada")',
-            "result =",
-            "…",
-            "（",
-            "”",
-        ),
-    ]
+SHORT = (
+    '" \' """ [ ] ( ) , = : * ** - { } \\ # … （ ” \x00 \ud800 \u202e f span head trigger span_nth '
+    "None True =1 =-1 =1e999 lambda __import__ os.system ().__class__ **{} Person Person( "
+    '[Person( Works( Meet( \\" ﬁ e\u0301 “Ada” Ada \\N{DASH} \\x4'
 )
+LONG = ("lambda: 0", "__import__('os').system('x')", 'Person("Ada")', '], [Person("Bob")', "f'{1}'")
+SIZES = ("=0x" + "f" * 99, "=" + "9" * 99, "Ada" * 50, "(" * 60, "[" * 60)
+PIECES = [*SHORT.split(" "), *LONG, *SIZES, ' [Person(span="Ada")', "result =", "\n", "\u2028"]
+"""Parts of answers that have a meaning to a parser."""
 
 
 @st.composite
 def broken_answers(draw: st.DrawFn) -> tuple[str, Document]:
-    """An answer for a document, as a model that is out of its mind may write it."""
+    """An answer for a document after some edits, or parts of answers in a row."""
     document = draw(documents())
     answer = completion_text(document.records, document.text, document.schema)
+    pieces = st.sampled_from(PIECES)
     for _ in range(draw(st.integers(0, 4))):
         at = draw(st.integers(0, len(answer)))
         behind = draw(st.integers(at, min(len(answer), at + 9)))
-        answer = answer[:at] + draw(PIECES | st.text(max_size=3)) + answer[behind:]
-    return draw(st.one_of(st.just(answer), st.lists(PIECES, max_size=30).map("".join))), document
+        answer = answer[:at] + draw(pieces | st.text(max_size=3)) + answer[behind:]
+    return draw(st.one_of(st.just(answer), st.lists(pieces, max_size=30).map("".join))), document

@@ -20,7 +20,7 @@ from peft_taskmoe.uie import (
 from peft_taskmoe.uie.alignment import Aligner, LongestSpans, TextIndex, normalise
 from peft_taskmoe.uie.prompt import string_literal
 from peft_taskmoe.uie.records import PROBLEM_KINDS, record_key, shift_record, spans_of
-from strategies import NAMES, TEXTS, WORDS, broken_answers, documents, records, schemas, spans
+from strategies import TEXTS, WORDS, broken_answers, documents, records, schemas, spans
 
 FORMATS = st.sampled_from([PromptFormat("dataclass"), PromptFormat("compact")])
 
@@ -187,14 +187,6 @@ def test_a_schema_is_its_json(schema):
     again = Schema.from_dict("UIE", json.loads(json.dumps(schema.to_dict())))
     assert again.to_dict() == schema.to_dict() and Schema.of(again, schema.to_dict()) == again
     assert set(again.labels) == set(schema.labels)
-
-
-@given(st.lists(NAMES, min_size=1, max_size=5, unique=True))
-def test_identifiers_name_labels_and_back(names):
-    schema = Schema.of(dict.fromkeys(names, ""))
-    identifiers = [schema.names.class_of(label) for label in schema.labels]
-    assert len(set(identifiers)) == len(names)
-    assert [schema.names.label_key(i) for i in identifiers] == [x.key for x in schema.labels]
 
 
 @given(documents())

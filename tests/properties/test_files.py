@@ -2,26 +2,14 @@
 
 import contextlib
 import json
+from functools import partial
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from peft_taskmoe.uie import (
-    Document,
-    Entity,
-    ReadError,
-    Span,
-    read_brat,
-    read_conll,
-    read_doccano,
-    read_iepile,
-    read_jsonl,
-    read_label_studio,
-    read_spacy,
-    read_text,
-    write_jsonl,
-)
+from peft_taskmoe.uie import Entity, ReadError, Span, read_conll, read_jsonl, write_jsonl
+from peft_taskmoe.uie.data.conversion import READERS
 from peft_taskmoe.uie.data.tokens import join_tokens
 from peft_taskmoe.uie.extraction.windows import (
     every_place,
@@ -32,21 +20,13 @@ from peft_taskmoe.uie.extraction.windows import (
 from peft_taskmoe.uie.records import record_key, shift_record, spans_of
 from strategies import JSON, TEXTS, documents, spans
 
-# Each example has a file name of its own: a folder may be shared by all of them.
 pytestmark = pytest.mark.filterwarnings("ignore")
+# Every example writes all the files that it reads, so that they may share a folder.
 in_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 PLAIN = st.text(st.characters(categories=["L", "N", "P"]), min_size=1, max_size=6)
 TOKENS = PLAIN.filter(lambda token: not token.startswith("#") and "-DOCSTART-" not in token)
-READERS = {
-    "jsonl": read_jsonl,
-    "conll": read_conll,
-    "ann": lambda path, **options: read_brat(path, "NER", **options),
-    "doccano": read_doccano,
-    "studio": read_label_studio,
-    "spacy": read_spacy,
-    "iepile": read_iepile,
-    "txt": lambda path, **options: read_text(path, {"Person": ""}, **options),
-}
+NEEDED = {"brat": {"task": "NER"}, "text": {"schema": {"Person": ""}}}
+SUFFIXES = {"brat": ".ann", "spacy": ".spacy"}
 
 
 def entities(document):
@@ -71,14 +51,15 @@ def tagged(draw):
 @in_folder
 @given(kind=st.sampled_from(sorted(READERS)), content=st.binary(max_size=80), value=JSON)
 def test_a_reader_reads_any_file_or_says_what_is_wrong(tmp_path, kind, content, value):
-    path = tmp_path / f"file.{kind}"
+    path = (tmp_path / "file").with_suffix(SUFFIXES.get(kind, ".jsonl"))
+    read = partial(READERS[kind], path, **NEEDED.get(kind, {}))
     texts = [content, json.dumps(value).encode(), json.dumps([value]).encode() + content]
     for data in texts:
         path.write_bytes(data)
-        path.with_suffix(".txt").write_bytes(b"Ada met Bob.") if kind == "ann" else None
+        path.with_suffix(".txt").write_bytes(b"Ada met Bob.") if kind == "brat" else None
         with contextlib.suppress(ReadError):
-            READERS[kind](path)
-        report = READERS[kind](path, on_error="collect")
+            read()
+        report = read(on_error="collect")
         for document in report.documents:
             for record in document.records:
                 for span in spans_of(record):
@@ -130,9 +111,8 @@ def test_exports_of_annotation_tools_are_mentions(tmp_path, drawn):
     (tmp_path / "s.json").write_text(json.dumps(task), encoding="utf-8")
     if not places:
         return  # a file without labels has no schema
-    readers = {"a.ann": read_brat, "d.jsonl": read_doccano, "s.json": read_label_studio}
-    for name, reader in readers.items():
-        (document,) = reader(tmp_path / name).documents
+    for format, name in (("brat", "a.ann"), ("doccano", "d.jsonl"), ("label-studio", "s.json")):
+        (document,) = READERS[format](tmp_path / name).documents
         assert document.text == text and entities(document) == places
 
 
@@ -198,8 +178,3 @@ def test_every_place_adds_only_places_of_the_same_words(text, data):
     for record in more:
         assert text[record.span.start : record.span.end] == record.span.text
         assert record.span.text in {x.text for x in drawn}
-
-
-@given(documents())
-def test_documents_are_values(document):
-    assert Document.from_dict(document.to_dict()).records == document.records
