@@ -1,7 +1,6 @@
 """What holds of every score, calibration and page."""
 
 from dataclasses import dataclass, replace
-from html.parser import HTMLParser
 from itertools import pairwise
 
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from html_page import Page
 from peft_taskmoe.uie import Calibration, Entity, Extraction, Problem, fit_calibration, score
 from peft_taskmoe.uie.scoring.bootstrap import percentile_interval, resampled_sums
 from peft_taskmoe.uie.scoring.reliability import reliability
@@ -108,28 +108,6 @@ def test_a_calibration_never_falls_and_comes_back_from_its_file(tmp_path, drawn)
     assert all(x[1] <= y[1] for x, y in pairwise(pairs))
 
 
-class Words(HTMLParser):
-    """The words that a reader sees, and the tags."""
-
-    def __init__(self, page):
-        super().__init__(convert_charrefs=True)
-        self.seen, self.tags, self.attributes, self.open = [], set(), set(), []
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        self.open.append(tag)
-        self.tags.add(tag)
-        self.attributes |= {name for name, _ in attrs}
-
-    def handle_endtag(self, tag):
-        while self.open and self.open.pop() != tag:
-            pass
-
-    def handle_data(self, data):
-        if "style" not in self.open:
-            self.seen.append(data)
-
-
 MARKUP = st.sampled_from(
     ["<script>x</script>", "</style>", "&lt;", '"><img src=x onerror=y>', "]]>"]
 )
@@ -141,10 +119,10 @@ def test_a_page_shows_every_word_and_runs_nothing(document, markup):
     problem = Problem("extra_text", f"found {hostile}", hostile)
     item = Extraction(hostile + document.text, (), (problem,), (), 0.0)
     records = tuple(record for record in document.records)
-    shown = Words(to_page([item, Extraction(document.text, records, (), (), 0.0)]))
-    assert not shown.tags & {"script", "img", "iframe", "object", "link"}
-    assert not any(name.startswith("on") for name in shown.attributes)
-    words = "".join("".join(shown.seen).split())
+    shown = Page(to_page([item, Extraction(document.text, records, (), (), 0.0)]))
+    assert not {tag for tag, _ in shown.tags} & {"script", "img", "iframe", "object", "link"}
+    assert not any(name.startswith("on") for _, of in shown.tags for name in of)
+    words = "".join(shown.visible.split())
     for mark in markup:
         assert "".join(mark.split()) in words
     for record in records:
@@ -153,7 +131,7 @@ def test_a_page_shows_every_word_and_runs_nothing(document, markup):
 
 @given(TEXTS)
 def test_a_text_without_records_is_shown_as_it_is(text):
-    shown = Words(to_page([Extraction(text, (), (), (), 0.0)]))
+    shown = Page(to_page([Extraction(text, (), (), (), 0.0)]))
     kept = [c for c in text if c.isalnum() and c.isprintable()]
-    words = iter("".join(shown.seen))
+    words = iter(shown.visible)
     assert all(c in words for c in kept)  # in their order

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from html.parser import HTMLParser
 
 import pytest
 from peft import get_peft_model
 
+from html_page import Page
 from peft_taskmoe import TaskMoELoraConfig, cli, save_task_centroids
 from peft_taskmoe.uie import (
     Argument,
@@ -45,24 +45,6 @@ FOUND = [entity("Person", "Ada", 0.9), entity("Firm", "Rome", 0.6), entity("Firm
 WRONG = [("Person", "Person"), ("Person", NOT_FOUND), ("Place", "Firm"), (NOT_GOLD, "Firm")]
 
 
-class Page(HTMLParser):
-    """What a page fetches from elsewhere, its scripts, and its words."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.fetched: list[str] = []
-        self.words = ""
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        found = [value for name, value in attrs if name in ("src", "href") and value]
-        self.fetched += [one for one in found if not one.startswith(("data:image/png", "#"))]
-        self.fetched += [tag] if tag in ("script", "iframe", "link", "object") else []
-
-    def handle_data(self, data):
-        self.words += data
-
-
 @pytest.mark.parametrize("match", ["text", "offsets"])
 def test_confusion_pairs_the_labels_of_the_same_mention(match):
     assert confusion({"a": [GOLD]}, {"a": {"1": FOUND}}, match) == Counter(WRONG)
@@ -94,9 +76,9 @@ def test_the_page_needs_no_other_file_and_escapes_what_was_written():
     answer = ParsedAnswer(tuple(FOUND), (Problem("malformed", evil, evil),), "raw")
     page = report_page(evil, {"set": [GOLD]}, {"set": {"1": answer}}, facts={"base": evil})
     read = Page(page)
-    assert not read.fetched and evil in read.words and "default-src 'none'" in page
+    assert not read.fetched and evil in read.visible and "default-src 'none'" in page
     for words in ("Strict F1", "95% interval", "ECE", "Gold labels", "malformed", "(not found)"):
-        assert words in read.words, words
+        assert words in read.visible, words
     assert page.count("data:image/png;base64,") == 1
     assert '<td class="left">NER</td>' in page and '<td class="same"' in page
     assert Counter(re.findall(r'scope="row">([^<]+)</th>', page))["Firm"] == 1
@@ -143,9 +125,9 @@ def test_the_command_reports_routing_and_nearest_tasks(adapter, tmp_path, capsys
     output = tmp_path / "report.html"
     assert cli.main([*command, "--output", str(output)]) == cli.Exit.DONE
     page = Page(output.read_text(encoding="utf-8"))
-    assert not page.fetched and "people <1>" in page.words
-    assert "1 of one, 1 of two, 1 of three" in page.words
-    assert "The nearest training tasks" in page.words and "TASKMOE_LORA" in page.words
+    assert not page.fetched and "people <1>" in page.visible
+    assert "1 of one, 1 of two, 1 of three" in page.visible
+    assert "The nearest training tasks" in page.visible and "TASKMOE_LORA" in page.visible
     assert output.read_text(encoding="utf-8").count("data:image/png") >= 2  # heat map, similarity
     command = ["report", "--adapter", str(adapter), "--gold", gold[0], gold[0]]
     assert cli.main([*command, "--output", str(output)]) == cli.Exit.NOTHING_DONE

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import io
 import re
-from html.parser import HTMLParser
 
 import pytest
 from rich.console import Console
 
+from html_page import Page
 from peft_taskmoe.uie import (
     Argument,
     Entity,
@@ -28,67 +28,6 @@ ALLOWED = {
     *("html", "head", "meta", "title", "body", "style", "section", "div", "span", "table"),
     *("tbody", "tr", "td", "a", "b", "bdi", "br", "code", "ul", "li", "p"),
 }
-VOID = {"meta", "br"}
-
-
-class Page(HTMLParser):
-    """Reads a page as a browser does, as far as these tests look."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str]]] = []
-        self.open: list[tuple[str, dict[str, str]]] = []
-        self.texts: list[str] = []
-        self.parts: list[tuple[str, int]] = []  # of the text: words, number of lines below
-        self.marks: list[str] = []  # words of the tags in the text
-        self.under_tags: list[tuple[str, int]] = []  # of a tag: words, lines that go on below it
-        self.legend: list[str] = []
-        self.styles = self.visible = ""
-        self.feed(html)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        of = {name: value or "" for name, value in attrs}
-        self.tags.append((tag, of))
-        if tag not in VOID:
-            self.open.append((tag, of))
-        self.texts += [""] if of.get("class") == "text" else []
-        if "tag" in of.get("class", "").split():
-            if self.inside("text"):
-                self.marks.append("")
-                self.under_tags.append(("", self.open[-2][1].get("style", "").count("-gradient")))
-            if self.inside("legend"):
-                self.legend.append("")
-
-    def handle_endtag(self, tag):
-        assert self.open.pop()[0] == tag
-
-    def inside(self, name: str) -> bool:
-        return any(name in of.get("class", "").split() for _, of in self.open)
-
-    def handle_data(self, data):
-        if self.open and self.open[-1][0] == "style":
-            self.styles += data
-            return
-        self.visible += data
-        if self.inside("legend") and self.inside("tag"):
-            self.legend[-1] += data
-        if not self.inside("text"):
-            return
-        if self.inside("tag"):
-            self.marks[-1] += data
-            self.under_tags[-1] = (self.marks[-1], self.under_tags[-1][1])
-            return
-        self.texts[-1] += data
-        self.parts.append((data, self.open[-1][1].get("style", "").count("-gradient")))
-
-    @property
-    def ids(self) -> list[str]:
-        return [of["id"] for _, of in self.tags if of.get("id")]
-
-    def links(self) -> list[str]:
-        return [of["href"].removeprefix("#") for tag, of in self.tags if tag == "a"]
 
 
 def extraction(text: str, *records, problems=()) -> Extraction:
