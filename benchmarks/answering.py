@@ -13,15 +13,19 @@ import torch
 from peft_taskmoe.uie import Document, Extraction, Extractor
 
 
-def parser(description: str, *, limit: int) -> argparse.ArgumentParser:
-    """The arguments that all of them have."""
+def parser(description: str, *, limit: int, files: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The arguments that all of them have; `files` are those that are read by default."""
     found = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     found.add_argument("--adapter", required=True, help="folder or Hub id")
     found.add_argument("--base", help="base model (default: the one that the adapter names)")
     found.add_argument(
-        "--files", nargs="+", required=True, help="JSONL documents, or Hub data sets"
+        "--files",
+        nargs="+",
+        required=not files,
+        default=files,
+        help="JSONL documents, or Hub data sets",
     )
     found.add_argument(
         "--limit", type=int, default=limit, help="documents of each file (default: %(default)s)"

@@ -125,9 +125,7 @@ def questions(documents: Sequence[Document], texts: int, schemas: int) -> list[Q
 
 def main() -> None:
     """Measure and print."""
-    add = (asked := parser(__doc__ or "", limit=64)).add_argument
-    asked.set_defaults(files=DEMO)
-    next(one for one in asked._actions if one.dest == "files").required = False
+    add = (asked := parser(__doc__ or "", limit=64, files=DEMO)).add_argument
     add("--texts", type=int, default=64)
     add("--schemas", type=int, default=1)
     add("--rounds", type=int, default=3)

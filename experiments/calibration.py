@@ -15,8 +15,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peft_taskmoe.uie import Document, Extraction, Extractor, fit_calibration, read_jsonl
-from peft_taskmoe.uie import reliability as reliability_of
+from peft_taskmoe.uie import (
+    Document,
+    Extraction,
+    Extractor,
+    Reliability,
+    fit_calibration,
+    read_jsonl,
+    reliability,
+)
 from peft_taskmoe.uie.extraction.questions import question_of
 
 Answered = tuple[list[Document], dict[str, Extraction]]
@@ -29,21 +36,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         args.adapter, calibrated=False, batch_size=args.batch_size
     )
     groups = {name: answered(extractor, getattr(args, name)) for name in ("fit", "same", "other")}
-    calibration = fit_calibration(curve(groups["fit"], args.seed), min_records=args.min_records)
+    before = {name: curve(group, args.seed) for name, group in groups.items()}
+    calibration = fit_calibration(before["fit"], min_records=args.min_records)
     if args.save:
         calibration.save(args.adapter)
-    figures: dict[str, Any] = {"adapter": Path(args.adapter).name, "records fitted on": {}}
-    figures["records fitted on"] = {kind: c.records for kind, c in calibration.curves.items()}
+    fitted = {kind: one.records for kind, one in calibration.curves.items()}
+    figures: dict[str, Any] = {"adapter": Path(args.adapter).name, "records fitted on": fitted}
     for name, (documents, found) in groups.items():
-        after = {
+        calibrated = {
             id_: replace(one, records=calibration.apply(one.records)) for id_, one in found.items()
         }
-        pair = curve((documents, found), args.seed), curve((documents, after), args.seed)
         figures[name] = {
             "documents": len(documents),
-            "records": pair[0].count,
-            "right": round(pair[0].precision, 3),
-            **{when: error(one) for when, one in zip(("before", "after"), pair, strict=True)},
+            "records": before[name].count,
+            "right": round(before[name].precision, 3),
+            "before": error(before[name]),
+            "after": error(curve((documents, calibrated), args.seed)),
         }
     print(json.dumps(figures, indent=2))
     if args.output:
@@ -75,16 +83,17 @@ def answered(extractor: Extractor, files: Sequence[Path]) -> Answered:
     return documents, {document.id: one for document, one in zip(documents, found, strict=True)}
 
 
-def curve(group: Answered, seed: int) -> Any:
+def curve(group: Answered, seed: int) -> Reliability:
     """The reliability of a group's confidences."""
     documents, found = group
-    return reliability_of({"own": documents}, {"own": found}, n_resamples=1000, seed=seed)
+    return reliability({"own": documents}, {"own": found}, n_resamples=1000, seed=seed)
 
 
-def error(one: Any) -> dict[str, float]:
+def error(one: Reliability) -> dict[str, float]:
     """The expected calibration error with its 95 % confidence interval, and the mean confidence."""
-    low, high = one.interval.low, one.interval.high
-    figures = {"ece": one.ece, "low": low, "high": high, "confidence": one.confidence}
+    assert one.interval is not None
+    bounds = {"low": one.interval.low, "high": one.interval.high}
+    figures = {"ece": one.ece, **bounds, "confidence": one.confidence}
     return {name: round(value, 3) for name, value in figures.items()}
 
 

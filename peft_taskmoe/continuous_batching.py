@@ -113,8 +113,7 @@ def embeds_of_requests(
     model: Any, source: TaskSource, inputs: Sequence[Sequence[int]], task_embeds: TaskEmbeds
 ) -> dict[str, torch.Tensor]:
     """`(requests, task_dim)` for each adapter: the given ones, those in scope, or the encoders'."""
-    readers, scope = source.task_readers(), current_state() or TaskState()
-    _check_scope(scope)
+    readers, scope = source.task_readers(), _checked_scope()
     if isinstance(task_embeds, torch.Tensor):
         task_embeds = dict.fromkeys(readers, task_embeds)
     elif task_embeds is None:
@@ -146,7 +145,7 @@ def routed_manager(
     model: Any, source: TaskSource, inner: Callable[..., Any], call: dict[str, Any]
 ) -> Any:
     """`init_continuous_batching` whose manager routes each request by its task."""
-    _check_scope(current_state())
+    _checked_scope()
     if not any(config.reads_task for config in source.configs().values()):
         return inner(**call)
     cached = getattr(model, "_cached_continuous_batching_manager", None)
@@ -175,7 +174,7 @@ def routed_batch(
 ) -> Any:
     """`generate_batch` whose requests are embedded first, so that errors are raised, not logged."""
     task_embeds = call.pop(_KEY, None)
-    _check_scope(current_state())
+    _checked_scope()
     if not source.task_readers() or not call["inputs"]:
         return inner(**call)
     unread = set(call) - set(inspect.signature(inner).parameters) - {"max_new_tokens"}
@@ -195,10 +194,12 @@ def check_paged_generate(call: Mapping[str, Any]) -> None:
         raise ValueError("Continuous batching drops a `logits_processor`. Use `generate`.")
 
 
-def _check_scope(scope: TaskState | None) -> None:
-    """Refuse what a scope says to layers of this thread only, whatever the router reads."""
-    if scope is not None and (scope.adapter_names is not None or scope.recorder is not None):
+def _checked_scope() -> TaskState:
+    """The scope of this thread; refuses what it says to layers of this thread only."""
+    scope = current_state() or TaskState()
+    if scope.adapter_names is not None or scope.recorder is not None:
         raise ValueError("`adapter_names` and `record_gates` do not reach the engine's thread.")
+    return scope
 
 
 def _engine_config(config: Any) -> Any:

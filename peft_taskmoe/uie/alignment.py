@@ -114,10 +114,8 @@ class TextIndex:
         if exact := self._find_all(self._searched, mention, most):
             return self._ordered("exact", [(start, start + len(mention)) for start in exact])
         if wanted := normalise(mention):
-            if self._folded is None:
-                self._folded = _Folded(self.text)
-                self._folded_searched = _Searched(self._folded.form)
-            starts = self._find_all(self._folded_searched, wanted, most)
+            self._folded = self._folded or _Folded(self.text)
+            starts = self._find_all(self._folded.searched, wanted, most)
             if places := self._folded.places(starts, len(wanted)):
                 return self._ordered("normalised", places)
         return Occurrences("not_found", ())
@@ -343,6 +341,7 @@ class _Folded:
                 form.append(folded)
                 sources.append(index)
         self.form = "".join(form)
+        self.searched = _Searched(self.form)
         self.sources = sources
 
     def places(self, starts: list[int], length: int) -> list[Place]:

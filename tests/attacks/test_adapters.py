@@ -14,10 +14,9 @@ import pytest
 import torch
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 import scripted
-from cases import MODELS, adapted
+from cases import adapted
 from peft_taskmoe import TaskEncoder, TaskMoELoraConfig
 from peft_taskmoe.config_checks import check_regex
 from peft_taskmoe.uie import Extractor
@@ -257,4 +256,4 @@ def test_peft_loads_what_is_missing_with_a_warning_by_name(bad: Path) -> None:
 
     with pytest.warns(UserWarning, match="taskmoe_lora_"):
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(bad))
-    assert isinstance(model, nn.Module) and MODELS
+    assert isinstance(model, PeftModel)
