@@ -48,23 +48,27 @@ def answered(rows) -> tuple[list[dict], list[float]]:
     return found, [record.pop("confidence") for row in found for record in row["records"]]
 
 
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 @pytest.mark.slow
-def test_a_killed_worker_is_replaced_and_no_text_is_lost(job, tmp_path):
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_a_killed_worker_is_replaced_and_no_text_is_lost(job, tmp_path, suffix):
     lines = tmp_path / "texts.jsonl"
     lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     assert cli.main(["extract", *job, f"--input={lines}", f"--output={tmp_path}/one.jsonl"]) == 0
-    wanted = [json.loads(line) for line in (tmp_path / "one.jsonl").read_text().splitlines()]
+    wanted = read_lines(tmp_path / "one.jsonl")
     assert sum(len(row["records"]) for row in wanted) >= len(TEXTS)
 
-    table = tmp_path / "texts.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), table)
-    output = tmp_path / "several.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "texts.parquet")
+    source, output = tmp_path / f"texts{suffix}", tmp_path / f"several{suffix}"
     with (
         tempfile.TemporaryDirectory(prefix="ray") as folder,  # its sockets need a short path
         (tmp_path / "log").open("w") as log,
     ):
-        process = run(job, table, output, log, RAY_TMPDIR=folder)
-        partial = output.with_name(".several.parquet.partial")
+        process = run(job, source, output, log, RAY_TMPDIR=folder)
+        partial = output.with_name(f".{output.name}.partial")
         while not (partial.exists() and partial.stat().st_size):
             assert process.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.02)
@@ -74,7 +78,8 @@ def test_a_killed_worker_is_replaced_and_no_text_is_lost(job, tmp_path):
         os.kill(pids[0], signal.SIGKILL)
         assert process.wait(timeout=300) == 0, (tmp_path / "log").read_text()
     assert written < len(TEXTS)
-    found, confidences = answered(read_parquet(output))
+    rows = read_parquet(output) if suffix == ".parquet" else read_lines(output)
+    found, confidences = answered(rows)
     expected, of_one = answered(wanted)
     assert found == expected and confidences == pytest.approx(of_one, rel=1e-3)
 
