@@ -174,7 +174,6 @@ def routed_batch(
 ) -> Any:
     """`generate_batch` whose requests are embedded first, so that errors are raised, not logged."""
     task_embeds = call.pop(_KEY, None)
-    _checked_scope()
     if not source.task_readers() or not call["inputs"]:
         return inner(**call)
     unread = set(call) - set(inspect.signature(inner).parameters) - {"max_new_tokens"}
