@@ -95,17 +95,19 @@ def main() -> int:
         text = rng.choice(TEXTS)
         valid = valid_answer(rng, text)
         for _ in range(50):
-            answer, start = broken(rng, valid), time.perf_counter()
+            answer, start = broken(rng, valid), time.process_time()
             try:
                 records += check(answer, text)
             except BaseException:
                 print(f"FOUND, seed {args.seed}: parse_answer({answer!r}, SCHEMA, {text!r})")
                 raise
-            longest = max(longest, time.perf_counter() - start)
+            longest = max(longest, time.process_time() - start)
             tried += 1
         if tried % 100_000 == 0:
             print(f"{tried} answers", flush=True)
-    print(f"seed {args.seed}: {tried} answers, {records} records, the longest {longest:.3f} s")
+    print(
+        f"seed {args.seed}: {tried} answers, {records} records, the longest {longest:.3f} s of CPU"
+    )
     return 0
 
 
