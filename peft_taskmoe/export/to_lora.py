@@ -128,8 +128,9 @@ def to_lora(
     task_embeds = _one_task(adapter, task_embeds)
     if calibration is None and not exact:
         raise ValueError(
-            f'The router of adapter "{adapter.name}" reads the token, so its gates can only be '
-            "averaged over some text. Pass `calibration=[...]`: batches, or texts with `tokenizer`."
+            f'The router of adapter "{adapter.name}" reads the token '
+            f'(`router_inputs="{adapter.config.router_inputs}"`): its gates can only be averaged '
+            "over some text. Pass `calibration=[...]`: batches, or texts with `tokenizer=...`."
         )
     batches = []
     if calibration is not None:
