@@ -36,30 +36,33 @@ def main() -> None:
     seconds, wanted = offline(args, documents)
     name = f"Extractor, batches of {args.batch_size}"
     rows = [[name, f"{len(documents) / seconds:.2f}", "", "", ""]]
-    with server(args) as (client, process):
-        answer(client, documents[0])  # what only the first request waits for
-        speed = {}
-        for connections in (1, args.connections):
-            some = documents if connections > 1 else documents[: args.one_at_a_time]
-            before = process.memory_info().rss / _MIB
-            speed[connections], latencies, found = asked(client, some, connections, args.rounds)
-            after = process.memory_info().rss / _MIB
-            differ = sum(wanted[number % len(some)] != one for number, one in enumerate(found))
-            p50, p99 = quantiles(latencies)
-            name = f"server, {connections} connections"
-            figures = [f"{speed[connections]:.2f}", f"{p50:.2f}", f"{p99:.2f}"]
-            rows.append([name, *figures, f"{differ} of {len(found)}"])
-            print(f"{name}: {before:.0f} MiB before, {after:.0f} MiB after")
+    offline_speed = len(documents) / seconds
+    for engine in args.engine:
+        with server(args, engine) as (client, process):
+            answer(client, documents[0])  # what only the first request waits for
+            speed = {}
+            for connections in (1, args.connections):
+                some = documents if connections > 1 else documents[: args.one_at_a_time]
+                before = process.memory_info().rss / _MIB
+                speed[connections], latencies, found = asked(client, some, connections, args.rounds)
+                after = process.memory_info().rss / _MIB
+                differ = sum(wanted[number % len(some)] != one for number, one in enumerate(found))
+                p50, p99 = quantiles(latencies)
+                name = f"server, {engine}, {connections} connections"
+                figures = [f"{speed[connections]:.2f}", f"{p50:.2f}", f"{p99:.2f}"]
+                rows.append([name, *figures, f"{differ} of {len(found)}"])
+                print(f"{name}: {before:.0f} MiB before, {after:.0f} MiB after")
+        many = speed[args.connections]
+        print(f"{engine}: {many / speed[1]:.2f} times one request at a time, ", end="")
+        print(f"{many / offline_speed:.2f} of the Extractor.")
     print(markdown_table(["way", "documents/s", "p50 s", "p99 s", "differ"], rows))
-    many = speed[args.connections]
-    print(f"{many / speed[1]:.2f} times one request at a time, ", end="")
-    print(f"{many * seconds / len(documents):.2f} of the Extractor.")
 
 
 def arguments() -> argparse.Namespace:
     """The arguments of the command line."""
     add = (found := parser(__doc__ or "", limit=64)).add_argument
     add("--connections", type=int, default=32)
+    add("--engine", nargs="+", choices=["batches", "continuous"], default=["batches"])
     add("--batch-size", type=int, default=32)
     add("--max-new-tokens", type=int, default=256)
     add("--rounds", type=int, default=1, help="how often all documents are sent")
@@ -82,9 +85,9 @@ def offline(
 
 
 @contextmanager
-def server(args: argparse.Namespace) -> Iterator[tuple[httpx.Client, psutil.Process]]:
+def server(args: argparse.Namespace, engine: str) -> Iterator[tuple[httpx.Client, psutil.Process]]:
     """A client of a server process."""
-    command = [sys.executable, "-m", "peft_taskmoe", "serve", "--port", "0"]
+    command = [sys.executable, "-m", "peft_taskmoe", "serve", "--port", "0", "--engine", engine]
     command += ["--adapter", args.adapter, "--device", args.device]
     command += ["--batch-size", str(args.batch_size), "--max-new-tokens", str(args.max_new_tokens)]
     if args.base:

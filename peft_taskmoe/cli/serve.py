@@ -22,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
     key = "what clients must send as a bearer token (default: $PEFT_TASKMOE_API_KEY, or none)"
     add("--api-key", default=os.environ.get("PEFT_TASKMOE_API_KEY"), help=key)
+    engine = "what answers: the Extractor's batches, or transformers' continuous batching"
+    engine += " (default: %(default)s)"
+    add("--engine", choices=["batches", "continuous"], default="batches", help=engine)
     add_model_options(parser)
     limits = parser.add_argument_group("limits of a request").add_argument
     shown = "(default: %(default)s)"
@@ -50,7 +53,7 @@ def run(args: argparse.Namespace) -> Exit:
         adapters.load(name, adapter)
     known = vars(Limits())
     limits = Limits(**{key: value for key, value in vars(args).items() if key in known})
-    app = make_app(adapters, limits, api_key=args.api_key)
+    app = make_app(adapters, limits, api_key=args.api_key, engine=args.engine)
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
     with socket.create_server((args.host, args.port), family=family, backlog=2048) as listener:
         host = f"[{args.host}]" if ":" in args.host else args.host

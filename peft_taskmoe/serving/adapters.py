@@ -35,12 +35,12 @@ class Lane:
 
     def answer(self, jobs: Sequence[Job]) -> None:
         """Answer prompts in one generation."""
-        self._activate()
+        self.activate()
         self.extractor.answer_jobs(jobs)
 
     def warm_up(self) -> None:
         """Load and compute what the first request would wait for."""
-        self._activate()
+        self.activate()
         text, schema = "Ready.", Schema.from_dict("NER", ["Word"])
         prompts = [
             Prompt(job.ids, schema, text) for job in self.text_jobs([Question(text, schema)]).jobs
@@ -52,7 +52,8 @@ class Lane:
         """The prompts that ask these questions."""
         return self.reading.text_jobs(questions)
 
-    def _activate(self) -> None:
+    def activate(self) -> None:
+        """Switch the model to the adapter."""
         model = self.extractor.model
         if self.adapter is not None and model.active_adapter != self.adapter:
             model.set_adapter(self.adapter, inference_mode=True)

@@ -16,18 +16,24 @@ from fastapi.security import HTTPBearer
 
 from ..uie import Extraction
 from .adapters import Adapters
-from .batching import Ticket
+from .batching import Ticket, Worker
 from .bodies import ExtractRequest, ExtractResponse, StrictRoute
+from .continuous import ContinuousWorker
 from .limits import Guard, Limits
 from .metrics import Measured
 from .service import Service
 
+ENGINES = {"batches": Worker, "continuous": ContinuousWorker}
 _LANDING = """<!doctype html><title>peft_taskmoe</title><h1>peft_taskmoe</h1>
 <p>Information extraction. <a href="docs">How to ask</a>, <a href="v1/adapters">adapters</a>."""
 
 
 def make_app(
-    adapters: Adapters, limits: Limits | None = None, *, api_key: str | None = None
+    adapters: Adapters,
+    limits: Limits | None = None,
+    *,
+    api_key: str | None = None,
+    engine: str = "batches",
 ) -> FastAPI:
     """The ASGI application of a server.
 
@@ -35,8 +41,10 @@ def make_app(
         adapters: The model with its adapters. From here on only the server may call it.
         limits: What a client may ask for.
         api_key: What clients must send as a bearer token; None asks for none.
+        engine: `"batches"`, the Extractor's, which rows leave early, or `"continuous"`,
+            transformers' continuous batching.
     """
-    service = Service(adapters, limits or Limits())
+    service = Service(adapters, limits or Limits(), ENGINES[engine])
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

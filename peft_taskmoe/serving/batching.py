@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -16,6 +17,9 @@ from .adapters import Adapters, Lane
 from .metrics import Metrics
 
 logger = logging.getLogger(__name__)
+
+_LINGER = 0.02  # seconds without a new prompt, after which a batch that is not full starts
+_LONGEST_LINGER = 0.2
 
 
 class FullError(Exception):
@@ -106,22 +110,43 @@ class PromptQueue:
     def take(self, size: int) -> list[Row]:
         """Wait for the next batch: the oldest prompt, with those of its lane of nearest length.
 
+        Clients that were answered together ask again together: without a moment's wait the first
+        of them would make a batch of one.
+
         Returns:
             Up to `size` prompts; none once the queue is closed and empty.
         """
         with self._changed:
-            self._drop()
-            while not self._rows:
+            while not self._settled(size):
                 if self.closed:
                     return []
                 self._changed.wait()
-                self._drop()
             oldest = self._rows[0]
             alike = [row for row in self._rows if row.ticket.lane is oldest.ticket.lane]
             alike.sort(key=lambda row: abs(len(row.job.ids) - len(oldest.job.ids)))
-            taken = alike[:size]  # the sort is stable: the oldest is among them
-            self._rows = [row for row in self._rows if row not in set(taken)]
-            return taken
+            return self._taken(alike[:size])  # the sort is stable: the oldest is among them
+
+    def take_now(self, lane: Lane, size: int) -> list[Row]:
+        """Up to `size` of the oldest prompts, as far as all before them are of this lane, too."""
+        with self._changed:
+            self._drop()
+            same = itertools.takewhile(lambda row: row.ticket.lane is lane, self._rows)
+            return self._taken(list(itertools.islice(same, size)))
+
+    def _settled(self, size: int) -> bool:
+        """Whether there are prompts, once no more come, or enough for a batch."""
+        self._drop()
+        end = time.monotonic() + _LONGEST_LINGER
+        while 0 < len(self._rows) < size and not self.closed and time.monotonic() < end:
+            if not self._changed.wait(_LINGER):
+                break
+        self._drop()
+        return bool(self._rows)
+
+    def _taken(self, rows: list[Row]) -> list[Row]:
+        taken = set(rows)
+        self._rows = [row for row in self._rows if row not in taken]
+        return rows
 
     def close(self) -> None:
         """Take no more; what waits is still answered."""

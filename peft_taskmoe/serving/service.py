@@ -22,11 +22,11 @@ from .metrics import Metrics
 class Service:
     """The parts of a running server: queue, worker, figures and the thread that reads requests."""
 
-    def __init__(self, adapters: Adapters, limits: Limits) -> None:
+    def __init__(self, adapters: Adapters, limits: Limits, worker: type[Worker] = Worker) -> None:
         self.adapters, self.limits = adapters, limits
         self.queue = PromptQueue(limits.max_waiting)
         self.metrics = Metrics(lambda: len(self.queue))
-        self.worker = Worker(adapters, self.queue, self.metrics)
+        self.worker = worker(adapters, self.queue, self.metrics)
         self.reader = ThreadPoolExecutor(1, "reader")
         self._read = 0  # texts that are being read
 

@@ -17,8 +17,9 @@ from contextlib import contextmanager
 
 import pytest
 from peft import LoraConfig, get_peft_model
+from transformers.generation.continuous_batching import ContinuousBatchingManager
 
-from peft_taskmoe import TaskMoELoraConfig, cli
+from peft_taskmoe import TaskMoELoraConfig, attach_task_encoder, cli
 from peft_taskmoe.cli import Exit
 from peft_taskmoe.uie import (
     Entity,
@@ -70,12 +71,12 @@ def scripted(gate: Gate | None = None, **options) -> Extractor:
 
 
 @contextmanager
-def serving(extractor_or_adapters, api_key=None, **limits):
+def serving(extractor_or_adapters, api_key=None, engine="batches", **limits):
     """A client of a server that runs in a thread."""
     adapters = extractor_or_adapters
     if isinstance(adapters, Extractor):
         adapters = server.Adapters(adapters)
-    app = server.make_app(adapters, server.Limits(**limits), api_key=api_key)
+    app = server.make_app(adapters, server.Limits(**limits), api_key=api_key, engine=engine)
     running = uvicorn.Server(uvicorn.Config(app, log_level="error"))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
@@ -108,6 +109,14 @@ def post(client, body: dict, path="/v1/extract", **options):
     return client.post(path, content=json.dumps(body), headers=headers, **options)
 
 
+def looping_llama():
+    """A random model whose answers end in loops after some tokens."""
+    model = tiny_llama().double()
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.data *= 0.3
+    return model
+
+
 def tickets() -> int:
     gc.collect()
     return sum(isinstance(one, server.Ticket) for one in gc.get_objects())
@@ -115,6 +124,15 @@ def tickets() -> int:
 
 def timeless(result: dict) -> dict:
     return {key: value for key, value in result.items() if key not in ("seconds", "index")}
+
+
+def approximately(result):
+    """The same words, and confidences to rounding."""
+    if isinstance(result, dict):
+        return {key: approximately(value) for key, value in result.items()}
+    if isinstance(result, list):
+        return [approximately(one) for one in result]
+    return pytest.approx(result, rel=1e-4) if isinstance(result, float) else result
 
 
 def metric(client, name: str) -> float:
@@ -217,6 +235,67 @@ def test_constrained_decoding_can_be_asked_for() -> None:
     (wanted,) = offline(["Ada"], SCHEMA)
     assert held["results"][0]["answers"] == wanted.to_dict()["answers"]
     assert held["results"][0]["answers"] != free["results"][0]["answers"]
+
+
+WORDS = ["Ada", "Ada met Bob.", "In Kourou the rocket waits", "Zoe", "Ünal and Eve left"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapted", [False, True], ids=["base", "task"])
+def test_continuous_batching_answers_as_batches_do(adapted, tiny_encoder) -> None:
+    """Also where lanes take turns, answers loop, and some are held to the grammar."""
+    model, tokenizer = looping_llama(), byte_tokenizer()
+    if adapted:
+        config = TaskMoELoraConfig(
+            target_modules=["q_proj", "up_proj"],
+            task_type="CAUSAL_LM",
+            r=2,
+            num_experts=2,
+            task_dim=tiny_encoder.task_dim,
+        )
+        model = randomise(get_peft_model(model, config), 1)
+        attach_task_encoder(model, tiny_encoder, tokenizer)
+    options = {"max_new_tokens": 150, "max_prompt_tokens": 500, "batch_size": 3}
+    wanted = Extractor(model, tokenizer, **options)(WORDS, SCHEMA)
+    held = Extractor(model, tokenizer, constrained=True, **options)(WORDS[:2], SCHEMA)
+    extractor = Extractor(model, tokenizer, **options)
+    with serving(extractor, engine="continuous") as client, ThreadPoolExecutor(8) as pool:
+        asked = [(text, False) for text in WORDS] + [(text, True) for text in WORDS[:2]]
+        replies = list(pool.map(lambda one: ask(client, one[0], constrained=one[1]), asked * 2))
+        assert metric(client, "peft_taskmoe_waiting_prompts") == 0
+    found = [reply.json()["results"][0] for reply in replies]
+    for one, other in zip(found, [*wanted, *held] * 2, strict=True):
+        assert timeless(one) == approximately(timeless(other.to_dict()))
+    loops = [96 < answer.tokens < 150 for one in wanted for answer in one.answers]
+    assert adapted or any(loops)
+
+
+@pytest.mark.slow
+def test_prompts_that_the_engine_fails_at_are_answered_in_batches(monkeypatch) -> None:
+    """One whose batch raises takes those beside it along, and nobody notices."""
+    options = {"max_new_tokens": 60, "max_prompt_tokens": 500, "batch_size": 3}
+    model, tokenizer = looping_llama(), byte_tokenizer()
+    wanted = Extractor(model, tokenizer, **options)(WORDS, SCHEMA)
+    step = ContinuousBatchingManager._generation_step
+    steps = iter(range(10**6))
+
+    def failing(manager) -> None:
+        if next(steps) == 20:
+            raise RuntimeError("out of memory")
+        step(manager)
+
+    monkeypatch.setattr(ContinuousBatchingManager, "_generation_step", failing)
+    extractor = Extractor(model, tokenizer, **options)
+    with serving(extractor, engine="continuous") as client, ThreadPoolExecutor(8) as pool:
+        replies = list(pool.map(lambda text: ask(client, text), WORDS))
+        for reply, one in zip(replies, wanted, strict=True):
+            assert reply.json()["results"][0]["answers"] == one.to_dict()["answers"]
+        with pytest.raises(httpx.ReadTimeout):  # a client that leaves while it is answered
+            client.post("/v1/extract", json={"texts": WORDS, "schema": SCHEMA}, timeout=0.05)
+        assert ask(client, "Ada").json()["results"][0]["answers"] == wanted[0].to_dict()["answers"]
+        until(lambda: tickets() == 0)
+    assert next(steps) > 21
+    assert model.config._attn_implementation == "sdpa"
 
 
 REFUSED = [

@@ -26,7 +26,7 @@ from ..scoring.calibration import Calibration
 from .batches import Job, TextJobs, batches_of, read_ahead
 from .fingerprint import weights_checksum
 from .format_file import load_format
-from .generation import Generator, Prompt
+from .generation import Generator, Prompt, Written
 from .jobs import Item, checksum, write_lines
 from .loading import load_calibration, load_model
 from .placement import placement
@@ -484,11 +484,15 @@ class Extractor:
         ]
         written = self.generator.generate(prompts, self.max_new_tokens)
         for job, one in zip(jobs, written, strict=True):
-            job.answer = read_answer(
-                one, self.generator.ends, job.question.schema, job.part, self.max_new_tokens
-            )
+            self.read(job, one)
         for job in jobs:
             job.seconds = (time.perf_counter() - start) / len(jobs)
+
+    def read(self, job: Job, written: Written) -> None:
+        """Read what a model wrote; the job gets its answer."""
+        job.answer = read_answer(
+            written, self.generator.ends, job.question.schema, job.part, self.max_new_tokens
+        )
 
 
 def _context(model: Any) -> int:

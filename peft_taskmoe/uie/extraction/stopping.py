@@ -42,17 +42,21 @@ class AnswerEnds:
         texts = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
         return {i for i, text in enumerate(texts) if "\n" in text}
 
-    def decode(self, tokens: list[int]) -> str:
+    def decode(self, tokens: list[int] | torch.Tensor) -> str:
         """The text of an answer's tokens."""
         text: str = self.tokenizer.decode(
             tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return text
 
-    def closes(self, tokens: list[int]) -> bool:
+    def closes(self, tokens: list[int] | torch.Tensor) -> bool:
         """Whether the answer's list is closed."""
         bare = _STRING.sub("", self.decode(tokens))
         return "]" in bare and bare.count("[") <= bare.count("]")
+
+    def end_at(self, last: int, tokens: list[int] | torch.Tensor) -> bool:
+        """Whether the last of an answer's tokens ends it."""
+        return last in self.tokens or (last in self.line_feeds and self.closes(tokens))
 
     def cut(self, tokens: list[int]) -> tuple[list[int], bool]:
         """The tokens up to the answer's end, and whether it ended by itself."""
@@ -86,11 +90,8 @@ class EndOfAnswer(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         """`(b,)` bool: which rows stop."""
         written = input_ids[:, self.prompt_length :]
-        ended = [
-            last in self.ends.tokens
-            or (last in self.ends.line_feeds and self.ends.closes(row.tolist()))
-            for last, row in zip(input_ids[:, -1].tolist(), written, strict=True)
-        ]
+        lasts = input_ids[:, -1].tolist()
+        ended = [self.ends.end_at(last, row) for last, row in zip(lasts, written, strict=True)]
         done = torch.tensor(ended, device=input_ids.device) | repeats(written)
         self.done = done if self.done is None else self.done | done
         if self.rows_leave and int(self.done.sum()) >= LEAVING * len(done):
