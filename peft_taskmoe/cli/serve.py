@@ -25,6 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine = "what answers: the Extractor's batches, or transformers' continuous batching"
     engine += " (default: %(default)s)"
     add("--engine", choices=["batches", "continuous"], default="batches", help=engine)
+    page = "a page at / to try the first adapter; needs peft_taskmoe[app] (default: if it can be)"
+    add("--page", action=argparse.BooleanOptionalAction, help=page)
     add_model_options(parser)
     limits = parser.add_argument_group("limits of a request").add_argument
     shown = "(default: %(default)s)"
@@ -42,8 +44,9 @@ def run(args: argparse.Namespace) -> Exit:
     """Serve until SIGTERM or SIGINT; what runs then is finished."""
     uvicorn = needed("uvicorn", "serve")
     from ..serving.adapters import Adapters
-    from ..serving.app import make_app
+    from ..serving.app import make_app, why_no_page
     from ..serving.limits import Limits
+    from ..uie.extraction.loading import load_centroids
 
     if args.api_key == "":
         raise ValueError("The API key is empty. Pass one, or unset $PEFT_TASKMOE_API_KEY.")
@@ -53,7 +56,13 @@ def run(args: argparse.Namespace) -> Exit:
         adapters.load(name, adapter)
     known = vars(Limits())
     limits = Limits(**{key: value for key, value in vars(args).items() if key in known})
-    app = make_app(adapters, limits, api_key=args.api_key, engine=args.engine)
+    if args.page is None:
+        args.page = (why := why_no_page(adapters, args.api_key)) is None
+        if why:
+            say(f"There is no page. {why}")
+    centroids = load_centroids(first) if args.page else None
+    options = {"api_key": args.api_key, "engine": args.engine, "page": args.page}
+    app = make_app(adapters, limits, centroids=centroids, **options)
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
     with socket.create_server((args.host, args.port), family=family, backlog=2048) as listener:
         host = f"[{args.host}]" if ":" in args.host else args.host

@@ -33,6 +33,11 @@ class Lane:
     extractor: Extractor
     reading: Extractor
 
+    @property
+    def constrained(self) -> bool:
+        """Whether answers are held to their grammars."""
+        return self.extractor.generator.constraint is not None
+
     def answer(self, jobs: Sequence[Job]) -> None:
         """Answer prompts in one generation."""
         self.activate()

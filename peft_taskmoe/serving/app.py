@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -14,6 +14,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from fastapi.security import HTTPBearer
 
+from ..nearest import TaskCentroids
+from ..optional import needed
+from ..page import page as make_page
 from ..uie import Extraction
 from .adapters import Adapters
 from .batching import Ticket, Worker
@@ -34,6 +37,8 @@ def make_app(
     *,
     api_key: str | None = None,
     engine: str = "batches",
+    page: bool = False,
+    centroids: TaskCentroids | None = None,
 ) -> FastAPI:
     """The ASGI application of a server.
 
@@ -43,7 +48,14 @@ def make_app(
         api_key: What clients must send as a bearer token; None asks for none.
         engine: `"batches"`, the Extractor's, which rows leave early, or `"continuous"`,
             transformers' continuous batching.
+        page: Whether the demonstration page of the first adapter stands at `/`.
+        centroids: The known tasks that the page shows beside a prompt.
+
+    Raises:
+        ValueError: The page was asked for and cannot be, as `why_no_page` says.
     """
+    if page and (why := why_no_page(adapters, api_key)):
+        raise ValueError(f"There can be no page. {why}")
     service = Service(adapters, limits or Limits(), ENGINES[engine])
 
     @asynccontextmanager
@@ -61,6 +73,8 @@ def make_app(
     app.add_middleware(Measured, metrics=service.metrics)
     app.add_exception_handler(RequestValidationError, _unreadable)
     _add_status_routes(app, service)
+    if not page:
+        app.add_api_route("/", lambda: HTMLResponse(_LANDING), include_in_schema=False)
 
     @app.post("/v1/extract", responses={200: {"model": ExtractResponse}})
     async def extract(body: ExtractRequest, request: Request) -> Response:
@@ -91,14 +105,42 @@ def make_app(
         lines = _lines(service, tickets, request, body.timeout)
         return StreamingResponse(lines, media_type="application/x-ndjson")
 
+    if page:  # behind the routes above, for it answers all others
+        _mount_page(app, service, centroids)
     return app
 
 
-def _add_status_routes(app: FastAPI, service: Service) -> None:
-    @app.get("/", include_in_schema=False)
-    async def landing() -> HTMLResponse:
-        return HTMLResponse(_LANDING)
+def why_no_page(adapters: Adapters, api_key: str | None) -> str | None:
+    """Why there can be no page, if it cannot be."""
+    if api_key is not None:
+        return "A browser sends no API key."
+    method = adapters.methods[adapters.default]
+    if method != "TASKMOE_LORA":
+        return f"It shows how experts are routed, and `{adapters.default}` is `{method}`."
+    try:
+        needed("gradio", "app")
+        needed("matplotlib", "app")
+    except ImportError as error:
+        return str(error)
+    return None
 
+
+def _mount_page(app: FastAPI, service: Service, centroids: TaskCentroids | None) -> None:
+    lane = service.adapters.lane(None, None)
+
+    def alone(work: Callable[[], Any]) -> Any:
+        def routed() -> Any:
+            lane.activate()
+            return work()
+
+        return service.queue.call(routed)
+
+    blocks = make_page(lane.extractor, centroids, alone)
+    gradio = needed("gradio", "app")
+    gradio.mount_gradio_app(app, blocks, path="/", max_file_size=1)  # it takes no files
+
+
+def _add_status_routes(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> JSONResponse:
         """Whether the model's thread lives."""

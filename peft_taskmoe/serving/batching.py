@@ -6,9 +6,10 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..uie import Extraction
 from ..uie.extraction.batches import Job, TextJobs
@@ -26,7 +27,7 @@ class FullError(Exception):
     """The queue has no place left."""
 
 
-class ClosedError(Exception):
+class ClosedError(ValueError):
     """The server is stopping."""
 
 
@@ -80,6 +81,7 @@ class PromptQueue:
         self.capacity = capacity
         self.closed = False
         self._rows: list[Row] = []
+        self._calls: list[tuple[Callable[[], Any], Future[Any]]] = []
         self._changed = threading.Condition()
 
     def __len__(self) -> int:
@@ -94,7 +96,7 @@ class PromptQueue:
         """
         with self._changed:
             if self.closed:
-                raise ClosedError
+                raise ClosedError("The server is stopping.")
             self._drop()
             if len(self._rows) + prompts > self.capacity:
                 raise FullError
@@ -118,7 +120,7 @@ class PromptQueue:
         """
         with self._changed:
             while not self._settled(size):
-                if self.closed:
+                if self.closed or self._calls:
                     return []
                 self._changed.wait()
             oldest = self._rows[0]
@@ -127,14 +129,20 @@ class PromptQueue:
             return self._taken(alike[:size])  # the sort is stable: the oldest is among them
 
     def take_now(self, lane: Lane, size: int) -> list[Row]:
-        """Up to `size` of the oldest prompts, as far as all before them are of this lane, too."""
+        """Up to `size` of the oldest prompts, as far as all before them are of this lane, too.
+
+        None while a call waits, so that what runs comes to an end.
+        """
         with self._changed:
             self._drop()
+            size = 0 if self._calls else size
             same = itertools.takewhile(lambda row: row.ticket.lane is lane, self._rows)
             return self._taken(list(itertools.islice(same, size)))
 
     def _settled(self, size: int) -> bool:
-        """Whether there are prompts, once no more come, or enough for a batch."""
+        """Whether there are prompts, once no more come, or enough for a batch; calls go first."""
+        if self._calls:
+            return False
         self._drop()
         end = time.monotonic() + _LONGEST_LINGER
         while 0 < len(self._rows) < size and not self.closed and time.monotonic() < end:
@@ -147,6 +155,36 @@ class PromptQueue:
         taken = set(rows)
         self._rows = [row for row in self._rows if row not in taken]
         return rows
+
+    def call(self, work: Callable[[], Any]) -> Any:
+        """Have the thread that owns the model do something between batches, and wait for it.
+
+        Raises:
+            ClosedError: The queue takes no more.
+        """
+        future: Future[Any] = Future()
+        with self._changed:
+            self.check_room(0)
+            self._calls.append((work, future))
+            self._changed.notify()
+        return future.result()
+
+    def run_calls(self) -> None:
+        """Do what was asked for by `call`; in the thread that owns the model."""
+        with self._changed:
+            calls, self._calls = self._calls, []
+        for work, future in calls:
+            try:
+                future.set_result(work())
+            except Exception as error:
+                future.set_exception(error)
+
+    @property
+    def finished(self) -> bool:
+        """Whether it is closed, and everything in it was taken."""
+        with self._changed:
+            self._drop()
+            return self.closed and not self._rows and not self._calls
 
     def close(self) -> None:
         """Take no more; what waits is still answered."""
@@ -185,15 +223,19 @@ class Worker:
         except Exception:
             logger.exception("The model stopped answering.")
         finally:
-            self.ready = False
-            self.queue.close()
+            self._stop()
+
+    def _stop(self) -> None:
+        self.ready = False
+        self.queue.close()
 
     def _answer_next(self) -> bool:
-        """Answer a batch, and keep nothing of it; False once there are none."""
+        """Answer a batch, and keep nothing of it; False once there will be none."""
         rows = self.queue.take(self._adapters.batch_size)
         if rows:
             self._answer(rows)
-        return bool(rows)
+        self.queue.run_calls()
+        return not self.queue.finished
 
     def _answer(self, rows: Sequence[Row]) -> None:
         start = time.perf_counter()

@@ -64,6 +64,11 @@ class Engine:
         )
         self._manager.start()
 
+    @property
+    def room(self) -> int:
+        """Prompts that may be added."""
+        return self.rows - len(self.running)
+
     def add(self, rows: Sequence[Row]) -> None:
         """Start prompts."""
         for row in rows:
@@ -114,27 +119,42 @@ class ContinuousWorker(Worker):
     _engine: Engine | None = None
 
     def _answer_next(self) -> bool:
-        engine, size = self._engine, self._adapters.batch_size
-        if engine is None or not engine.running:
-            rows = self.queue.take(size)
-            lane = rows[0].ticket.lane if rows else None
-            if engine is not None and engine.lane is not lane:
-                engine.close()
-                self._engine = engine = None
-            if lane is None:
-                return False
-            generator = lane.extractor.generator
-            if generator.constraint is not None or generator.prefix is not None:
-                self._answer(rows)
-                return True
-            engine = self._engine = engine or Engine(lane, size)
+        engine = self._engine
+        if engine is not None and engine.running:
+            self._step(engine, self.queue.take_now(engine.lane, engine.room))
+            return True
+        rows = self.queue.take(self._adapters.batch_size)
+        lane = rows[0].ticket.lane if rows else None
+        if engine is not None and engine.lane is not lane:
+            self._close_engine()
+        if lane is None:
+            self.queue.run_calls()
+            return not self.queue.finished
+        if lane.constrained or lane.extractor.prefix_caching:
+            self._answer(rows)
         else:
-            rows = self.queue.take_now(engine.lane, size - len(engine.running))
+            self._engine = self._engine or Engine(lane, self._adapters.batch_size)
+            self._step(self._engine, rows)
+        return True
+
+    def _stop(self) -> None:
+        super()._stop()
+        self._close_engine()
+
+    def _close_engine(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+        self._engine = None
+
+    def _step(self, engine: Engine, rows: Sequence[Row]) -> None:
+        """Start prompts, and hand over what has been answered in the meantime."""
         engine.add(rows)
         failed = [one.row for one in engine.ended() if not self._delivered(one, engine)]
-        if failed:
-            self._answer_without(engine, failed)
-        return True
+        if failed:  # and those that ran beside them: one by one, without the engine
+            failed += [one.row for one in engine.running.values()]
+            self._close_engine()
+            for row in failed:
+                self._answer([row])
 
     def _delivered(self, one: Running, engine: Engine) -> bool:
         """Hand over an answer; False if there is none."""
@@ -148,11 +168,3 @@ class ContinuousWorker(Worker):
         self._metrics.batch(len(engine.running) + 1, now - one.since, job.answer.tokens)
         one.row.ticket.deliver()
         return True
-
-    def _answer_without(self, engine: Engine, failed: Sequence[Row]) -> None:
-        """Answer prompts that failed, and those that ran beside them, one by one."""
-        rows = [*failed, *(one.row for one in engine.running.values())]
-        engine.close()
-        self._engine = None
-        for row in rows:
-            self._answer([row])

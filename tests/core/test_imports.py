@@ -39,6 +39,7 @@ LEVELS = [
     {"export"},
     {"__init__"},
     {"uie"},
+    {"page"},
     {"serving"},
     {"cli"},
     {"__main__"},

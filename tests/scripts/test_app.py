@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 from peft import get_peft_model
 
 from peft_taskmoe import TaskMoELoraConfig, attach_task_encoder, save_task_centroids
+from peft_taskmoe import page as app
 from peft_taskmoe.nearest import TaskCentroids
 from peft_taskmoe.uie import Extractor
 from scripted import byte_tokenizer, tiny_llama
@@ -23,19 +22,8 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed"),
 ]
-EXAMPLES = Path(__file__).parents[2] / "examples"
 WAIT = 90_000  # ms
 PERSON = json.dumps({"Person": "names"})
-
-
-@pytest.fixture(scope="module")
-def app():
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        import app
-    finally:
-        sys.path.remove(str(EXAMPLES))
-    return app
 
 
 @pytest.fixture
@@ -82,7 +70,7 @@ def answered(page, words: str) -> None:
 
 
 def test_the_page_answers_what_is_typed_by_two_users_at_once(
-    app, extractor, centroids, browser, tmp_path
+    extractor, centroids, browser, tmp_path
 ):
     blocks = app.page(extractor, centroids)
     _, url, _ = blocks.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False)
@@ -119,7 +107,27 @@ def test_the_page_answers_what_is_typed_by_two_users_at_once(
         blocks.close()
 
 
-def test_the_ways_differ_in_what_the_router_sees(app, extractor, centroids):
+@pytest.mark.parametrize("engine", ["batches", "continuous"])
+def test_the_server_shows_the_page_and_answers_beside_it(extractor, centroids, browser, engine):
+    pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
+    from served import ask, serving
+
+    wanted = extractor(["Zoe sang."], {"Person": "names"}, progress=False)[0].to_dict()
+    with serving(extractor, engine=engine, page=True, centroids=centroids) as client:
+        page = opened(browser, str(client.base_url))
+        asked(page, PERSON, "Ada met Bob.")
+        replies = [ask(client, "Zoe sang.", schema={"Person": "names"}) for _ in range(5)]
+        answered(page, "Ada met Bob.")
+        page.wait_for_selector("#gates img", timeout=WAIT)
+        assert "people" in page.inner_text("#near")
+        assert [one.json()["results"][0]["answers"] for one in replies] == [wanted["answers"]] * 5
+        assert client.get("/v1/adapters").json()[0]["method"] == "TASKMOE_LORA"
+        many = {"files": ("a.txt", b"x" * 1000)}
+        assert client.post("/gradio_api/upload", files=many).status_code == 413
+        assert client.get("/nothing").status_code == 404
+
+
+def test_the_ways_differ_in_what_the_router_sees(extractor, centroids):
     answer = app.Demonstration(extractor, centroids)
     found = {way: answer(PERSON, "Ada met Bob. " * 30, way) for way in app.WAYS}
     assert found[app.AWARE][2] == found[app.TOKEN][2] == found[app.BASE][2]  # the prompt

@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import pytest
 from peft import LoraConfig, get_peft_model
@@ -38,7 +37,8 @@ httpx = pytest.importorskip("httpx")
 uvicorn = pytest.importorskip("uvicorn")
 server = pytest.importorskip("peft_taskmoe.serving.app", exc_type=ImportError)
 
-SCHEMA = {"Capital": "words with a capital letter"}
+from served import SCHEMA, ask, post, serving, until  # noqa: E402
+
 OTHER = {"Name": "names", "Capital": ""}
 LONG = " ".join(f"Word{n} and more" for n in range(20))
 
@@ -68,45 +68,6 @@ class Gate:
 def scripted(gate: Gate | None = None, **options) -> Extractor:
     options = {"max_new_tokens": 400, "max_prompt_tokens": 500, **options}
     return Extractor(Scripted(gate or Gate()), byte_tokenizer(), **options)
-
-
-@contextmanager
-def serving(extractor_or_adapters, api_key=None, engine="batches", **limits):
-    """A client of a server that runs in a thread."""
-    adapters = extractor_or_adapters
-    if isinstance(adapters, Extractor):
-        adapters = server.Adapters(adapters)
-    app = server.make_app(adapters, server.Limits(**limits), api_key=api_key, engine=engine)
-    running = uvicorn.Server(uvicorn.Config(app, log_level="error"))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
-        thread.start()
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        limit = httpx.Limits(max_connections=None)
-        with httpx.Client(base_url=url, timeout=30, trust_env=False, limits=limit) as client:
-            try:
-                until(lambda: client.get("/ready").status_code == 200)
-                yield client
-            finally:
-                running.should_exit = True
-                thread.join(30)
-    assert not thread.is_alive()
-
-
-def until(true) -> None:
-    end = time.monotonic() + 30
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-def ask(client, *texts, schema=SCHEMA, path="/v1/extract", **more):
-    return post(client, {"texts": texts, "schema": schema, **more}, path)
-
-
-def post(client, body: dict, path="/v1/extract", **options):
-    headers = {"Content-Type": "application/json"}
-    return client.post(path, content=json.dumps(body), headers=headers, **options)
 
 
 def looping_llama():
