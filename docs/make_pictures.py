@@ -3,11 +3,13 @@
 python docs/make_pictures.py                          # docs/images/method.svg
 python docs/make_pictures.py --browser chromium       # also docs/images/extractions.png
 python docs/make_pictures.py --adapter outputs/demo   # also docs/images/gates.png
+With both, and playwright installed, also docs/images/page.png.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -185,6 +187,28 @@ def draw_gates(adapter: str, picture: Path) -> None:
     heat_map(record).savefig(picture, dpi=70)
 
 
+def draw_page(adapter: str, browser: str, picture: Path) -> None:
+    """Ask the demonstration page its first question, and write what it shows."""
+    from playwright.sync_api import sync_playwright
+
+    from peft_taskmoe.page import page
+    from peft_taskmoe.uie import Extractor
+    from peft_taskmoe.uie.extraction.loading import load_centroids
+
+    extractor = Extractor.from_pretrained(adapter, max_new_tokens=64)
+    blocks = page(extractor, load_centroids(adapter))
+    _, url, _ = blocks.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False)
+    with sync_playwright() as driver:
+        window = driver.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        shown = window.new_page(viewport={"width": 1280, "height": 1150})
+        shown.goto(url, timeout=90_000)
+        shown.click("#extract", timeout=90_000)
+        shown.wait_for_selector("#gates img", timeout=90_000)
+        shown.screenshot(path=picture)
+        window.close()
+    blocks.close()
+
+
 def main() -> None:
     """Draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -200,6 +224,8 @@ def main() -> None:
             page = Path(folder) / "extractions.html"
             example().save_html(page)
             screenshot(args.browser, page, IMAGES / "extractions.png", 860, 500)
+    if args.browser and args.adapter:
+        draw_page(args.adapter, shutil.which(args.browser) or args.browser, IMAGES / "page.png")
 
 
 if __name__ == "__main__":

@@ -338,6 +338,21 @@ def test_full_queues_deadlines_and_clients_that_leave() -> None:
     assert asked[1] == "Running" and sorted(asked[2:4]) == ["First", "Second"]
 
 
+POST = b"POST /v1/extract HTTP/1.1\r\nHost: a\r\n"
+HOSTILE = [
+    (POST + b"Content-Length: 100000000\r\n\r\n" + b"x" * 1000, b"413"),
+    (POST + b"Content-Length: 100\r\n\r\n{", b"408"),  # and nothing more
+    (POST + b"Content-Length: -1\r\n\r\n", b"400"),
+    (POST + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n", b"400"),
+    (POST + b"Transfer-Encoding: chunked\r\n\r\nFFFFFFFFFFFFFFFFF\r\nx", b"408"),
+    (POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", b"422"),
+    (POST + b"".join(b"X-%d: a\r\n" % n for n in range(20_000)) + b"\r\n", b"400"),
+    (b"GET /health HTTP/1.1\r\nHost: a\0b\r\n\r\n", b"400"),
+    (b"GET " + b"/" * 10**6, b"400"),
+    (b"\0" * 99, b"400"),
+]
+
+
 @pytest.mark.slow
 def test_one_bad_prompt_fails_alone_and_hostile_clients_leave_it_serving() -> None:
     gate = Gate()
@@ -351,21 +366,14 @@ def test_one_bad_prompt_fails_alone_and_hostile_clients_leave_it_serving() -> No
             gate.open.set()
             assert sorted(one.result().status_code for one in replies) == [200, 200, 200, 500]
         address = (client.base_url.host, client.base_url.port)
-        head = b"POST /v1/extract HTTP/1.1\r\nHost: a\r\nContent-Length: "
-        sent = [
-            head + b"100000000\r\n\r\n" + b"x" * 1000,
-            head + b"100\r\n\r\n{",
-            b"\x00" * 99,
-            b"",
-        ]
-        sent += [head + b"-1\r\n\r\n", head + b"9" * 5000 + b"\r\n\r\n", b"GET " + b"/" * 10**6]
-        raw = [socket.create_connection(address) for _ in sent]
-        for one, words in zip(raw, sent, strict=True):
+        raw = [socket.create_connection(address) for _ in HOSTILE]
+        for one, (words, _) in zip(raw, HOSTILE, strict=True):
             one.sendall(words)
         reply = ask(client, "a", schema={f"L{n}": "" for n in range(10**6)})
         assert (reply.status_code, "max_labels" in reply.text) == (422, True)
-        assert [raw[n].recv(100).split()[1] for n in (0, 1)] == [b"413", b"408"]
-        for one in raw:
+        for one, (words, status) in zip(raw, HOSTILE, strict=True):
+            one.settimeout(20)
+            assert (words[:99], one.recv(100).split()[1]) == (words[:99], status)
             one.close()
         assert ask(client, "Ada").status_code == 200
 
@@ -401,6 +409,21 @@ def refused(url) -> bool:
     except ConnectionRefusedError:
         return True
     return False
+
+
+def test_without_a_page_the_server_says_why(adapted, tiny_encoder, monkeypatch) -> None:
+    plain = server.Adapters(scripted(), "plain")
+    assert "`plain` is `none`" in server.why_no_page(plain, None)
+    with pytest.raises(ValueError, match="There can be no page. It shows how experts"):
+        server.make_app(plain, page=True)
+    model = adapted("llama", task_type="CAUSAL_LM")
+    attach_task_encoder(model, tiny_encoder, byte_tokenizer())
+    routed = server.Adapters(Extractor(model, byte_tokenizer(), max_new_tokens=8))
+    assert "no API key" in server.why_no_page(routed, "secret")
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert "peft_taskmoe[app]" in server.why_no_page(routed, None)
+    with serving(scripted()) as client:
+        assert "How to ask" in client.get("/").text
 
 
 def test_without_the_extra_the_command_says_what_to_install(monkeypatch, capsys) -> None:
