@@ -6,6 +6,7 @@ import warnings
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any, Literal
 
 from peft import PeftConfig
@@ -181,7 +182,7 @@ class TaskMoELoraConfig(PeftConfig):
         """Raise `ValueError` naming field, value and what is allowed."""
         for name in ("base_model_name_or_path", "revision"):
             if not isinstance(getattr(self, name), str | PathLike | None):
-                raise ValueError(f"`{name}` must be a string, got {getattr(self, name)!r}.")
+                raise ValueError(f"`{name}` must be a string, got {shown(getattr(self, name))}.")
         for name in ("num_experts", "r"):
             check_count(name, getattr(self, name))
         if self.task_dim is not None:
@@ -194,11 +195,13 @@ class TaskMoELoraConfig(PeftConfig):
         check_choice("bias", self.bias, ("none", "all", "taskmoe_lora_only"))
         for name in ("init_weights", "use_rslora", "fan_in_fan_out", "inference_mode"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"`{name}` must be true or false, got {getattr(self, name)!r}.")
+                raise ValueError(
+                    f"`{name}` must be true or false, got {shown(getattr(self, name))}."
+                )
         check_number("lora_dropout", self.lora_dropout)
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(
-                f"`lora_dropout` must be at least 0 and below 1, got {self.lora_dropout!r}."
+                f"`lora_dropout` must be at least 0 and below 1, got {shown(self.lora_dropout)}."
             )
         self._check_routing()
         self._check_targets()
@@ -208,14 +211,14 @@ class TaskMoELoraConfig(PeftConfig):
         if self.router_aux_loss_coef < 0:
             raise ValueError(
                 "`router_aux_loss_coef` must not be negative, got "
-                f"{self.router_aux_loss_coef!r}. 0.0 turns the load-balancing loss off."
+                f"{shown(self.router_aux_loss_coef)}. 0.0 turns the load-balancing loss off."
             )
         if self.top_k is None:
             return
         check_count("top_k", self.top_k)
         if self.top_k > self.num_experts:
             raise ValueError(
-                f"`top_k` must be at most `num_experts` = {self.num_experts}, got {self.top_k!r}. "
+                f"`top_k` must be at most `num_experts` = {self.num_experts}, got {self.top_k}. "
                 "None keeps all gates."
             )
         if self.top_k == 1 and self.num_experts > 1 and not self.router_aux_loss_coef:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Callable, Iterator
 from re import _parser  # type: ignore[attr-defined]
 from typing import Any
@@ -15,25 +16,25 @@ _LONGEST = 10_000
 def check_count(name: str, value: object) -> None:
     """A positive integer."""
     if type(value) is not int or value < 1:
-        raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+        raise ValueError(f"`{name}` must be a positive integer, got {reprlib.repr(value)}.")
 
 
 def check_number(name: str, value: object) -> None:
     """A number that float32 has."""
     if type(value) not in (int, float) or not -_LARGEST < value < _LARGEST:  # type: ignore[operator]
-        raise ValueError(f"`{name}` must be a finite number, got {value!r}.")
+        raise ValueError(f"`{name}` must be a finite number, got {reprlib.repr(value)}.")
 
 
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """One of some words."""
     if value not in allowed:
-        raise ValueError(f"`{name}` must be one of {list(allowed)}, got {value!r}.")
+        raise ValueError(f"`{name}` must be one of {list(allowed)}, got {reprlib.repr(value)}.")
 
 
 def check_pattern(name: str, values: object, check: Callable[[str, object], None]) -> None:
     """A dict from names or regexes of modules to what `check` allows, or None."""
     if not isinstance(values, dict | None):
-        raise ValueError(f"`{name}` must map module names to numbers, got {values!r}.")
+        raise ValueError(f"`{name}` must map module names to numbers, got {reprlib.repr(values)}.")
     for key, value in (values or {}).items():
         check_regex(name, key)
         check(f"{name}[{key!r}]", value)
@@ -45,7 +46,7 @@ def check_names(name: str, value: object, one: bool = True) -> None:
         return
     if not isinstance(value, list | set | tuple) or not all(isinstance(v, str) for v in value):
         kinds = "a name, a regex or a list of names" if one else "a list of names"
-        raise ValueError(f"`{name}` must be {kinds}, got {value!r}.")
+        raise ValueError(f"`{name}` must be {kinds}, got {reprlib.repr(value)}.")
 
 
 def check_indices(name: str, value: object) -> None:
@@ -53,7 +54,7 @@ def check_indices(name: str, value: object) -> None:
     values = value if isinstance(value, list | set | tuple | range) else [value]
     if value is not None and not all(type(i) is int and i >= 0 for i in values):
         raise ValueError(
-            f"`{name}` must be a non-negative integer or a list of them, got {value!r}."
+            f"`{name}` must be a non-negative integer or a list of them, got {reprlib.repr(value)}."
         )
 
 
@@ -62,7 +63,7 @@ def check_tokens(name: str, value: object) -> None:
     by_name = value if isinstance(value, dict) else {"": value}
     for key, ids in by_name.items():
         if not isinstance(key, str) or not isinstance(ids, list | tuple | None):
-            raise ValueError(f"`{name}` must be a list of token ids, got {value!r}.")
+            raise ValueError(f"`{name}` must be a list of token ids, got {reprlib.repr(value)}.")
         check_indices(name, ids)
 
 

@@ -32,7 +32,7 @@ from peft_taskmoe.uie.records import (
 )
 from peft_taskmoe.uie.regularisers import MentionPool, Regularisers, key_of, regularise
 from peft_taskmoe.uie.schema import Label, Names, Schema, Slot
-from peft_taskmoe.uie.wording import listed
+from peft_taskmoe.uie.wording import listed, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +55,9 @@ class PromptFormat:
 
     def __post_init__(self) -> None:
         if self.style not in ("dataclass", "compact"):
-            raise ValueError(f'`style` is {self.style!r}. Write "dataclass" or "compact".')
+            raise ValueError(f'`style` is {shown(self.style)}. Write "dataclass" or "compact".')
         if not isinstance(self.occurrences, bool):
-            raise ValueError(f"`occurrences` must be true or false, got {self.occurrences!r}.")
+            raise ValueError(f"`occurrences` must be true or false, got {shown(self.occurrences)}.")
 
 
 @dataclass(frozen=True, slots=True)

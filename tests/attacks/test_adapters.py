@@ -20,6 +20,7 @@ from cases import adapted
 from peft_taskmoe import TaskEncoder, TaskMoELoraConfig
 from peft_taskmoe.config_checks import check_regex
 from peft_taskmoe.uie import Extractor
+from peft_taskmoe.uie.extraction.format_file import FORMAT_FILE, load_format
 
 NAN, HUGE = float("nan"), 10**400
 
@@ -257,3 +258,37 @@ def test_peft_loads_what_is_missing_with_a_warning_by_name(bad: Path) -> None:
     with pytest.warns(UserWarning, match="taskmoe_lora_"):
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(bad))
     assert isinstance(model, PeftModel)
+
+
+NO_STYLE = [None, 1, 1.5, NAN, -3, "", "x", "x" * 10**6, [], [1], {}, {"a": 1}, True, "\ud800"]
+NO_FORMATS = [
+    *({"prompt_format": {"style": value}} for value in NO_STYLE),
+    *({"prompt_format": {"occurrences": value}} for value in NO_STYLE if value is not True),
+    *({"prompt_format": value} for value in (None, 1, "compact", [], [{}], {"": 1}, {"x": {}})),
+    *(None, 1, [], {}, {"prompt_format": {}, "other": 1}),
+]
+NO_FILES = [
+    b"",
+    b"\xff\xfe{",
+    b"[" * 100_000,
+    b'{"prompt_format": {}} x',
+    b"\x00",
+    b"\xef\xbb\xbf{}",
+]
+
+
+@pytest.mark.parametrize("content", [json.dumps(one).encode() for one in NO_FORMATS] + NO_FILES)
+def test_a_wrong_prompt_format_is_refused_by_its_field(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / FORMAT_FILE).write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        load_format(tmp_path)
+    field = next((name for name in (b"style", b"occurrences") if name in content), FORMAT_FILE)
+    assert (field if isinstance(field, str) else field.decode()) in str(error.value)
+    assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("field", ["r", "lora_dropout", "router_inputs", "top_k", "use_rslora"])
+def test_a_config_is_refused_in_a_short_message_however_long_its_value(field: str) -> None:
+    with pytest.raises(ValueError, match=f"`{field}`") as error:
+        TaskMoELoraConfig(**{field: "x" * 10**6})
+    assert len(str(error.value)) < 600

@@ -414,7 +414,7 @@ def refused(url) -> bool:
 def test_without_a_page_the_server_says_why(adapted, tiny_encoder, monkeypatch) -> None:
     plain = server.Adapters(scripted(), "plain")
     assert "`plain` is `none`" in server.why_no_page(plain, None)
-    with pytest.raises(ValueError, match="There can be no page. It shows how experts"):
+    with pytest.raises(ValueError, match=r"There can be no page\. It shows how experts"):
         server.make_app(plain, page=True)
     model = adapted("llama", task_type="CAUSAL_LM")
     attach_task_encoder(model, tiny_encoder, byte_tokenizer())
