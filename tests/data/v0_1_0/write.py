@@ -10,12 +10,14 @@ import sys
 from pathlib import Path
 
 import torch
-from peft import get_peft_model
-from safetensors.torch import save_file
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_taskmoe import TaskMoELoraConfig
+from peft_taskmoe import TaskMoELoraConfig, record_gates
+from peft_taskmoe.nearest import TaskCentroids
 from peft_taskmoe.uie import Extractor
+from peft_taskmoe.uie.scoring.calibration import Calibration, Curve
 from scripted import Scripted, byte_tokenizer
 
 SIZES = {
@@ -63,6 +65,26 @@ def main(out: Path) -> None:
     (out / "answers.jsonl").unlink(missing_ok=True)
     extractor = Extractor(Scripted(lambda prompt: ANSWER), byte_tokenizer(), max_new_tokens=200)
     extractor.to_jsonl([TEXT, "Bob met nobody."], schema, out / "answers.jsonl")
+    write_beside(out)
+
+
+def write_beside(out: Path) -> None:
+    """What lies beside an adapter: task centroids (of two rows of the expected), calibration."""
+    base = LlamaForCausalLM.from_pretrained(out / "base")
+    model = PeftModel.from_pretrained(base, str(out / "task")).eval()
+    expected = load_file(out / "expected.safetensors")
+    with record_gates(model) as record, torch.no_grad():
+        for row, name in enumerate(("first", "second")):
+            with record.task(name):
+                ids, embeds = (expected[key][row : row + 1] for key in ("input_ids", "task_embeds"))
+                model(input_ids=ids, task_embeds=embeds)
+    embeds = {name: expected["task_embeds"][row:][:1] for row, name in enumerate(record.tasks())}
+    TaskCentroids.of(record, embeds).save(out / "task")
+    curves = {
+        "all": Curve(10, (0.2, 0.6), (0.1, 0.9)),
+        "entity": Curve(5, (0.0, 1.0), (0.25, 0.75)),
+    }
+    Calibration(curves).save(out / "task")
 
 
 if __name__ == "__main__":
