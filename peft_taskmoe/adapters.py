@@ -20,6 +20,7 @@ from .router import gates_from_logits, task_logits
 from .task_scope import TaskState, current_state
 from .token_rows import TokenLayout
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MOST_TIMES_LAYER = 4
 _MOST_WEIGHTS = 10_000_000  # of a layer, however small it is
 
@@ -176,16 +177,19 @@ class TaskMoELoraLayer(BaseTunerLayer):
 
     def merged_weight(
         self, safe_merge: bool, adapter_names: list[str] | None
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    ) -> tuple[dict[str, torch.Tensor], Any]:
         """What `merge` adds, by adapter, and the base weight with it; changes nothing."""
         names = check_adapters_to_merge(self, adapter_names)
         deltas = {n: self.get_delta_weight(n) for n in names if n in self.taskmoe_lora_A}
-        weight = self.get_base_layer().weight
+        base = self.get_base_layer()
+        weight: Any = getattr(base, "weight", None)  # quantised layers may have another name for it
         if not deltas:
             return deltas, weight
-        if not weight.is_floating_point():
+        plain = weight is not None and type(weight.data) is torch.Tensor
+        if not plain or weight.dtype not in _FLOATS:
+            kind = weight.dtype if plain else type(base if weight is None else weight.data).__name__
             raise ValueError(
-                f"The base weight is quantised ({weight.dtype}), and adding to it would round the "
+                f"The base weight is quantised ({kind}), and adding to it would round the "
                 "adapter away. Keep the adapter unmerged, or load the base model unquantised."
             )
         merged = weight.data

@@ -8,7 +8,8 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
-from transformers import BitsAndBytesConfig
+from torch import nn
+from transformers import BitsAndBytesConfig, TorchAoConfig
 from trl import SFTConfig, SFTTrainer
 
 from peft_taskmoe import TaskMoELoraConfig, attach_task_encoder
@@ -165,6 +166,73 @@ def test_merging_into_a_quantised_base_is_refused(quantised, kind) -> None:
         ),
     ):
         model.merge_adapter()
+
+
+class Packed(nn.Module):
+    """A quantised layer as other libraries make them: called like a linear one, without a weight.
+
+    GPTQ, AWQ, HQQ and EETQ have such layers; the base here is one byte a weight.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.scale = linear.weight.detach().abs().max() / 127
+        self.register_buffer("qweight", (linear.weight.detach() / self.scale).round().char())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ (self.qweight.to(x.dtype) * self.scale).T
+
+
+def test_layers_without_a_weight_are_adapted_and_not_merged(saved) -> None:
+    from peft_taskmoe import task_context
+
+    base = MODELS["llama"]()[0].from_pretrained(saved)
+    attention = base.model.layers[0].self_attn
+    attention.q_proj, attention.v_proj = Packed(attention.q_proj), Packed(attention.v_proj)
+    plain = base(input_ids=IDS).logits
+    settings = config(router_inputs="task", target_modules=["q_proj", "v_proj"])
+    model = get_peft_model(base, settings)
+    torch.testing.assert_close(model(input_ids=IDS, task_embeds=TASKS).logits, plain)
+    randomise(model).eval()
+    both = model(input_ids=IDS, task_embeds=TASKS).logits
+    for row in range(2):
+        alone = model(input_ids=IDS[row : row + 1], task_embeds=TASKS[row : row + 1]).logits
+        torch.testing.assert_close(both[row : row + 1], alone)
+    assert (both - plain).abs().max() > 1e-2
+    model(**BATCH).loss.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert all(parameter.grad is not None for parameter in trained)
+    with task_context(TASKS[:1]), pytest.raises(ValueError, match=r"quantised \(Packed\)"):
+        model.merge_adapter()
+    torch.testing.assert_close(model(input_ids=IDS, task_embeds=TASKS).logits, both)
+
+
+@pytest.mark.parametrize("router_inputs", ["token+task", "task"])
+def test_torchao(saved, router_inputs, tmp_path) -> None:
+    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    from peft_taskmoe import task_context
+
+    def base():
+        kind = TorchAoConfig(torchao.Int8WeightOnlyConfig(version=2))
+        return MODELS["llama"]()[0].from_pretrained(saved, quantization_config=kind)
+
+    plain = base()(input_ids=IDS).logits
+    model = randomise(get_peft_model(base(), config(router_inputs=router_inputs))).eval()
+    both = model(input_ids=IDS, task_embeds=TASKS).logits
+    assert (both - plain).abs().max() > 1e-2
+    alone = [model(input_ids=IDS[i : i + 1], task_embeds=TASKS[i : i + 1]).logits for i in (0, 1)]
+    torch.testing.assert_close(both, torch.cat(alone), rtol=1e-4, atol=1e-4)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(input_ids=IDS, task_embeds=TASKS).logits, plain)
+    if router_inputs == "task":
+        with task_context(TASKS[:1]), pytest.raises(ValueError, match=r"quantised \(Int8Tensor\)"):
+            model.merge_adapter()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base(), tmp_path).eval()
+    torch.testing.assert_close(loaded(input_ids=IDS, task_embeds=TASKS).logits, both)
+    model.train()(**BATCH).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 def test_qlora_of_trl(saved, tiny_encoder, word_tokenizer, tmp_path) -> None:
