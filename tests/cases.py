@@ -126,7 +126,10 @@ MODELS: dict[str, ModelCase] = {
     "gpt2": ModelCase(
         tf.GPT2LMHeadModel, _GPT2, _names("c_attn c_proj c_fc"), modules_to_save=("ln_f",)
     ),
-    "gpt_neox": ModelCase(tf.GPTNeoXForCausalLM, _SHALLOW, _OF_GPT_NEOX),
+    "gpt_neox": ModelCase(
+        tf.GPTNeoXForCausalLM, _SHALLOW, _OF_GPT_NEOX,
+        modules_to_save=(next(iter(tf.GPTNeoXForCausalLM._tied_weights_keys)).partition(".")[0],),
+    ),  # fmt: skip
     "mixtral": ModelCase(tf.MixtralForCausalLM, {**_SPARSE, "num_local_experts": 4}, _ATTENTION),
     "qwen2_moe": ModelCase(
         tf.Qwen2MoeForCausalLM, {**_SPARSE, **_QWEN_EXPERTS}, _ALL | {"shared_expert_gate"}

@@ -38,7 +38,7 @@ def sft(tiny_model, word_tokenizer, tiny_encoder, tmp_path):
     def make(documents=DOCUMENTS, attention: str = "sdpa", **settings: Any) -> SFTTrainer:
         arguments = {
             "report_to": [], "use_cpu": True, "bf16": False, "per_device_train_batch_size": 4,
-            "learning_rate": 1e-2,
+            "learning_rate": 1e-2, "loss_type": "nll",  # gives logits, whatever the default is
             **settings,
         }  # fmt: skip
         trainer = SFTTrainer(

@@ -366,7 +366,7 @@ SETTINGS = {
     "decay": {"exponential_decay_length_penalty": (2, 3.0), "renormalize_logits": True},
     "ways": {"guidance_scale": 2.0, "prompt_lookup_num_tokens": 3, "stop_strings": ["a", "e"]},
     "outputs": {"output_scores": True, "return_dict_in_generate": False},
-    "watermark": {"watermarking_config": {"bias": 9.0}},
+    "watermark": {"watermarking_config": transformers.WatermarkingConfig(bias=9.0)},
 }
 
 

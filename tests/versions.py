@@ -1,0 +1,17 @@
+"""What some versions of transformers and TRL lack: marks for the tests that need it."""
+
+from __future__ import annotations
+
+import pytest
+import transformers
+import trl
+from packaging.version import Version
+
+needs_new_checkpointing = pytest.mark.skipif(
+    not hasattr(transformers.PreTrainedModel, "activation_checkpointing_enable"),
+    reason="transformers before 5.23 has no `activation_checkpointing_enable`",
+)
+needs_labels_in_dpo = pytest.mark.skipif(
+    Version(trl.__version__) < Version("1.15"),
+    reason="TRL before 1.15 keeps the labels of DPO and DFT from the model",
+)
