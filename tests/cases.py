@@ -87,6 +87,9 @@ def _names(names: str) -> frozenset[str]:
     return frozenset(names.split())
 
 
+# Before transformers 5 they were linear layers, which `"all-linear"` adapts.
+STACKED_EXPERTS = hasattr(tf.models.mixtral.modeling_mixtral, "MixtralExperts")
+
 _LOUD = {"vocab_size": VOCAB, "initializer_range": 0.3, **NO_END}  # the models say something
 _SHALLOW: dict[str, Any] = {
     **_LOUD, "hidden_size": WIDTH, "intermediate_size": 24, "num_hidden_layers": 1,
@@ -130,9 +133,13 @@ MODELS: dict[str, ModelCase] = {
         tf.GPTNeoXForCausalLM, _SHALLOW, _OF_GPT_NEOX,
         modules_to_save=(next(iter(tf.GPTNeoXForCausalLM._tied_weights_keys)).partition(".")[0],),
     ),  # fmt: skip
-    "mixtral": ModelCase(tf.MixtralForCausalLM, {**_SPARSE, "num_local_experts": 4}, _ATTENTION),
+    "mixtral": ModelCase(
+        tf.MixtralForCausalLM, {**_SPARSE, "num_local_experts": 4}, _ATTENTION,
+        target_modules="all-linear" if STACKED_EXPERTS else r".*self_attn.*_proj",
+    ),
     "qwen2_moe": ModelCase(
-        tf.Qwen2MoeForCausalLM, {**_SPARSE, **_QWEN_EXPERTS}, _ALL | {"shared_expert_gate"}
+        tf.Qwen2MoeForCausalLM, {**_SPARSE, **_QWEN_EXPERTS}, _ALL | {"shared_expert_gate"},
+        target_modules="all-linear" if STACKED_EXPERTS else r".*(self_attn.*_proj|shared_expert.*_proj|shared_expert_gate)",
     ),
     "t5": ModelCase(
         tf.T5ForConditionalGeneration, _T5, _names("q k v o wi_0 wi_1 wo"), "SEQ_2_SEQ_LM"

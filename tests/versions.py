@@ -15,3 +15,7 @@ needs_labels_in_dpo = pytest.mark.skipif(
     Version(trl.__version__) < Version("1.15"),
     reason="TRL before 1.15 keeps the labels of DPO and DFT from the model",
 )
+needs_one_batch_in_dpo = pytest.mark.skipif(
+    Version(trl.__version__) < Version("0.29"),
+    reason="DPO of TRL 0.26 keeps prompts and answers apart, and joins them itself",
+)

@@ -1387,7 +1387,8 @@ def test_the_accelerator_that_is_there_is_taken_unless_told_otherwise(saved, mon
         torch.bfloat16
     }
     there = torch.device("meta")
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: there)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: there)
     assert placement(None, None, None) == {"device_map": {"": there}}
     assert placement("cpu", None, None) == {}
     assert placement(None, None, {"device_map": "auto"}) == {"device_map": "auto"}
