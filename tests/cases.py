@@ -118,6 +118,9 @@ _ALL = _ATTENTION | _names("gate_proj up_proj down_proj")
 _OF_BERT = _names("query key value dense")
 _OF_GPT_NEOX = _names("query_key_value dense dense_h_to_4h dense_4h_to_h")
 
+# "lm_head", or "embed_out" of older transformers
+_HEAD_OF_GPT_NEOX = (next(iter(tf.GPTNeoXForCausalLM._tied_weights_keys)).partition(".")[0],)
+
 MODELS: dict[str, ModelCase] = {
     "llama": ModelCase(tf.LlamaForCausalLM, {**_GROUPED, "num_hidden_layers": 2}, _ALL),
     "qwen2": ModelCase(tf.Qwen2ForCausalLM, _GROUPED, _ALL),
@@ -130,16 +133,15 @@ MODELS: dict[str, ModelCase] = {
         tf.GPT2LMHeadModel, _GPT2, _names("c_attn c_proj c_fc"), modules_to_save=("ln_f",)
     ),
     "gpt_neox": ModelCase(
-        tf.GPTNeoXForCausalLM, _SHALLOW, _OF_GPT_NEOX,
-        modules_to_save=(next(iter(tf.GPTNeoXForCausalLM._tied_weights_keys)).partition(".")[0],),
-    ),  # fmt: skip
+        tf.GPTNeoXForCausalLM, _SHALLOW, _OF_GPT_NEOX, modules_to_save=_HEAD_OF_GPT_NEOX
+    ),
     "mixtral": ModelCase(
         tf.MixtralForCausalLM, {**_SPARSE, "num_local_experts": 4}, _ATTENTION,
-        target_modules="all-linear" if STACKED_EXPERTS else r".*self_attn.*_proj",
+        target_modules="all-linear" if STACKED_EXPERTS else r".*self_attn\..*",
     ),
     "qwen2_moe": ModelCase(
         tf.Qwen2MoeForCausalLM, {**_SPARSE, **_QWEN_EXPERTS}, _ALL | {"shared_expert_gate"},
-        target_modules="all-linear" if STACKED_EXPERTS else r".*(self_attn.*_proj|shared_expert.*_proj|shared_expert_gate)",
+        target_modules="all-linear" if STACKED_EXPERTS else r".*_attn\..*|.*shared_expert[._].+",
     ),
     "t5": ModelCase(
         tf.T5ForConditionalGeneration, _T5, _names("q k v o wi_0 wi_1 wo"), "SEQ_2_SEQ_LM"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
 import transformers
 import trl
 from packaging.version import Version
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 needs_new_checkpointing = pytest.mark.skipif(
     not hasattr(transformers.PreTrainedModel, "activation_checkpointing_enable"),
@@ -18,4 +20,12 @@ needs_labels_in_dpo = pytest.mark.skipif(
 needs_one_batch_in_dpo = pytest.mark.skipif(
     Version(trl.__version__) < Version("0.29"),
     reason="DPO of TRL 0.26 keeps prompts and answers apart, and joins them itself",
+)
+needs_transformers_5 = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5"),
+    reason="transformers 4 has no `warmup_steps` below one",
+)
+needs_own_integration = pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION),
+    reason=f"adapters of transformers' own ask for PEFT {MIN_PEFT_VERSION} here",
 )

@@ -26,7 +26,7 @@ from peft_taskmoe import TaskMoELoraConfig, task_context
 from peft_taskmoe.layer import TaskMoELoraLayer
 from peft_taskmoe.recompute import carry_into_recompute
 from peft_taskmoe.task_scope import current_state
-from versions import needs_new_checkpointing
+from versions import needs_new_checkpointing, needs_own_integration
 
 torch.set_num_threads(1)
 
@@ -238,6 +238,7 @@ def test_switched_off_again():
     assert len(ran) == 14
 
 
+@needs_own_integration
 def test_through_transformers_own_integration():
     plain = loud("llama")
     expected = gradients(plain, one_backward(plain, "llama"))

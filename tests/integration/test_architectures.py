@@ -13,9 +13,9 @@ from transformers import BertConfig, BertForQuestionAnswering
 from cases import (
     CASES,
     MODELS,
-    STACKED_EXPERTS,
     ROWS,
     SMALL,
+    STACKED_EXPERTS,
     adapted,
     config_for,
     logits_of,
@@ -44,9 +44,10 @@ def test_all_linear_adapts_every_linear_layer_but_the_head(name):
         key for key, module in model.get_base_model().named_modules()
         if isinstance(module, nn.Linear) and "base_layer" not in key and "taskmoe_lora_" not in key
     ]  # fmt: skip
-    assert all(key.split(".")[-1] in ("lm_head", "embed_out", "head") or "classifier" in key for key in left), (
-        left
-    )
+    assert all(
+        key.split(".")[-1] in ("lm_head", "embed_out", "head") or "classifier" in key
+        for key in left
+    ), left
 
 
 @pytest.mark.parametrize("name", MODELS)

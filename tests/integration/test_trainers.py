@@ -27,7 +27,12 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from peft_taskmoe import TaskCollator, TaskMoELoraConfig, attach_task_encoder
 from tiny import TASK_DIM, randomise
-from versions import needs_labels_in_dpo, needs_one_batch_in_dpo, needs_new_checkpointing
+from versions import (
+    needs_labels_in_dpo,
+    needs_new_checkpointing,
+    needs_one_batch_in_dpo,
+    needs_own_integration,
+)
 
 COMMON: dict[str, Any] = {
     "report_to": [],
@@ -196,6 +201,7 @@ def test_sft_with_a_column_of_embeddings(sft, tiny_encoder) -> None:
     assert trainer.evaluate(trainer.train_dataset)["eval_loss"] < expected
 
 
+@needs_own_integration
 def test_sft_on_an_adapter_without_a_peft_model(sft, tiny_model, attach, tiny_encoder) -> None:
     """After `add_adapter` TRL's forward hides the model's; attaching wraps it again."""
     model = tiny_model()
@@ -315,7 +321,11 @@ def log_probs_of(model, batch, **task: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "way", [pytest.param("automatic", marks=needs_labels_in_dpo), pytest.param("column", marks=needs_one_batch_in_dpo)]
+    "way",
+    [
+        pytest.param("automatic", marks=needs_labels_in_dpo),
+        pytest.param("column", marks=needs_one_batch_in_dpo),
+    ],
 )
 def test_dpo_routes_by_the_prompt_and_refers_to_the_base(dpo, attach, tiny_encoder, way) -> None:
     if way == "automatic":
