@@ -89,6 +89,7 @@ def _names(names: str) -> frozenset[str]:
 
 # Before transformers 5 they were linear layers, which `"all-linear"` adapts.
 STACKED_EXPERTS = hasattr(tf.models.mixtral.modeling_mixtral, "MixtralExperts")
+_BUT_EXPERTS = r".*(self_attn|shared_expert)\..*_proj|.*shared_expert_gate"
 
 _LOUD = {"vocab_size": VOCAB, "initializer_range": 0.3, **NO_END}  # the models say something
 _SHALLOW: dict[str, Any] = {
@@ -137,11 +138,11 @@ MODELS: dict[str, ModelCase] = {
     ),
     "mixtral": ModelCase(
         tf.MixtralForCausalLM, {**_SPARSE, "num_local_experts": 4}, _ATTENTION,
-        target_modules="all-linear" if STACKED_EXPERTS else r".*self_attn\..*",
+        target_modules="all-linear" if STACKED_EXPERTS else _BUT_EXPERTS,
     ),
     "qwen2_moe": ModelCase(
         tf.Qwen2MoeForCausalLM, {**_SPARSE, **_QWEN_EXPERTS}, _ALL | {"shared_expert_gate"},
-        target_modules="all-linear" if STACKED_EXPERTS else r".*_attn\..*|.*shared_expert[._].+",
+        target_modules="all-linear" if STACKED_EXPERTS else _BUT_EXPERTS,
     ),
     "t5": ModelCase(
         tf.T5ForConditionalGeneration, _T5, _names("q k v o wi_0 wi_1 wo"), "SEQ_2_SEQ_LM"
