@@ -217,6 +217,9 @@ def test_commands_exist(page, line) -> None:
     elif words[0] == "make":
         makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
         assert re.search(rf"^{words[1]}:", makefile, re.M)
+    elif words[0] == "nox":
+        sessions = (ROOT / "noxfile.py").read_text(encoding="utf-8")
+        assert re.search(rf"^def {words[words.index('-s') + 1]}\(", sessions, re.M)
     elif words[0] == "pip":
         extras = [name for found in re.findall(r"\[(.*)\]", words[-1]) for name in found.split(",")]
         assert set(extras) <= set(PYPROJECT["project"]["optional-dependencies"])
