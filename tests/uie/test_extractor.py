@@ -641,7 +641,8 @@ def test_prefix_caching_is_refused_where_prompts_with_one_schema_are_not_compute
     ):
         Extractor(get_peft_model(tiny_llama(), config), tokenizer, prefix_caching=True)
     model = tiny_llama()
-    model.config.rope_parameters = {**model.config.rope_parameters, "rope_type": "longrope"}
+    name = "rope_parameters" if hasattr(model.config, "rope_parameters") else "rope_scaling"
+    setattr(model.config, name, {**(getattr(model.config, name) or {}), "rope_type": "longrope"})
     with pytest.raises(
         ValueError,
         match="a model with `longrope` positions turns the first tokens differently" + advice,
