@@ -53,6 +53,7 @@ def folders(tmp_path_factory) -> tuple[str, str]:
     for name in ("base", "encoder"):
         tokenizer = scripted.byte_tokenizer()
         tokenizer.model_input_names = ["input_ids", "attention_mask"]  # what Llama takes
+        tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # is saved
         tokenizer.save_pretrained(root / name)
     return str(root / "base"), str(root / "encoder")
 
