@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import re
+<<<<<<< HEAD
 import reprlib
+=======
+import sys
+>>>>>>> versions
 from collections.abc import Callable, Iterator
-from re import _parser  # type: ignore[attr-defined]
 from typing import Any
+
+if sys.version_info >= (3, 11):
+    from re import _parser  # type: ignore[attr-defined]
+else:
+    import sre_parse as _parser
 
 _LARGEST = 3.4e38  # of float32
 _MOST_STEPS = 32  # a name of 60 characters is then matched in less than a second

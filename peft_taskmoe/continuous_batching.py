@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from transformers import generation
 
 from .adapters import TaskMoELoraLayer, missing_task_message, wrong_dimension_message
 from .config import TaskMoELoraConfig
@@ -156,13 +157,12 @@ def routed_manager(
             "The manager kept for this model was made before an adapter whose router reads the "
             "task. Call `model.destroy_cached_continuous_batching_manager()` first."
         )
-    if "continuous_batching_config" not in inspect.signature(inner).parameters:
-        raise ValueError("This transformers has another engine for continuous batching. Update it.")
-    generation = call.get("generation_config") or model.generation_config
-    _check_supported(model, source, generation)
+    _check_engine()
+    settings = call.get("generation_config") or model.generation_config
+    _check_supported(model, source, settings)
     given = call.get("continuous_batching_config")
     call["continuous_batching_config"] = _engine_config(
-        given or getattr(generation, "continuous_batching_config", None)
+        given or getattr(settings, "continuous_batching_config", None)
     )
     manager = inner(**call)
     RoutedRequests(manager, model, source)
@@ -176,6 +176,7 @@ def routed_batch(
     task_embeds = call.pop(_KEY, None)
     if not source.task_readers() or not call["inputs"]:
         return inner(**call)
+    _check_engine()
     unread = set(call) - set(inspect.signature(inner).parameters) - {"max_new_tokens"}
     if unread and (current_state() or TaskState()).owner is not source:  # not within `generate`
         raise ValueError(f"`generate_batch` does not read {sorted(unread)}. Use `generate`.")
@@ -193,6 +194,15 @@ def check_paged_generate(call: Mapping[str, Any]) -> None:
         raise ValueError("Continuous batching drops a `logits_processor`. Use `generate`.")
 
 
+def _check_engine() -> None:
+    """Refuse the engines before transformers 5.18: they keep requests and settings otherwise."""
+    if not hasattr(getattr(generation, "ContinuousBatchingConfig", None), "page_size"):
+        raise ImportError(
+            "Continuous batching by task needs the engine of transformers 5.18 or newer. Run "
+            "`pip install 'transformers>=5.18'`, or use `generate`."
+        )
+
+
 def _checked_scope() -> TaskState:
     """The scope of this thread; refuses what it says to layers of this thread only."""
     scope = current_state() or TaskState()
@@ -203,9 +213,7 @@ def _checked_scope() -> TaskState:
 
 def _engine_config(config: Any) -> Any:
     """The engine's config without what is wrong for routers that read the task."""
-    from transformers.generation import ContinuousBatchingConfig
-
-    config = ContinuousBatchingConfig() if config is None else deepcopy(config)
+    config = generation.ContinuousBatchingConfig() if config is None else deepcopy(config)
     compiled = config.varlen_compile_config or config.decode_compile_config
     compiled = compiled or config.default_compile_level
     if compiled or config.use_async_batching or any(config.cuda_graph_booleans):
@@ -218,10 +226,10 @@ def _engine_config(config: Any) -> Any:
     return config
 
 
-def _check_supported(model: Any, source: TaskSource, generation: Any) -> None:
+def _check_supported(model: Any, source: TaskSource, settings: Any) -> None:
     """Refuse what the engine lacks, and layers that it gives a part of the tokens."""
-    lacking = [name for name in _LACKING if getattr(generation, name, None)]
-    if (generation.num_beams or 1) > 1:
+    lacking = [name for name in _LACKING if getattr(settings, name, None)]
+    if (settings.num_beams or 1) > 1:
         lacking.append("num_beams")
     if getattr(model.config.get_text_config(), "compile_config", None):
         lacking.append("compile_config")

@@ -101,11 +101,11 @@ def _place(config: TaskEncoderConfig) -> dict[str, str]:
 
 def _files_with_code(name: str, place: dict[str, str]) -> list[str]:
     """The files of a repository that ask for code of its own to be run."""
-    from transformers import PreTrainedConfig
+    from transformers import PretrainedConfig
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     settings = {
-        "config.json": PreTrainedConfig.get_config_dict(name, **place)[0],
+        "config.json": PretrainedConfig.get_config_dict(name, **place)[0],
         "tokenizer_config.json": get_tokenizer_config(name, **place),
     }
     return [file for file, values in settings.items() if "auto_map" in values]

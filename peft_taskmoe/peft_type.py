@@ -11,7 +11,7 @@ from __future__ import annotations
 import enum
 
 
-class TaskMoELoraType(str, enum.Enum):  # noqa: UP042  # as PEFT's own, whose members format by name
+class TaskMoELoraType(str, enum.Enum):  # as PEFT's own, whose members format by name
     """A one-member companion of `peft.PeftType`."""
 
     TASKMOE_LORA = "TASKMOE_LORA"

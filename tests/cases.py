@@ -87,6 +87,10 @@ def _names(names: str) -> frozenset[str]:
     return frozenset(names.split())
 
 
+# Before transformers 5 they were linear layers, which `"all-linear"` adapts.
+STACKED_EXPERTS = hasattr(tf.models.mixtral.modeling_mixtral, "MixtralExperts")
+_BUT_EXPERTS = r".*(self_attn|shared_expert)\..*_proj|.*shared_expert_gate"
+
 _LOUD = {"vocab_size": VOCAB, "initializer_range": 0.3, **NO_END}  # the models say something
 _SHALLOW: dict[str, Any] = {
     **_LOUD, "hidden_size": WIDTH, "intermediate_size": 24, "num_hidden_layers": 1,
@@ -115,6 +119,9 @@ _ALL = _ATTENTION | _names("gate_proj up_proj down_proj")
 _OF_BERT = _names("query key value dense")
 _OF_GPT_NEOX = _names("query_key_value dense dense_h_to_4h dense_4h_to_h")
 
+# "lm_head", or "embed_out" of older transformers
+_HEAD_OF_GPT_NEOX = (next(iter(tf.GPTNeoXForCausalLM._tied_weights_keys)).partition(".")[0],)
+
 MODELS: dict[str, ModelCase] = {
     "llama": ModelCase(tf.LlamaForCausalLM, {**_GROUPED, "num_hidden_layers": 2}, _ALL),
     "qwen2": ModelCase(tf.Qwen2ForCausalLM, _GROUPED, _ALL),
@@ -126,10 +133,16 @@ MODELS: dict[str, ModelCase] = {
     "gpt2": ModelCase(
         tf.GPT2LMHeadModel, _GPT2, _names("c_attn c_proj c_fc"), modules_to_save=("ln_f",)
     ),
-    "gpt_neox": ModelCase(tf.GPTNeoXForCausalLM, _SHALLOW, _OF_GPT_NEOX),
-    "mixtral": ModelCase(tf.MixtralForCausalLM, {**_SPARSE, "num_local_experts": 4}, _ATTENTION),
+    "gpt_neox": ModelCase(
+        tf.GPTNeoXForCausalLM, _SHALLOW, _OF_GPT_NEOX, modules_to_save=_HEAD_OF_GPT_NEOX
+    ),
+    "mixtral": ModelCase(
+        tf.MixtralForCausalLM, {**_SPARSE, "num_local_experts": 4}, _ATTENTION,
+        target_modules="all-linear" if STACKED_EXPERTS else _BUT_EXPERTS,
+    ),
     "qwen2_moe": ModelCase(
-        tf.Qwen2MoeForCausalLM, {**_SPARSE, **_QWEN_EXPERTS}, _ALL | {"shared_expert_gate"}
+        tf.Qwen2MoeForCausalLM, {**_SPARSE, **_QWEN_EXPERTS}, _ALL | {"shared_expert_gate"},
+        target_modules="all-linear" if STACKED_EXPERTS else _BUT_EXPERTS,
     ),
     "t5": ModelCase(
         tf.T5ForConditionalGeneration, _T5, _names("q k v o wi_0 wi_1 wo"), "SEQ_2_SEQ_LM"

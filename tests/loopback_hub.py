@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
@@ -225,7 +225,7 @@ class LoopbackHub:
         self._storage = _Server(self, _STORAGE_ROUTES)
         self.url = self._hub.url
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "LoopbackHub":
         for server in (self._hub, self._storage):
             threading.Thread(
                 target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True

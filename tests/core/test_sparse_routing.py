@@ -21,6 +21,7 @@ from peft_taskmoe import TaskCollator, TaskMoELoraConfig, attach_task_encoder, l
 from peft_taskmoe.conditioning import conditioner_of
 from peft_taskmoe.layer import Linear
 from tiny import TASK_DIM, randomise
+from versions import needs_labels_in_dpo
 
 COEF = 0.7
 IDS = torch.randint(4, 60, (3, 6), generator=torch.Generator().manual_seed(2))
@@ -324,6 +325,7 @@ def test_label_smoothing_warns_that_it_has_no_effect(
     assert not any("router_aux_loss" in row for row in trainer.state.log_history)
 
 
+@needs_labels_in_dpo
 def test_dpo_warns_that_it_has_no_effect(
     tiny_model, tiny_encoder, word_tokenizer, tmp_path
 ) -> None:
@@ -349,6 +351,7 @@ def test_dpo_warns_that_it_has_no_effect(
     torch.testing.assert_close(*found, atol=1e-9, rtol=1e-7)
 
 
+@needs_labels_in_dpo
 def test_weighted_losses_warn_that_it_has_no_effect(sft) -> None:
     """Of `"dft"`, which weighs each label by its probability, no common weight can be read off."""
     trainer = sft(loss_type="dft")

@@ -64,9 +64,10 @@ def test_broken_checkpoints_are_named_and_the_one_before_is_taken(run, summed) -
     for name, faults in FAULTS.items():
         for damage in faults:
             if not summed and (
-                name == "checksums.json" or (damage is flip and name.endswith(".safetensors"))
+                name == "checksums.json"
+                or (damage is flip and name in ("adapter_model.safetensors", "scheduler.pt"))
             ):
-                continue
+                continue  # a flip in weights, or in a small archive's padding, is not noticed
             damage(newest / name)
             found, broken = newest_whole_checkpoint(run)
             assert found == whole and list(broken) == ["checkpoint-2"], (name, damage)

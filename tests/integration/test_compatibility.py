@@ -35,7 +35,7 @@ def test_adapters_give_the_logits_of_then(adapter: str) -> None:
     with torch.no_grad():
         given = {name: expected[name] for name in ("input_ids", "task_embeds")}
         found = model(**given).logits
-    torch.testing.assert_close(found, expected[adapter], rtol=0, atol=1e-6)
+    torch.testing.assert_close(found, expected[adapter], rtol=0, atol=5e-6)
 
 
 def test_answers_are_read_into_the_records_of_then() -> None:

@@ -12,9 +12,7 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 from torch import Tensor
-from transformers import GenerationConfig
-from transformers.generation import ContinuousBatchingConfig
-from transformers.generation.continuous_batching.requests import RequestState
+from transformers import GenerationConfig, generation
 from trl import GRPOConfig, GRPOTrainer
 
 from peft_taskmoe import TaskMoELoraConfig, attach_task_encoder, record_gates, task_context
@@ -22,6 +20,10 @@ from peft_taskmoe.continuous_batching import RequestTask
 from scripted import EOS, tiny_llama
 from tiny import TASK_DIM, randomise
 
+pytestmark = pytest.mark.skipif(
+    not hasattr(getattr(generation, "ContinuousBatchingConfig", None), "page_size"),
+    reason="transformers before 5.18 has another engine for continuous batching",
+)
 SMALL = {"page_size": 4, "num_blocks": 256, "max_batch_tokens": 24}
 GREEDY = GenerationConfig(do_sample=False, max_new_tokens=8, eos_token_id=EOS)
 
@@ -32,9 +34,9 @@ def adapted(dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
     return randomise(get_peft_model(tiny_llama().to(dtype), config).to(dtype), std=0.5).eval()
 
 
-def engine(**changes: Any) -> ContinuousBatchingConfig:
+def engine(**changes: Any) -> Any:
     """A small cache and small batches, so that prompts are prefilled in pieces."""
-    return ContinuousBatchingConfig(**{**SMALL, **changes})
+    return generation.ContinuousBatchingConfig(**{**SMALL, **changes})
 
 
 def requests(count: int, longest: int = 40) -> tuple[list[list[int]], torch.Tensor]:
@@ -106,6 +108,8 @@ def test_other_routers(settings):
 @pytest.mark.slow
 def test_preempted_requests_keep_their_task(monkeypatch):
     restarts, name = [], "create_equivalent_initial_request"
+    from transformers.generation.continuous_batching.requests import RequestState
+
     restart = getattr(RequestState, name)
     monkeypatch.setattr(RequestState, name, lambda s: restarts.append(s) or restart(s))
     model = adapted()

@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from cases import LENGTH, MODELS, ROWS, SMALL, VOCAB, TwoLayers, adapted, config_for, tasks
 from peft_taskmoe import TaskMoELoraConfig, task_context
 from peft_taskmoe.layer import TaskMoELoraLayer
+from versions import needs_own_integration
 
 torch.set_num_threads(1)
 
@@ -297,6 +298,7 @@ def test_weights_that_were_never_filled_are_refused(build, grad, tmp_path):
 
 
 class TestTransformersOwnIntegration:
+    @needs_own_integration
     def test_add_adapter(self, saved, tmp_path):
         model = MODELS["llama"].build()
         torch.manual_seed(0)
@@ -315,6 +317,7 @@ class TestTransformersOwnIntegration:
         again.load_adapter(str(tmp_path))
         assert_same(again, saved[1])
 
+    @needs_own_integration
     def test_load_adapter_and_switch(self, saved):
         folder, expected = saved
         model = MODELS["llama"].build()

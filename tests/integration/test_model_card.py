@@ -51,7 +51,10 @@ def folders(tmp_path_factory) -> tuple[str, str]:
     )
     transformers.BertModel(config).save_pretrained(root / "encoder")
     for name in ("base", "encoder"):
-        scripted.byte_tokenizer().save_pretrained(root / name)
+        tokenizer = scripted.byte_tokenizer()
+        tokenizer.model_input_names = ["input_ids", "attention_mask"]  # what Llama takes
+        tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # is saved
+        tokenizer.save_pretrained(root / name)
     return str(root / "base"), str(root / "encoder")
 
 

@@ -6,7 +6,6 @@ import ast
 import re
 import subprocess
 import sys
-import tomllib
 import zipfile
 from pathlib import Path
 
@@ -18,10 +17,11 @@ from peft_taskmoe.optional import needed
 from peft_taskmoe.uie import Extractions, score
 from peft_taskmoe.uie.tables import Table
 from peft_taskmoe.uie.view import show
+from running import PYPROJECT
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(peft_taskmoe.__file__).parent
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PROJECT = PYPROJECT["project"]
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml"}
 OF_THE_NOTEBOOK = {"IPython"}  # there wherever it is asked for
 

@@ -71,10 +71,11 @@ try:
 except KeyError as error:
     print("without the import:", type(error).__name__, error)
 
+before = set(sys.modules)  # transformers 5.8 brings pandas
 import peft_taskmoe
 
 others = ("trl", "datasets", "pandas", "matplotlib")
-print("loaded as well:", [n for n in sys.modules if n.split(".")[0] in others
+print("loaded as well:", [n for n in sys.modules.keys() - before if n.split(".")[0] in others
                           or n.startswith("peft_taskmoe.uie")])
 model = PeftModel.from_pretrained(base, folder + "/adapter").eval()
 torch.save(model(**batch).logits, folder + "/logits.pt")

@@ -27,6 +27,12 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from peft_taskmoe import TaskCollator, TaskMoELoraConfig, attach_task_encoder
 from tiny import TASK_DIM, randomise
+from versions import (
+    needs_labels_in_dpo,
+    needs_new_checkpointing,
+    needs_one_batch_in_dpo,
+    needs_own_integration,
+)
 
 COMMON: dict[str, Any] = {
     "report_to": [],
@@ -195,6 +201,7 @@ def test_sft_with_a_column_of_embeddings(sft, tiny_encoder) -> None:
     assert trainer.evaluate(trainer.train_dataset)["eval_loss"] < expected
 
 
+@needs_own_integration
 def test_sft_on_an_adapter_without_a_peft_model(sft, tiny_model, attach, tiny_encoder) -> None:
     """After `add_adapter` TRL's forward hides the model's; attaching wraps it again."""
     model = tiny_model()
@@ -220,7 +227,7 @@ def test_sft_without_any_task_says_what_to_do(sft) -> None:
 
 def test_metrics_see_logits_of_the_same_task(sft, attach) -> None:
     """For `compute_metrics` TRL runs the model again, without labels."""
-    trainer = sft()
+    trainer = sft(loss_type="nll")
     model = attach(trainer.model)
     batch = dict(next(iter(trainer.get_train_dataloader())))
     with torch.no_grad():
@@ -254,6 +261,7 @@ def test_label_smoothing_needs_the_column(sft, attach, tiny_encoder) -> None:
     assert changed(before, trainer.model)
 
 
+@needs_labels_in_dpo
 def test_dft_loss(sft, attach) -> None:
     trainer = sft(loss_type="dft", max_steps=2)
     before = adapter_of(attach(trainer.model))
@@ -262,7 +270,12 @@ def test_dft_loss(sft, attach) -> None:
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{"use_reentrant": True}, {"use_reentrant": False}, {"selective": True}]
+    "kwargs",
+    [
+        {"use_reentrant": True},
+        {"use_reentrant": False},
+        pytest.param({"selective": True}, marks=needs_new_checkpointing),
+    ],
 )
 def test_checkpointing_in_sft_changes_no_gradient(sft, attach, kwargs) -> None:
     found = []
@@ -307,7 +320,13 @@ def log_probs_of(model, batch, **task: Any) -> torch.Tensor:
     return (picked * (labels[:, 1:] != -100)).sum(1)
 
 
-@pytest.mark.parametrize("way", ["automatic", "column"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param("automatic", marks=needs_labels_in_dpo),
+        pytest.param("column", marks=needs_one_batch_in_dpo),
+    ],
+)
 def test_dpo_routes_by_the_prompt_and_refers_to_the_base(dpo, attach, tiny_encoder, way) -> None:
     if way == "automatic":
         trainer = dpo()
@@ -345,6 +364,7 @@ def test_dpo_routes_by_the_prompt_and_refers_to_the_base(dpo, attach, tiny_encod
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+@needs_labels_in_dpo
 def test_dpo_trains_with_default_arguments(dpo, attach) -> None:
     trainer = dpo(
         bf16=True, max_steps=4, logging_steps=1, eval_strategy="no", precompute_ref_log_probs=True
@@ -354,6 +374,7 @@ def test_dpo_trains_with_default_arguments(dpo, attach) -> None:
     assert changed(before, trainer.model) and losses(trainer)[-1] < losses(trainer)[0]
 
 
+@needs_labels_in_dpo
 def test_dpo_on_a_trained_adapter_keeps_a_copy_as_reference(
     tiny_model, word_tokenizer, attach, tmp_path
 ) -> None:
@@ -428,8 +449,11 @@ def test_trainer_keeps_a_column_of_embeddings(
 
 def test_group_by_length_and_the_best_model_at_the_end(trainer, adapted, attach) -> None:
     model = attach(adapted())
+    grouped: dict[str, Any] = {"train_sampling_strategy": "group_by_length"}
+    if "train_sampling_strategy" not in TrainingArguments.__dataclass_fields__:
+        grouped = {"group_by_length": True}  # before transformers 5
     found = trainer(
-        model, max_steps=6, train_sampling_strategy="group_by_length", eval_strategy="steps",
+        model, max_steps=6, **grouped, eval_strategy="steps",
         eval_steps=2, save_steps=2, load_best_model_at_end=True, metric_for_best_model="eval_loss",
         learning_rate=0.3,
     )  # fmt: skip

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -32,6 +31,7 @@ from peft_taskmoe.uie import (
     save_format,
     write_jsonl,
 )
+from running import PYPROJECT
 from scripted import Scripted, byte_tokenizer, text_in, tiny_llama
 
 ROOT = Path(__file__).parents[2]
@@ -659,8 +659,7 @@ def test_from_the_shell_with_an_adapter_from_disk(job, tmp_path):
     found = rows(output)
     assert [row["text"] for row in found] == [f"Ada met Bob {i}." for i in range(64)]
     assert all(row["answers"] for row in found)
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-    assert project["project"]["scripts"] == {"peft-taskmoe": "peft_taskmoe.cli:main"}
+    assert PYPROJECT["project"]["scripts"] == {"peft-taskmoe": "peft_taskmoe.cli:main"}
 
 
 def test_help_and_version_import_nothing_slow():

@@ -7,7 +7,6 @@ import itertools
 import json
 import re
 import shlex
-import tomllib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ import peft_taskmoe
 from peft_taskmoe import cli, uie
 from peft_taskmoe.uie import PROBLEM_KINDS, Document, Entity, Extractor, Span, completion_text
 from peft_taskmoe.uie.schema import Schema
-from running import ROOT
+from running import PYPROJECT, ROOT
 from scripted import VOCAB, Scripted, byte_tokenizer, text_in, tiny_llama
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -218,10 +217,12 @@ def test_commands_exist(page, line) -> None:
     elif words[0] == "make":
         makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
         assert re.search(rf"^{words[1]}:", makefile, re.M)
+    elif words[0] == "nox":
+        sessions = (ROOT / "noxfile.py").read_text(encoding="utf-8")
+        assert re.search(rf"^def {words[words.index('-s') + 1]}\(", sessions, re.M)
     elif words[0] == "pip":
-        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
         extras = [name for found in re.findall(r"\[(.*)\]", words[-1]) for name in found.split(",")]
-        assert set(extras) <= set(project["project"]["optional-dependencies"])
+        assert set(extras) <= set(PYPROJECT["project"]["optional-dependencies"])
     elif script := next((word for word in words if word.endswith(".py")), None):
         _check_script(ROOT / script, words[words.index(script) + 1 :])
     else:

@@ -64,6 +64,8 @@ def script(monkeypatch) -> Any:
 
 def parsed(script: Any, arguments: list[str]) -> tuple[Any, ...]:
     """The four groups of options, as the script parses them."""
+    if "overwrite_output_dir" in transformers.TrainingArguments.__dataclass_fields__:
+        pytest.skip("the training scripts have options that transformers 4 has itself")
     groups = (
         script.DataArguments,
         script.TaskMoEArguments,

@@ -27,6 +27,7 @@ from peft_taskmoe.uie import (
     read_jsonl,
 )
 from running import run
+from versions import needs_transformers_5
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "experiments"
@@ -304,7 +305,7 @@ def test_a_head_on_answer_tokens_alone_changes_no_loss(parts, models, tmp_path) 
     for ours, theirs in zip(found[1].values(), found[0].values(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     labelled = (batch["labels"] != -100).sum()
-    assert asked == [labelled, labelled]
+    assert asked[-2:] == [labelled, labelled]  # of ours; TRL does it outside the head, or for all
     with pytest.raises(NotImplementedError, match="no logits of most tokens"):
         trainer.compute_loss(model, dict(batch), return_outputs=True)
 
@@ -432,6 +433,7 @@ def test_the_table_of_seen_labels_is_chosen_and_checked_against_the_data(parts, 
         parts.run.main(*arguments_of(parts, "smoke", **changes), "command")
 
 
+@needs_transformers_5
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_whole_and_of_equal_effective_scale(parts, preset) -> None:
     args, _ = arguments_of(parts, preset)

@@ -366,7 +366,7 @@ SETTINGS = {
     "decay": {"exponential_decay_length_penalty": (2, 3.0), "renormalize_logits": True},
     "ways": {"guidance_scale": 2.0, "prompt_lookup_num_tokens": 3, "stop_strings": ["a", "e"]},
     "outputs": {"output_scores": True, "return_dict_in_generate": False},
-    "watermark": {"watermarking_config": {"bias": 9.0}},
+    "watermark": {"watermarking_config": transformers.WatermarkingConfig(bias=9.0)},
 }
 
 
@@ -641,7 +641,8 @@ def test_prefix_caching_is_refused_where_prompts_with_one_schema_are_not_compute
     ):
         Extractor(get_peft_model(tiny_llama(), config), tokenizer, prefix_caching=True)
     model = tiny_llama()
-    model.config.rope_parameters = {**model.config.rope_parameters, "rope_type": "longrope"}
+    name = "rope_parameters" if hasattr(model.config, "rope_parameters") else "rope_scaling"
+    setattr(model.config, name, {**(getattr(model.config, name) or {}), "rope_type": "longrope"})
     with pytest.raises(
         ValueError,
         match="a model with `longrope` positions turns the first tokens differently" + advice,
@@ -1387,7 +1388,8 @@ def test_the_accelerator_that_is_there_is_taken_unless_told_otherwise(saved, mon
         torch.bfloat16
     }
     there = torch.device("meta")
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: there)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: there)
     assert placement(None, None, None) == {"device_map": {"": there}}
     assert placement("cpu", None, None) == {}
     assert placement(None, None, {"device_map": "auto"}) == {"device_map": "auto"}

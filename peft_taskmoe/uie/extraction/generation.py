@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
 
 from ..records import Event
 from ..schema import Schema
@@ -155,11 +160,11 @@ class Generator:
 
     def _settings(self) -> dict[str, Any]:
         """Plain greedy decoding, whatever the model's own generation config says."""
-        own = vars(self.model.generation_config)
+        defaults = vars(GenerationConfig())
         unset = {
-            name: None
-            for name, value in own.items()
-            if value is not None and name not in _KEPT_SETTINGS and not name.startswith("_")
+            name: defaults.get(name)
+            for name, value in vars(self.model.generation_config).items()
+            if value != defaults.get(name) and name not in _KEPT_SETTINGS and name[0] != "_"
         }
         return {
             **unset,

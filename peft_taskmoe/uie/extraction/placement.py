@@ -43,8 +43,8 @@ def placement(
     device_map = own.get("device_map")
     if isinstance(device_map, str) and device_map not in _MAPS:
         own["device_map"] = {"": _device(device_map)}
-    if device is None and device_map is None:
-        device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None and device_map is None and torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator()
     if device is None:
         return own
     chosen = _device(device)

@@ -81,7 +81,9 @@ class PrefixCache:
         return {"past_key_values": cache, "use_cache": True, "cache_implementation": None}
 
     def _check(self) -> None:
-        rope = getattr(self.model.config, "rope_parameters", None) or {}
+        settings = self.model.config
+        rope = getattr(settings, "rope_parameters", None)  # transformers 5
+        rope = rope or getattr(settings, "rope_scaling", None) or {}
         methods = methods_of_whole_prompts(self.model)
         reader = reader_of(self.model)
         if methods:

@@ -15,7 +15,7 @@ LOOP = 96
 LEAVING = 0.25
 """Of a batch's rows; as soon as so many are done, they leave."""
 
-_STRING = re.compile(r'"(?:[^"\\]|\\.)*+"?')
+_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?')
 
 
 class AnswerEnds:

@@ -43,7 +43,8 @@ def _labels(items: Items, task: str) -> defaultdict[Hashable, Counter[str]]:
     at = 2 if task == "EAE" else 0
     labels: defaultdict[Hashable, Counter[str]] = defaultdict(Counter)
     for item, count in items.items():
-        labels[(*item[:at], *item[at + 1 :])][str(item[at])] += count
+        rest = (*item[:at], *item[at + 1 :])
+        labels[rest][str(item[at])] += count
     return labels
 
 
