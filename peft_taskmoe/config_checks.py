@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import re
-<<<<<<< HEAD
+import re
 import reprlib
-=======
-import sys
->>>>>>> versions
 from collections.abc import Callable, Iterator
 from typing import Any
 
