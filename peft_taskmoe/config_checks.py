@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-import re
 import reprlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
