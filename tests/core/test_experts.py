@@ -44,8 +44,10 @@ def test_gates_in_full_precision_leave_the_bottleneck_in_its_own() -> None:
 @pytest.mark.parametrize("dtype", [torch.long, torch.int8])
 def test_features_of_any_layout_come_back_contiguous_without_the_dropped_ones(dtype) -> None:
     features = torch.arange(1.0, 7.0).view(2, 3).t()
-    dropped = torch.tensor([1, 4]) if dtype == torch.long else torch.tensor(
-        [[1, 0], [1, 1], [0, 1]], dtype=dtype
+    dropped = (
+        torch.tensor([1, 4])
+        if dtype == torch.long
+        else torch.tensor([[1, 0], [1, 1], [0, 1]], dtype=dtype)
     )
     left = without_dropped(features, dropped)
     assert left.tolist() == [[1.0, 0.0], [2.0, 5.0], [0.0, 6.0]]
