@@ -175,7 +175,9 @@ def test_occurrences_that_stand_alone_come_first():
     assert TextIndex(text).occurrences("art").places == ((7, 10), (18, 21), (0, 3), (13, 16))
     assert not stands_alone("cafe\u0301", 0, 4)  # the mark belongs to the last letter
     assert stands_alone("日本人", 0, 2)  # no spaces between words: any boundary may be one
-    assert not stands_alone("a_b", 0, 1)
+    assert not stands_alone("a_b", 0, 1) and not stands_alone("_b", 1, 2)
+    assert stands_alone("日本a", 0, 2) and stands_alone("a日本", 1, 3)
+    assert stands_alone("in 서울에서", 3, 5) and not stands_alone("서울 artful", 3, 6)
 
 
 def test_nth_and_number_are_inverse():
@@ -264,6 +266,7 @@ def in_turn(next_one, take):
         ("b xx b", (0, 6), [0, 5]),  # both are inside of it
         ("b b b x", (6, 7), [4, 2, 0]),
         ("x b b b", (0, 1), [2, 4, 6]),
+        ("b    x ab", (5, 6), [0, 8]),  # words of their own first, however far
         ("bb b b", None, [3, 5, 0, 1]),  # without a place the order of the text, words first
     ],
 )
@@ -320,8 +323,14 @@ def test_a_mention_much_longer_than_the_text_is_in_none():
 
 @pytest.mark.parametrize(
     ("left_out", "kept"),
-    [("\u0301", "\u3099"), ("\u200d", "\u093c"), ("\ufe00", "\ufe10"), ("\ufe0f", "\u0335")]
-    + [("\U000e0100", "\U000e01f0"), ("\U000e01ef", "\u094d")],
+    [
+        ("\u0301", "\u3099"),
+        ("\u200d", "\u093c"),
+        ("\ufe00", "\ufe10"),
+        ("\ufe0f", "\u0335"),
+        ("\U000e0100", "\U000e01f0"),
+        ("\U000e01ef", "\u094d"),
+    ],
 )
 def test_what_is_no_character_of_its_own_is_left_out_of_the_normal_form(left_out, kept):
     assert normalise("a" + left_out) == "a" != normalise("a" + kept)

@@ -235,6 +235,8 @@ def test_occurrences_of_a_role():
     ]
     parsed = parse("[Launch('carried', Vehicle=['Ariane 5', 'Ariane 5'], Vehicle_nth=[3])]")
     assert kinds(parsed) == ["bad_occurrence"] and len(parsed.records[0].arguments) == 2
+    parsed = parse("[Launch('carried', Vehicle=['Ariane 5', 'Ariane 5'], Vehicle_nth=[1, 1])]")
+    assert kinds(parsed) == ["repeated"] and len(parsed.records[0].arguments) == 1
     parsed = parse("[Launch('carried', Launch_Site=['Kourou', 'Kourou'])]")
     assert kinds(parsed) == ["repeated"] and len(parsed.records[0].arguments) == 1
 
