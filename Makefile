@@ -2,6 +2,8 @@
 # make smoke  the comparison of experiments/ in small, from training to report
 # make test   create an environment, install, run the tests
 # make fast   the tests that take no more than about a second each
+# make coverage  the tests, with the lines and branches of the package that none of them takes
+# make mutants   small faults in seven files, one at a time: how many the tests see (see tests/mutants.md)
 # make fuzz   FUZZ_SECONDS of hostile answers, then the properties with other and more examples
 # make docs   the documents and the API reference as a site, in outputs/site
 # make audit  the packages of constraints.txt among known vulnerabilities
@@ -21,7 +23,7 @@ QUIET = PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error TQDM_DISABLE=1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo smoke test fast fuzz docs check audit lint types clean
+.PHONY: demo smoke test fast coverage mutants fuzz docs check audit lint types clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV): some minutes, the first time only."
@@ -62,6 +64,15 @@ test: $(VENV)/developed
 
 fast: $(VENV)/developed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+coverage: $(VENV)/developed
+	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-branch --cov-report=term-missing:skip-covered
+
+# What is done already is kept in mutants/: a second call goes on from there.
+mutants: $(VENV)/developed
+	$(PIP) mutmut==3.8.1
+	OMP_NUM_THREADS=1 $(BIN)/python -m mutmut run --max-children 2
+	$(BIN)/python -m mutmut results
 
 FUZZ_SECONDS ?= 300
 fuzz: $(VENV)/developed

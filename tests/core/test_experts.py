@@ -6,7 +6,13 @@ import pytest
 import torch
 
 import reference
-from peft_taskmoe.experts import draw_dropped, expert_update, mix_bottleneck, zero_dropped
+from peft_taskmoe.experts import (
+    draw_dropped,
+    expert_update,
+    mix_bottleneck,
+    without_dropped,
+    zero_dropped,
+)
 
 
 @pytest.mark.parametrize("num_experts", [1, 2, 5])
@@ -27,6 +33,25 @@ def test_the_update_equals_the_loops(num_experts, r) -> None:
 def test_each_gate_meets_its_own_expert() -> None:
     h = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
     assert mix_bottleneck(h, torch.tensor([[10.0, 100.0]])).tolist() == [[10.0, 20.0, 300.0, 400.0]]
+
+
+def test_gates_in_full_precision_leave_the_bottleneck_in_its_own() -> None:
+    assert mix_bottleneck(torch.ones(2, 6, dtype=torch.bfloat16), torch.ones(2, 3)).dtype == (
+        torch.bfloat16
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.int8])
+def test_features_of_any_layout_come_back_contiguous_without_the_dropped_ones(dtype) -> None:
+    features = torch.arange(1.0, 7.0).view(2, 3).t()
+    dropped = (
+        torch.tensor([1, 4])
+        if dtype == torch.long
+        else torch.tensor([[1, 0], [1, 1], [0, 1]], dtype=dtype)
+    )
+    left = without_dropped(features, dropped)
+    assert left.tolist() == [[1.0, 0.0], [2.0, 5.0], [0.0, 6.0]]
+    assert features.flatten().tolist() == [1.0, 4.0, 2.0, 5.0, 3.0, 6.0]
 
 
 def test_no_tokens_give_no_update() -> None:

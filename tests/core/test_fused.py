@@ -142,6 +142,22 @@ def test_double_backward_raises() -> None:
         grad.sum().backward()
 
 
+def test_a_base_output_of_any_layout_is_added_to() -> None:
+    """A layer may return a transposed view, which cannot be flattened in place."""
+    given = tensors(SHAPES[0], frozen_base=False)
+    given["base"] = torch.randn(OUT, 3, 2, dtype=torch.float64).permute(2, 1, 0).requires_grad_()
+    torch.testing.assert_close(fused(given, SHAPES[0]), by_loops(given, SHAPES[0]), **CLOSE)
+
+
+def test_a_task_in_another_dtype_gets_its_gradient_in_its_own() -> None:
+    given = tensors(SHAPES[0])
+    exact = gradients(fused(given, SHAPES[0]), given)
+    given["task"] = given["task"].detach().float().requires_grad_()
+    found = gradients(fused(given, SHAPES[0]), given)
+    assert found["task"].dtype == torch.float32 and found["router"].dtype == torch.float64
+    torch.testing.assert_close(found["task"].double(), exact["task"], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_lower_precision_is_close_to_float64(dtype) -> None:
     """Within a few roundings of the dtype, relative to the largest entry of each tensor."""

@@ -67,12 +67,15 @@ def test_half_precision_gates_are_float32(dtype) -> None:
     x, router = torch.randn(4, 5, dtype=dtype), torch.randn(3, 8, dtype=dtype)
     logits = sum_logits(F.linear(x, router[:, :5]), task_logits(torch.randn(2, 3), router), 4, None)
     assert logits.dtype == gates_from_logits(logits, None).dtype == torch.float32
+    assert sum_logits(F.linear(x, router[:, :5]), None, 4, None).dtype == torch.float32
+    assert task_logits(torch.randn(2, 3), router).dtype == torch.float32
 
 
 def test_ties_keep_exactly_top_k() -> None:
     kept = keep_top_k(torch.zeros(3, 4), 2)
     assert (kept == 0).sum(-1).tolist() == [2, 2, 2]
     assert torch.isneginf(kept).sum(-1).tolist() == [2, 2, 2]
+    assert torch.isneginf(keep_top_k(torch.zeros(2, 4), 2)).sum(-1).tolist() == [2, 2]
 
 
 @pytest.mark.parametrize("top_k", [None, 2])

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from peft_taskmoe import TaskMoELoraConfig, task_context
 from peft_taskmoe.layer import Linear
 from peft_taskmoe.recompute import carry_into_recompute
+from peft_taskmoe.router import normalize_task
 from peft_taskmoe.task_scope import TaskState, current_state, entered, user_scope
 from tiny import TASK_DIM
 
@@ -51,6 +52,52 @@ def test_a_scope_ends_with_its_block(scope) -> None:
             raise KeyError
         assert current_state() is outer
     assert current_state() is None
+
+
+def test_each_adapter_has_its_own_task_unless_one_is_given_to_all() -> None:
+    own, given, cpu = tasks(seed=1), tasks(seed=2), torch.device("cpu")
+    state = TaskState(adapter_embeds={"a": own})
+    assert state.embeds_of("a") is own
+    torch.testing.assert_close(
+        state.normalized_embeds("a", "rms", 9, cpu), normalize_task(own, "rms", 9)
+    )
+    assert state.embeds_of("b") is None and state.normalized_embeds("b", "rms", 9, cpu) is None
+    state.task_embeds = given
+    assert state.embeds_of("a") is state.embeds_of("b") is given
+
+
+def test_a_task_is_scaled_once_for_all_layers_of_one_width() -> None:
+    first, second, cpu = tasks(seed=1), tasks(seed=2), torch.device("cpu")
+    state = TaskState(adapter_embeds={"a": first, "b": second})
+    once = state.normalized_embeds("a", "matched", 9, cpu)
+    assert state.normalized_embeds("a", "matched", 9, cpu) is once
+    for adapter, norm, width in (
+        ("b", "matched", 9),
+        ("a", "rms", 9),
+        ("a", "none", 9),
+        ("a", "matched", 4),
+    ):
+        expected = normalize_task(first if adapter == "a" else second, norm, width)
+        torch.testing.assert_close(state.normalized_embeds(adapter, norm, width, cpu), expected)
+    trained = TaskState(task_embeds=tasks().requires_grad_())
+    twice = [trained.normalized_embeds("a", "rms", 9, cpu) for _ in range(2)]
+    assert twice[0] is not twice[1] and all(found.requires_grad for found in twice)
+    torch.testing.assert_close(twice[0], normalize_task(tasks(), "rms", 9))
+
+
+def test_a_task_goes_to_the_device_of_its_layer() -> None:
+    for task in (tasks(), tasks().requires_grad_()):
+        found = TaskState(task_embeds=task).normalized_embeds("a", "rms", 9, torch.device("meta"))
+        assert found.device.type == "meta"
+
+
+def test_a_new_thread_is_in_no_scope() -> None:
+    seen: list[Any] = []
+    with user_scope(TaskState()):
+        thread = threading.Thread(target=lambda: seen.append(current_state()))
+        thread.start()
+        thread.join()
+    assert seen == [None]
 
 
 def test_a_users_scope_inside_of_a_forward_wins() -> None:

@@ -7,7 +7,7 @@ import unicodedata
 
 import pytest
 
-from peft_taskmoe.uie.alignment import Aligner, TextIndex, normalise, stands_alone
+from peft_taskmoe.uie.alignment import Aligner, LongestSpans, TextIndex, normalise, stands_alone
 
 # Pieces that are awkward alone or next to each other: case that changes length, marks composed and
 # not, ligatures,
@@ -175,7 +175,9 @@ def test_occurrences_that_stand_alone_come_first():
     assert TextIndex(text).occurrences("art").places == ((7, 10), (18, 21), (0, 3), (13, 16))
     assert not stands_alone("cafe\u0301", 0, 4)  # the mark belongs to the last letter
     assert stands_alone("日本人", 0, 2)  # no spaces between words: any boundary may be one
-    assert not stands_alone("a_b", 0, 1)
+    assert not stands_alone("a_b", 0, 1) and not stands_alone("_b", 1, 2)
+    assert stands_alone("日本a", 0, 2) and stands_alone("a日本", 1, 3)
+    assert stands_alone("in 서울에서", 3, 5) and not stands_alone("서울 artful", 3, 6)
 
 
 def test_nth_and_number_are_inverse():
@@ -244,3 +246,110 @@ def test_normal_form_is_idempotent():
         words = "".join(rng.choice(PIECES) for _ in range(rng.randrange(8)))
         assert normalise(normalise(words)) == normalise(words), words
         assert normalise(words) == slow_normal_form(words), words
+
+
+def in_turn(next_one, take):
+    """Everything that is found when each find is taken before the next."""
+    found = []
+    while (one := next_one()) is not None:
+        take(one)
+        found.append(one)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("text", "trigger", "starts"),
+    [
+        ("b xx b", (2, 4), [0, 5]),  # equally far: the earlier one
+        ("b  xx b", (3, 5), [6, 0]),
+        ("b x.b", (2, 4), [4, 0]),  # it touches the trigger
+        ("b xx b", (0, 6), [0, 5]),  # both are inside of it
+        ("b b b x", (6, 7), [4, 2, 0]),
+        ("x b b b", (0, 1), [2, 4, 6]),
+        ("b    x ab", (5, 6), [0, 8]),  # words of their own first, however far
+        ("bb b b", None, [3, 5, 0, 1]),  # without a place the order of the text, words first
+    ],
+)
+def test_arguments_by_distance(text, trigger, starts):
+    aligner = Aligner(TextIndex(text))
+    places = in_turn(
+        lambda: aligner.free_argument("role", "b", trigger),
+        lambda place: aligner.take("role", place),
+    )
+    assert [start for start, _ in places] == starts
+
+
+def test_other_words_in_the_same_role_or_relation_are_found_for_themselves():
+    aligner = Aligner(TextIndex("Ann met Bob. Eve saw Dan."))
+    assert aligner.free_argument("role", "Bob", (4, 7)) == (8, 11)
+    assert aligner.free_argument("role", "Ann", (4, 7)) == (0, 3)
+    assert aligner.free_pair("Meet", "Ann", "Bob") == ((0, 3), (8, 11))
+    assert aligner.free_pair("Meet", "Eve", "Dan") == ((13, 16), (21, 24))
+    assert aligner.free_pair("Meet", "Eve", "Sue") is aligner.free_pair("Meet", "Sue", "Eve")
+    assert aligner.free_pair("Meet", "Eve", "Sue") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "given", "pairs"),
+    [
+        ("A B A", {}, [(0, 2), (4, 2)]),  # a side with fewer stays at its last one
+        ("A B A", {"head_place": (4, 5)}, [(4, 2)]),
+        ("A B B", {"head_place": (0, 1)}, [(0, 2), (0, 4)]),
+        ("A A B", {"tail_place": (4, 5)}, [(0, 4), (2, 4)]),
+    ],
+)
+def test_a_side_that_is_given_stays(text, given, pairs):
+    aligner = Aligner(TextIndex(text))
+    found = in_turn(
+        lambda: aligner.free_pair("R", "A", "B", **given), lambda pair: aligner.take("R", pair)
+    )
+    assert [(head[0], tail[0]) for head, tail in found] == pairs
+
+
+def test_relations_of_words_with_themselves_end():
+    aligner = Aligner(TextIndex("x is x is x"))
+    found = in_turn(lambda: aligner.free_pair("R", "x", "x"), lambda pair: aligner.take("R", pair))
+    assert [(head[0], tail[0]) for head, tail in found] == [(0, 5), (5, 10)]
+    only = Aligner(TextIndex("x is y"))
+    assert only.free_pair("R", "x", "x", tail_place=(0, 1)) == ((0, 1), (0, 1))
+
+
+def test_a_mention_much_longer_than_the_text_is_in_none():
+    """A ligature may write one character as several, so a longer mention can be in a text."""
+    assert TextIndex("\ufdfa").occurrences("صلى الله عليه وسلم").alignment == "normalised"
+    far_longer = TextIndex("a").occurrences("a" * 1_009)
+    assert (far_longer.alignment, far_longer.places) == ("not_found", ())
+
+
+@pytest.mark.parametrize(
+    ("left_out", "kept"),
+    [
+        ("\u0301", "\u3099"),
+        ("\u200d", "\u093c"),
+        ("\ufe00", "\ufe10"),
+        ("\ufe0f", "\u0335"),
+        ("\U000e0100", "\U000e01f0"),
+        ("\U000e01ef", "\u094d"),
+    ],
+)
+def test_what_is_no_character_of_its_own_is_left_out_of_the_normal_form(left_out, kept):
+    assert normalise("a" + left_out) == "a" != normalise("a" + kept)
+
+
+def test_order_of_spans_of_which_none_is_inside_another():
+    spans = LongestSpans()
+    spans.add((5, 9))
+    assert not spans.covers((5, 9)) and not spans.covers((0, 3)) and not spans.covers((4, 9))
+    assert spans.covers((5, 8)) and spans.covers((6, 9)) and not spans.covers((6, 10))
+    spans.add((0, 3))
+    spans.add((6, 7))  # inside already
+    spans.add((5, 12))  # around the first
+    spans.add((20, 22))
+    covered = [(a, b) for a in range(24) for b in range(a + 1, 24) if spans.covers((a, b))]
+    expected = [
+        (a, b)
+        for a in range(24)
+        for b in range(a + 1, 24)
+        if any(s <= a and b <= e and (s, e) != (a, b) for s, e in ((0, 3), (5, 12), (20, 22)))
+    ]
+    assert covered == expected

@@ -235,6 +235,8 @@ def test_occurrences_of_a_role():
     ]
     parsed = parse("[Launch('carried', Vehicle=['Ariane 5', 'Ariane 5'], Vehicle_nth=[3])]")
     assert kinds(parsed) == ["bad_occurrence"] and len(parsed.records[0].arguments) == 2
+    parsed = parse("[Launch('carried', Vehicle=['Ariane 5', 'Ariane 5'], Vehicle_nth=[1, 1])]")
+    assert kinds(parsed) == ["repeated"] and len(parsed.records[0].arguments) == 1
     parsed = parse("[Launch('carried', Launch_Site=['Kourou', 'Kourou'])]")
     assert kinds(parsed) == ["repeated"] and len(parsed.records[0].arguments) == 1
 
@@ -251,6 +253,101 @@ def test_given_events():
     assert kinds(parsed) == ["not_given"] * 2
     chosen = parse("[Launch('flew', trigger_nth=2)]", given=(first, second))
     assert chosen.records[0].trigger == second.trigger
+
+
+def test_a_given_event_is_named_by_its_words_or_their_normal_form():
+    """The very words come first; whatever is written is what was given."""
+    text = "launch, Launch"
+    lower, upper = (Event("Launch", Span(text[a : a + 6], a, a + 6)) for a in (0, 8))
+    other = Event("Mission", Span("launch", 0, 6))
+    schema = Schema.from_dict("EE", {"Launch": "starts", "Mission": "missions"})
+    for answer, starts in (
+        ("[Launch('Launch'), Launch('Launch')]", [8, 0]),
+        ("[Launch('LAUNCH'), Launch('LAUNCH')]", [0, 8]),
+        ("[Launch('launch', trigger_nth=1)]", [0]),
+    ):
+        parsed = parse_answer(answer, schema, text, given=(other, lower, upper))
+        assert [event.trigger.start for event in parsed.records] == starts
+        assert parsed.problems == () and all(e.label == "Launch" for e in parsed.records)
+    unplaced = Event("Launch", Span("launch"))
+    parsed = parse_answer("[Launch('launch')] * 2", schema, text, given=(unplaced, lower))
+    assert parsed.records[0].trigger is lower.trigger
+    parsed = parse_answer(f"[Launch({'x' * 200!r})]", schema, text, given=(lower,))
+    assert parsed.problems[0].message == (
+        f"No given event `Launch` with trigger {'x' * 80!r} is left; it is left out."
+    )
+
+
+def test_relations_between_repeated_words_take_the_next_pair():
+    again = "carries('Ariane 5', 'Rosetta')"
+    parsed = parse(f"[{again}, {again}, {again}, {again}]")
+    assert [r.head.start for r in parsed.records] == [0, 20, TEXT.rindex("Ariane 5")]
+    assert kinds(parsed) == ["repeated"]
+    numbered = "carries('Ariane 5', 'Rosetta', head_nth=1, tail_nth=1)"
+    parsed = parse(f"[{again}, {numbered}]")
+    assert [r.head.start for r in parsed.records] == [0]
+    assert parsed.problems[0].message.startswith("An earlier record says the same")
+
+
+def test_what_is_no_number_leaves_the_default():
+    parsed = parse("[Launcher('Ariane 5'), Launcher('Ariane 5', span_nth='x')]")
+    assert spans(parsed) == [ARIANE, ("Launcher", "Ariane 5", 20)]
+
+
+def test_a_given_event_without_a_place_takes_arguments_in_the_order_of_the_text():
+    given = (Event("Launch", Span("lift-off")),)
+    parsed = parse("[Launch('lift-off', Vehicle=['Ariane 5', 'Ariane 5'])]", given=given)
+    assert [a.span.start for a in parsed.records[0].arguments] == [0, 20]
+
+
+def test_relations_with_one_side_only():
+    for answer in ("[carries('Ariane 5')]", "[carries(tail='Apollo')]"):
+        assert (parse(answer).records, kinds(parse(answer))) == ((), ["missing_slot"])
+    for answer, head, tail in (
+        ("[carries('Falcon 9', 'Apollo')]", None, TEXT.index("Apollo")),
+        ("[carries('Falcon 9', 'Ariane 5', tail_nth=2)]", None, 20),
+        ("[carries('Ariane 5', 'Sputnik', head_nth=2)]", 20, None),
+        ("[carries('Falcon 9', 'Sputnik')]", None, None),
+    ):
+        assert parse(answer).records == ()
+        (relation,) = parse(answer, keep_not_found=True).records
+        assert (relation.head.start, relation.tail.start) == (head, tail)
+        assert relation.head.text in answer and relation.tail.text in answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ("[Rocket('x')]", "The schema has no class `Rocket`; the record is left out."),
+        ("[Mission('Apollo'), Mission('Apollo', span_nth=1)]",
+         "An earlier record says the same; this one is left out."),
+        ("[Mission('Apollo'), Mission('Apollo')]",
+         "The text does not have these words once more; this one is left out."),
+        ("[Launch('carried', Launch_Site=['Kourou', 'Kourou'])]",
+         "The text does not have these words once more; the argument is left out."),
+        ("[Mission('Apollo', 'x')]", "The class has 1 slots; 2 are filled."),
+        ("[Mission('Apollo', x='x')]", "The class has no slot `x`; the slot is left out."),
+        (f"[Mission(['Apollo', {'1' * 90}])]",
+         f"Slot `span` is filled with `{'1' * 80}`, which is no words."),
+        ("[Mission('Apollo', span_nth='1')]",
+         "The occurrence of `span` is no number from 1 on."),
+        ("[Mission()]", "`span` is not filled; the record is left out."),
+        ("[Mission(['Apollo', 'x'])]",
+         "`span` takes one mention and has 2; the record is left out."),
+        ("[Mission('Apollo', span_nth=7)]",
+         "The text has no occurrence 7 of `span`; the default is taken."),
+        (f"[Mission('{'x' * 90}')]",
+         f"The text does not have '{'x' * 80}'; the record is left out."),
+        ("[Launch('carried', Vehicle='Apollo', Vehicle_nth=9)]",
+         "The text has no occurrence 9 of `Vehicle`; the default is taken."),
+        ("[Launch('carried', Vehicle='Mars')]",
+         "The text does not have 'Mars'; the argument is left out."),
+        ("[Launch('carried', Vehicle='Apollo', Vehicle_nth=[1, 2])]",
+         "`Vehicle` has 1 mentions, 2 occurrences."),
+    ],
+)  # fmt: skip
+def test_a_problem_says_what_is_wrong(answer, message):
+    assert [problem.message for problem in parse(answer).problems] == [message]
 
 
 def test_masked_names():

@@ -304,6 +304,24 @@ def test_several_tasks_in_one_document_are_scored_each():
     }
 
 
+@pytest.mark.parametrize("confidence", [0, 0.0, 0.5, 1, 1.0, None])
+def test_a_confidence_is_a_number_from_0_to_1(confidence):
+    assert one([ANN], {"1": [Entity("A", at("Ann", 0, 3), confidence)]}).scores[0].total().tp == 1
+
+
+def test_a_mention_is_its_place_or_its_text_however_it_was_found():
+    gold, found = Entity("A", Span("Ann", 0, 3)), Entity("A", Span("Ann", 0, 3, "normalised"))
+    for match in ("text", "offsets"):
+        assert tallied("NER", "Ann", [gold], [found, found], match=match) == Counts(1, 0, 0)
+
+
+def test_records_of_other_tasks_are_counted():
+    others = [Relation("A", at("Ann", 0, 3), at("Ann", 0, 3)), Event("A", at("Ann", 0, 3))]
+    report = one([ANN], {"1": [*ANN.records, *others]})
+    assert report.answers["set"].problems["wrong_task"] == 2
+    assert counts(report, "NER") == Counts(1, 0, 0)
+
+
 def test_hallucinated_spans_are_dropped_and_counted():
     text = "Ann hit Bob"
     invented = Span("Carl", alignment="not_found")
@@ -543,6 +561,8 @@ def test_own_labels_in_a_set_that_is_called_like_a_public_one_are_scored_with_a_
         ([Entity("A", Span("Ann", "0", 3))], "the mention 'Ann' with start '0' and end 3"),
         ([Entity("A", Span("Ann", 0, None))], "the mention 'Ann' with start 0 and end None"),
         ([Entity("A", Span("Ann"), "high")], "the confidence 'high', which is no number"),
+        ([Entity("A", Span("Ann"), 1.01)], "the confidence 1.01, which is no number from 0 to 1"),
+        ([Entity("A", Span("Ann"), -0.01)], "the confidence -0.01, which is no number"),
     ],
 )
 def test_broken_answers_are_named(answer, found):

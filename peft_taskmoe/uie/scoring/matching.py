@@ -102,8 +102,6 @@ def record_fault(record: Any) -> str | None:
 
 def tasks_of(document: Document) -> tuple[str, ...]:
     """The tasks a document is scored under: of all its records, and events also by arguments."""
-    if document.task == "EAE":
-        return ("EAE",)
     tasks = document.schema.tasks if document.task == "UIE" else (document.task,)
     return (*tasks, "EAE") if "EE" in tasks else tasks
 
