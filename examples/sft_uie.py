@@ -58,6 +58,7 @@ from transformers import (
     set_seed,
 )
 from transformers.hf_argparser import HfArg
+from transformers.utils import check_min_version
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_quantization_config
 
 from peft_taskmoe import (
@@ -69,6 +70,8 @@ from peft_taskmoe import (
     save_task_centroids,
 )
 from peft_taskmoe.uie import PromptFormat, Regularisers, mix, to_prompt_completion
+
+check_min_version("5.0.0")  # whose options these are
 
 
 @dataclass

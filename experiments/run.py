@@ -29,9 +29,12 @@ from one_run import Encoders, carry_out
 from rich.console import Console
 from rich.markdown import Markdown
 from settings import ExperimentArguments
+from transformers.utils import check_min_version
 from trl import SFTConfig, TrlParser
 
 from peft_taskmoe.uie import score
+
+check_min_version("5.0.0")  # whose options these are
 
 TRAINING_SETTINGS = (
     "per_device_train_batch_size",
