@@ -131,7 +131,7 @@ class PromptQueue:
     def take_now(self, lane: Lane, size: int) -> list[Row]:
         """Up to `size` of the oldest prompts, as far as all before them are of this lane, too.
 
-        None while a call waits, so that what runs comes to an end.
+        While a call waits there are none, so that what runs comes to an end.
         """
         with self._changed:
             self._drop()
