@@ -148,7 +148,7 @@ def page(
         ImportError: Gradio is not installed.
     """
     gr = needed("gradio", "app")
-    needed("matplotlib", "app")
+    needed("matplotlib", "plot")
     answer = Demonstration(extractor, centroids, alone)
     first = next(iter(SCHEMAS))
     with gr.Blocks(title="Information extraction", analytics_enabled=False) as blocks:

@@ -119,7 +119,7 @@ def why_no_page(adapters: Adapters, api_key: str | None) -> str | None:
         return f"It shows how experts are routed, and `{adapters.default}` is `{method}`."
     try:
         needed("gradio", "app")
-        needed("matplotlib", "app")
+        needed("matplotlib", "plot")
     except ImportError as error:
         return str(error)
     return None

@@ -16,7 +16,7 @@ from .adapters import Lane
 from .batching import Row, Worker
 
 _PAGE = 256  # tokens of a page of the cache
-_TOKENS = 2048  # a prompt and its answer, for which there is room in every row
+_TOKENS = 1024  # a prompt and its answer, for which there is room in every row
 _WAIT = 0.05  # seconds, after which new prompts are looked for
 
 

@@ -15,13 +15,8 @@ from peft_taskmoe.uie import Extractor
 from scripted import byte_tokenizer, tiny_llama
 from tiny import randomise
 
-gradio = pytest.importorskip("gradio", reason="gradio is not installed")
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed"),
-]
+pytestmark = pytest.mark.slow
 WAIT = 90_000  # ms
 PERSON = json.dumps({"Person": "names"})
 
@@ -42,6 +37,10 @@ def centroids(extractor, tmp_path) -> TaskCentroids:
 
 @pytest.fixture
 def browser():
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed")
     with playwright.sync_playwright() as driver:
         found = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield found
@@ -135,3 +134,19 @@ def test_the_ways_differ_in_what_the_router_sees(extractor, centroids):
     assert panels[app.BASE] is None
     assert abs(panels[app.AWARE] - panels[app.TOKEN]).max() > 1e-4
     assert "0." in found[app.TOKEN][4] and extractor.model.active_adapters == ["default"]
+
+
+def test_what_cannot_be_asked_is_said_instead_of_an_answer(extractor):
+    answer = app.Demonstration(extractor, None)
+    for schema, text, why in (
+        ("{broken", "Ada", "The schema is no JSON: "),
+        ('["a"]', "Ada", "no JSON object"),
+        (PERSON, " \n", "The text is empty"),
+        (PERSON, "a" * 20_001, "20,001 characters, more than 20,000"),
+        ('{"<b>": {"head": 1}}', "Ada", "&lt;b&gt;"),
+    ):
+        shown, *rest = answer(schema, text, app.AWARE)
+        assert 'role="alert"' in shown and "<b>" not in shown
+        assert why in shown and rest == ["", "", None, ""]
+    *_, near = answer(PERSON, "Ada", app.AWARE)
+    assert near == "No task centroids beside the adapter."
