@@ -73,37 +73,9 @@ def make_app(
     app.add_middleware(Measured, metrics=service.metrics)
     app.add_exception_handler(RequestValidationError, _unreadable)
     _add_status_routes(app, service)
+    _add_extraction_routes(app, service)
     if not page:
         app.add_api_route("/", lambda: HTMLResponse(_LANDING), include_in_schema=False)
-
-    @app.post("/v1/extract", responses={200: {"model": ExtractResponse}})
-    async def extract(body: ExtractRequest, request: Request) -> Response:
-        """Extract records from texts, with their offsets."""
-        start = time.perf_counter()
-        tickets = await service.admit(body)
-        found: dict[int, Extraction] = {}
-        try:
-            async for number in service.answered(tickets, request, body.timeout):
-                found[number] = tickets[number].future.result()
-        except TimeoutError:
-            raise HTTPException(504, service.too_late(body.timeout)) from None
-        except ConnectionError:
-            return Response(status_code=499)
-        except Exception as error:
-            raise HTTPException(
-                500, f"A text could not be answered: {type(error).__name__}."
-            ) from None
-        results = [found[number].to_dict() for number in range(len(tickets))]
-        content = {"results": results, "seconds": round(time.perf_counter() - start, 4)}
-        # In ASCII: what a model wrote may have characters that UTF-8 has not.
-        return Response(json.dumps(content), media_type="application/json")
-
-    @app.post("/v1/extract/stream", response_class=StreamingResponse)
-    async def stream(body: ExtractRequest, request: Request) -> StreamingResponse:
-        """The same, a line of JSON as soon as a text is done, with its `index`."""
-        tickets = await service.admit(body)
-        lines = _lines(service, tickets, request, body.timeout)
-        return StreamingResponse(lines, media_type="application/x-ndjson")
 
     if page:  # behind the routes above, for it answers all others
         _mount_page(app, service, centroids)
@@ -138,6 +110,37 @@ def _mount_page(app: FastAPI, service: Service, centroids: TaskCentroids | None)
     blocks = make_page(lane.extractor, centroids, alone)
     gradio = needed("gradio", "app")
     gradio.mount_gradio_app(app, blocks, path="/", max_file_size=1)  # it takes no files
+
+
+def _add_extraction_routes(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/extract", responses={200: {"model": ExtractResponse}})
+    async def extract(body: ExtractRequest, request: Request) -> Response:
+        """Extract records from texts, with their offsets."""
+        start = time.perf_counter()
+        tickets = await service.admit(body)
+        found: dict[int, Extraction] = {}
+        try:
+            async for number in service.answered(tickets, request, body.timeout):
+                found[number] = tickets[number].future.result()
+        except TimeoutError:
+            raise HTTPException(504, service.too_late(body.timeout)) from None
+        except ConnectionError:
+            return Response(status_code=499)
+        except Exception as error:
+            raise HTTPException(
+                500, f"A text could not be answered: {type(error).__name__}."
+            ) from None
+        results = [found[number].to_dict() for number in range(len(tickets))]
+        content = {"results": results, "seconds": round(time.perf_counter() - start, 4)}
+        # In ASCII: what a model wrote may have characters that UTF-8 has not.
+        return Response(json.dumps(content), media_type="application/json")
+
+    @app.post("/v1/extract/stream", response_class=StreamingResponse)
+    async def stream(body: ExtractRequest, request: Request) -> StreamingResponse:
+        """The same, a line of JSON as soon as a text is done, with its `index`."""
+        tickets = await service.admit(body)
+        lines = _lines(service, tickets, request, body.timeout)
+        return StreamingResponse(lines, media_type="application/x-ndjson")
 
 
 def _add_status_routes(app: FastAPI, service: Service) -> None:

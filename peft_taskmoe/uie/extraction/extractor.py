@@ -56,8 +56,7 @@ class Extractor:
         overlap: Characters that neighbouring windows share.
         all_occurrences: Make of one entity an entity at every place of its words in the text.
         constrained: Constrain decoding to the schema's grammar: its labels and slots, and mentions
-            that are substrings of the text. Needs `pip install 'peft_taskmoe[constrained]'` and a
-            fast tokenizer.
+            that are substrings of the text. Needs the extra `constrained` and a fast tokenizer.
         prefix_caching: Read what the prompts of a batch begin with, the schema above all, once for
             all of them. Answers are the same but for rounding. Not where the router, or a
             prompt-learning method of PEFT, reads the whole prompt, nor for models that keep
@@ -66,8 +65,7 @@ class Extractor:
             the model's own. None: confidences as the model gives them.
 
     Raises:
-        ValueError: A length that cannot be, an encoder-decoder, or `prefix_caching` where it
-            cannot be.
+        ValueError: An impossible length, an encoder-decoder, or `prefix_caching` out of place.
 
     Example:
         ```python
@@ -498,5 +496,5 @@ class Extractor:
 def _context(model: Any) -> int:
     """Tokens that the model can hold; a great many where its config does not say."""
     config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(config, "max_position_embeddings", None) or 2**20
+    text: Any = getattr(config, "get_text_config", lambda: config)()
+    return getattr(text, "max_position_embeddings", None) or 2**20
