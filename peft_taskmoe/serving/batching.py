@@ -228,6 +228,7 @@ class Worker:
     def _stop(self) -> None:
         self.ready = False
         self.queue.close()
+        self.queue.run_calls()  # or those who wait for them would wait for ever
 
     def _answer_next(self) -> bool:
         """Answer a batch, and keep nothing of it; False once there will be none."""

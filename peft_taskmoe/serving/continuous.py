@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from ..uie.extraction.generation import Written
 from ..uie.extraction.stopping import repeats
 from .adapters import Lane
 from .batching import Row, Worker
+
+logger = logging.getLogger(__name__)
 
 _PAGE = 256  # tokens of a page of the cache
 _TOKENS = 1024  # a prompt and its answer, for which there is room in every row
@@ -69,11 +72,17 @@ class Engine:
         """Prompts that may be added."""
         return self.rows - len(self.running)
 
-    def add(self, rows: Sequence[Row]) -> None:
-        """Start prompts."""
-        for row in rows:
+    def add(self, row: Row) -> bool:
+        """Start a prompt; False if the engine does not take it."""
+        try:
             name = self._manager.add_request(row.job.ids, streaming=True)
-            self.running[name] = Running(row, time.perf_counter())
+        except Exception:
+            logger.exception("A prompt could not be given to the engine.")
+            return False
+        if name is None:  # it has stopped
+            return False
+        self.running[name] = Running(row, time.perf_counter())
+        return True
 
     def ended(self) -> Iterator[Running]:
         """The prompts that have ended since the last call; one that failed has written nothing."""
@@ -138,8 +147,8 @@ class ContinuousWorker(Worker):
         return True
 
     def _stop(self) -> None:
-        super()._stop()
         self._close_engine()
+        super()._stop()
 
     def _close_engine(self) -> None:
         if self._engine is not None:
@@ -148,8 +157,8 @@ class ContinuousWorker(Worker):
 
     def _step(self, engine: Engine, rows: Sequence[Row]) -> None:
         """Start prompts, and hand over what has been answered in the meantime."""
-        engine.add(rows)
-        failed = [one.row for one in engine.ended() if not self._delivered(one, engine)]
+        failed = [row for row in rows if not engine.add(row)]
+        failed += [one.row for one in engine.ended() if not self._delivered(one, engine)]
         if failed:  # and those that ran beside them: one by one, without the engine
             failed += [one.row for one in engine.running.values()]
             self._close_engine()
@@ -161,8 +170,12 @@ class ContinuousWorker(Worker):
         if one.written is None:
             return False
         job, now = one.row.job, time.perf_counter()
-        engine.lane.extractor.read(job, one.written)
-        assert job.answer is not None
+        try:
+            engine.lane.extractor.read(job, one.written)
+        except Exception:
+            logger.exception("An answer could not be read.")
+        if job.answer is None:
+            return False
         job.seconds = (now - one.since) / (len(engine.running) + 1)
         self.pace += 0.2 * (job.seconds - self.pace)
         self._metrics.batch(len(engine.running) + 1, now - one.since, job.answer.tokens)

@@ -259,6 +259,35 @@ def test_prompts_that_the_engine_fails_at_are_answered_in_batches(monkeypatch) -
     assert model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["read", "add"])
+def test_a_prompt_not_taken_or_an_answer_not_read_stops_nobody(monkeypatch, fault) -> None:
+    options = {"max_new_tokens": 20, "max_prompt_tokens": 500, "batch_size": 3}
+    model, tokenizer = looping_llama(), byte_tokenizer()
+    wanted = Extractor(model, tokenizer, **options)(WORDS, SCHEMA)
+    extractor = Extractor(model, tokenizer, **options)
+    read, add = Extractor.read, ContinuousBatchingManager.add_request
+    reads, adds = iter(range(10**6)), iter(range(10**6))
+
+    def read_badly(self, job, written):
+        if next(reads) == 0:
+            raise SystemError("recursion depth mismatch")
+        read(self, job, written)
+
+    def add_badly(self, *args, **kwargs):
+        return None if next(adds) in (2, 3) else add(self, *args, **kwargs)  # as a stopped one does
+
+    if fault == "read":
+        monkeypatch.setattr(Extractor, "read", read_badly)
+    else:
+        monkeypatch.setattr(ContinuousBatchingManager, "add_request", add_badly)
+    with serving(extractor, engine="continuous") as client, ThreadPoolExecutor(8) as pool:
+        replies = list(pool.map(lambda text: ask(client, text), WORDS))
+        for reply, one in zip(replies, wanted, strict=True):
+            assert reply.json()["results"][0]["answers"] == one.to_dict()["answers"]
+        assert ask(client, "Ada").status_code == 200
+
+
 REFUSED = [
     ({"texts": ["a"] * 4, "schema": SCHEMA}, 422, "`max_texts` is 3"),
     ({"texts": ["a" * 101], "schema": SCHEMA}, 422, "`max_text_characters` is 100"),
