@@ -52,6 +52,7 @@ _OUTSIDE = re.compile(
     r"|(?P<open>\[)|(?P<close>\])|(?P<comma>,)|(?P<other>.)",
     re.DOTALL,
 )
+_PARSES = 5  # of the same source, where another parse in between disturbs them
 _GAP = re.compile(r"\s*\(")
 # What Python reads as an escape without complaint; any other backslash stands for itself.
 _LITERAL_PART = re.compile(
@@ -251,8 +252,21 @@ def _literal_part(match: re.Match[str]) -> str:
 
 
 def _value(literal: str) -> str | None:
-    try:
-        value = ast.literal_eval(literal)
-    except (SyntaxError, ValueError, MemoryError):
-        return None
-    return value if isinstance(value, str) else None
+    node = expression(literal)
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
+
+
+def expression(source: str) -> ast.expr | None:
+    """The syntax tree of a Python expression; nothing is evaluated. None where there is none.
+
+    Python 3.11 counts the depth of all running parses together, and raises `SystemError` when
+    another one ran in between, in a thread or during garbage collection (gh-106905).
+    """
+    for _ in range(_PARSES - 1):
+        try:
+            return ast.parse(source, mode="eval").body
+        except SystemError:
+            continue
+        except (SyntaxError, ValueError, MemoryError, RecursionError):
+            return None
+    return ast.parse(source, mode="eval").body

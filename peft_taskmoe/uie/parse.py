@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from peft_taskmoe.uie.alignment import Aligner, Place, TextIndex, normalise
-from peft_taskmoe.uie.calls import MESSAGES, Scanner
+from peft_taskmoe.uie.calls import MESSAGES, Scanner, expression
 from peft_taskmoe.uie.records import (
     Argument,
     Entity,
@@ -129,10 +129,7 @@ class _Reader:
     def read(self, call: str, source: str, where: tuple[int, int]) -> None:
         """Read one well-formed call into a record or problems."""
         self.source = source
-        try:
-            node = ast.parse(call, mode="eval").body
-        except (SyntaxError, ValueError, MemoryError, RecursionError):
-            node = None
+        node = expression(call)
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
             self.note("malformed", MESSAGES["malformed"])
             return

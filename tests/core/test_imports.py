@@ -59,7 +59,7 @@ def name_of(path: Path) -> str:
 
 
 FILES = {name_of(path): path for path in sorted(ROOT.rglob("*.py"))}
-TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
+TREES = {name: syntax_tree(path) for name, path in FILES.items()}
 
 
 def for_types_only(tree: ast.Module) -> set[ast.AST]:

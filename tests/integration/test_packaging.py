@@ -17,7 +17,7 @@ from peft_taskmoe.optional import needed
 from peft_taskmoe.uie import Extractions, score
 from peft_taskmoe.uie.tables import Table
 from peft_taskmoe.uie.view import show
-from running import PYPROJECT
+from running import PYPROJECT, syntax_tree
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(peft_taskmoe.__file__).parent
@@ -59,7 +59,7 @@ def test_whatever_is_imported_is_declared() -> None:
     known = {*sys.stdlib_module_names, "peft_taskmoe", *OF_THE_NOTEBOOK}
     for path in PACKAGE.rglob("*.py"):
         whole = path.parent.name == "serving"  # needs its extra to be imported at all
-        for module, inside in imports_of(ast.parse(path.read_text(encoding="utf-8"))):
+        for module, inside in imports_of(syntax_tree(path)):
             top = module.partition(".")[0]
             if top not in known:
                 allowed = CORE | optional if inside or whole else CORE
@@ -69,7 +69,7 @@ def test_whatever_is_imported_is_declared() -> None:
 def test_the_extras_that_errors_name_bring_the_package() -> None:
     told = 0
     for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(syntax_tree(path)):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "needed":
                 if not all(isinstance(one, ast.Constant) for one in node.args):
                     continue

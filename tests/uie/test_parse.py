@@ -2,6 +2,8 @@
 nothing raises.
 """
 
+import ast
+import gc
 import json
 import random
 import re
@@ -566,6 +568,31 @@ def test_random_garbage_never_raises():
     for _ in range(3_000):
         parsed = parse("".join(rng.choice(alphabet) for _ in range(rng.randrange(40))))
         assert all(isinstance(problem, Problem) for problem in parsed.problems)
+
+
+def test_answers_are_read_while_other_code_parses():
+    """Python 3.11 fails when one parse runs inside another, here from a garbage collection."""
+    answer = f"[Mission('Apollo', {', '.join(['launchers=[]'] * 200)})]"
+    alone = parse(answer)
+    collections = 0
+
+    def other_code(*_):
+        nonlocal collections
+        collections += 1
+        if collections == moment:
+            ast.parse("0")
+
+    threshold = gc.get_threshold()
+    gc.callbacks.append(other_code)
+    gc.set_threshold(1)
+    try:
+        for moment in range(1, 60):
+            collections = 0
+            assert parse(answer) == alone
+            assert collections > moment
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(other_code)
 
 
 def test_a_problem_has_a_known_kind_and_is_json():
