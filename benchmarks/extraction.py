@@ -5,12 +5,13 @@
 
 Text i is asked with schema i modulo `--schemas`, so every way has one prompt a text. The order of
 the ways turns from round to round, and a ratio is that of one round; the medians are printed. One
-by one is measured on the first texts only. `--cpu-time` counts the processor's seconds, which other
+by one is measured on some texts only. `--cpu-time` counts the processor's seconds, which other
 programs on the machine do not lengthen.
 """
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -139,6 +140,7 @@ def main() -> None:
     texts = questions([one for file in files for one in file], args.texts, args.schemas)
     extractor = load(args, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens)
     ways = Ways(extractor, args.batch_size, args.max_new_tokens)
+    drawn = random.Random(0).sample(texts, min(args.one_by_one, len(texts)))
     speeds: dict[str, list[float]] = {way: [] for way in ways.ways}
     tokens: dict[str, float] = {}
     names = list(ways.ways)
@@ -147,7 +149,7 @@ def main() -> None:
         ways.ways[way](texts[:2])
     for number in range(args.rounds):
         for way in [*names[number % len(names) :], *names[: number % len(names)]]:
-            some = texts[: args.one_by_one] if way == ALONE else texts
+            some = drawn if way == ALONE else texts
             ways.attach(way)
             start = clock()
             written = ways.ways[way](some)

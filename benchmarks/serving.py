@@ -42,11 +42,13 @@ def main() -> None:
             answer(client, documents[0])  # what only the first request waits for
             speed = {}
             for connections in (1, args.connections):
-                some = documents if connections > 1 else documents[: args.one_at_a_time]
+                every = max(len(documents) // args.one_at_a_time, 1) if connections == 1 else 1
+                some = documents[::every]
                 before = process.memory_info().rss / _MIB
                 speed[connections], latencies, found = asked(client, some, connections, args.rounds)
                 after = process.memory_info().rss / _MIB
-                differ = sum(wanted[number % len(some)] != one for number, one in enumerate(found))
+                same = [*wanted[::every]] * args.rounds
+                differ = sum(a != b for a, b in zip(same, found, strict=True))
                 p50, p99 = quantiles(latencies)
                 name = f"server, {engine}, {connections} connections"
                 figures = [f"{speed[connections]:.2f}", f"{p50:.2f}", f"{p99:.2f}"]
@@ -66,7 +68,7 @@ def arguments() -> argparse.Namespace:
     add("--batch-size", type=int, default=32)
     add("--max-new-tokens", type=int, default=256)
     add("--rounds", type=int, default=1, help="how often all documents are sent")
-    once = "documents that are sent one at a time (default: %(default)s)"
+    once = "documents, evenly drawn, that are sent one at a time (default: %(default)s)"
     add("--one-at-a-time", type=int, default=16, help=once)
     return found.parse_args()
 

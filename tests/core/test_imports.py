@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import peft_taskmoe
+from running import syntax_tree
 
 ROOT = Path(peft_taskmoe.__file__).parent
 PACKAGE = ROOT.name

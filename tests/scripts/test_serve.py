@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 from peft import LoraConfig, get_peft_model
@@ -415,10 +416,8 @@ def test_the_command_finishes_what_runs_when_it_is_stopped(models, tmp_path) -> 
     options += [models[0], "--adapter", tmp_path / "adapter"]
     command = [sys.executable, "-m", "peft_taskmoe", "serve", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    try:
-        line = next(line for line in process.stderr if line.startswith("Serving at"))
-        with httpx.Client(base_url=line.split()[-1], timeout=60, trust_env=False) as client:
+    with starting(command, environment) as (process, url):
+        with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
             until(lambda: client.get("/ready").status_code == 200)
             with ThreadPoolExecutor(1) as pool:
                 running = pool.submit(ask, client, *(f"Ada {n}" for n in range(20)))
@@ -427,6 +426,18 @@ def test_the_command_finishes_what_runs_when_it_is_stopped(models, tmp_path) -> 
                 until(lambda: refused(client.base_url))
                 assert len(running.result().json()["results"]) == 20
         assert process.wait(30) == Exit.DONE
+    with starting(command, environment) as (process, _):  # uvicorn does not listen to signals yet
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == Exit.DONE
+
+
+@contextmanager
+def starting(command, environment):
+    """A server's process and address, as soon as it says that address."""
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        line = next(line for line in process.stderr if line.startswith("Serving at"))
+        yield process, line.split()[-1]
     finally:
         process.kill()
         process.stderr.close()
