@@ -90,7 +90,7 @@ class Ways:
     def continuous(self, asked: Sequence[Question]) -> int:
         """The continuous batching of transformers."""
         jobs = [self.extractor.text_jobs([question]).jobs[0] for question in asked]
-        config = ContinuousBatchingConfig(num_blocks=256)
+        config = ContinuousBatchingConfig(num_blocks=128)
         ids = [job.ids for job in jobs]
         found = self.model.generate_batch(ids, self.greedy(), config)
         return self.read(jobs, [output.generated_tokens for output in found.values()])

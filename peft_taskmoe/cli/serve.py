@@ -67,18 +67,18 @@ def run(args: argparse.Namespace) -> Exit:
     centroids = load_centroids(_name_of(args.adapter[0])[1]) if args.page else None
     options = {"api_key": args.api_key, "engine": args.engine, "page": args.page}
     app = make_app(adapters, limits, centroids=centroids, **options)
+    config = uvicorn.Config(
+        app, log_level="warning", timeout_graceful_shutdown=args.timeout, lifespan="on"
+    )
+    server = uvicorn.Server(config)
+    for number in (signal.SIGTERM, signal.SIGINT):  # before and after uvicorn's own handlers
+        signal.signal(number, lambda *_: setattr(server, "should_exit", True))
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
     with socket.create_server((args.host, args.port), family=family, backlog=2048) as listener:
         host = f"[{args.host}]" if ":" in args.host else args.host
         say(f"Serving at http://{host}:{listener.getsockname()[1]}")
         if args.api_key is None and args.host not in ("127.0.0.1", "::1", "localhost"):
             say("Whoever reaches this address may use the server; --api-key asks for a key.")
-        config = uvicorn.Config(
-            app, log_level="warning", timeout_graceful_shutdown=args.timeout, lifespan="on"
-        )
-        server = uvicorn.Server(config)
-        for number in (signal.SIGTERM, signal.SIGINT):  # before and after uvicorn's own handlers
-            signal.signal(number, lambda *_: setattr(server, "should_exit", True))
         server.run(sockets=[listener])
     return Exit.DONE
 
