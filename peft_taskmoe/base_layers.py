@@ -10,7 +10,6 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from .task_scope import TaskState, current_state, entered
 from .token_rows import TokenLayout

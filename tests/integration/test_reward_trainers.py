@@ -17,7 +17,7 @@ from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from peft_taskmoe import TaskCollator, TaskMoELoraConfig, attach_task_encoder
 from tiny import TASK_DIM, randomise
-from versions import needs_labels_in_dpo
+from versions import needs_labels_in_dpo, needs_one_batch_in_dpo
 
 PROMPTS = [" ".join(f"w{4 + 5 * i + j}" for j in range(2 + i)) for i in range(4)]
 JUDGED = Dataset.from_list(
@@ -178,7 +178,9 @@ def test_training_on_rewards_of_what_was_generated(
         same_step(trainer, batch, expected / scale)
 
 
-@pytest.mark.parametrize("way", ["automatic", "column"])
+@pytest.mark.parametrize(
+    "way", ["automatic", pytest.param("column", marks=needs_one_batch_in_dpo)]
+)
 def test_reward_model(made, tiny_model, tiny_encoder, way) -> None:
     """A classifier's task is its whole text, or what the column says: that of its prompt."""
     judge = LlamaForSequenceClassification(tiny_model(num_labels=1).config)
