@@ -178,9 +178,7 @@ def test_training_on_rewards_of_what_was_generated(
         same_step(trainer, batch, expected / scale)
 
 
-@pytest.mark.parametrize(
-    "way", ["automatic", pytest.param("column", marks=needs_one_batch_in_dpo)]
-)
+@pytest.mark.parametrize("way", ["automatic", pytest.param("column", marks=needs_one_batch_in_dpo)])
 def test_reward_model(made, tiny_model, tiny_encoder, way) -> None:
     """A classifier's task is its whole text, or what the column says: that of its prompt."""
     judge = LlamaForSequenceClassification(tiny_model(num_labels=1).config)
