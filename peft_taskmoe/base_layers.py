@@ -6,10 +6,10 @@ import re
 from dataclasses import replace
 from typing import Any
 
-from peft.tuners.tuners_utils import _get_in_out_features
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from .task_scope import TaskState, current_state, entered
 from .token_rows import TokenLayout
@@ -28,11 +28,8 @@ def linear_features(base_layer: nn.Module) -> tuple[int, int]:
     Raises:
         TypeError: If it does not.
     """
-    like_linear = isinstance(base_layer, nn.Linear | Conv1D) or hasattr(base_layer, "weight")
     # Layers of GPTQ and AWQ have `qweight`; those of HQQ `W_q`.
-    like_linear = like_linear or (
-        hasattr(base_layer, "in_features") and hasattr(base_layer, "out_features")
-    )
+    like_linear = any(hasattr(base_layer, n) for n in ("weight", "in_features", "infeatures"))
     if like_linear and not isinstance(base_layer, _NOT_LINEAR):
         features = _get_in_out_features(base_layer)
         if all(isinstance(size, int) for size in features):
@@ -42,6 +39,28 @@ def linear_features(base_layer: nn.Module) -> tuple[int, int]:
         "layers only. Name other modules in `target_modules`, or leave it out with "
         "`exclude_modules`."
     )
+
+
+def packed_linears(model: nn.Module) -> set[str]:
+    """Names of quantised layers of classes of their own, which PEFT's `"all-linear"` leaves out."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    tuned = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, BaseTunerLayer))
+    return {
+        name
+        for name, module in model.named_modules()
+        if _is_packed(module) and module is not head and not name.startswith(tuned)
+    }
+
+
+def _is_packed(module: nn.Module) -> bool:
+    """Whether a layer has a matrix of integers, or sizes without a weight, as quantised ones do."""
+    if isinstance(module, (nn.Linear, BaseTunerLayer, *_NOT_LINEAR)):
+        return False
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, torch.Tensor):
+        return weight.dim() == 2 and not weight.is_floating_point()
+    sizes = ("in_features", "infeatures")
+    return any(hasattr(module, size) for size in sizes) and not list(module.children())
 
 
 def check_called(name: str, base_layer: nn.Module, parent: nn.Module) -> None:

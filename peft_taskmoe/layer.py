@@ -316,6 +316,13 @@ class Linear(nn.Module, TaskMoELoraLayer):
     def _dropout(self, adapter_name: str) -> float:
         return self.lora_dropout[adapter_name] if self.training else 0.0
 
+    def _replicate_for_data_parallel(self) -> Any:
+        """Refuse the copies of `nn.DataParallel`: wrapped methods stay those of the original."""
+        raise RuntimeError(
+            "`nn.DataParallel` cannot copy a model with Task-Aware MoELoRA adapters. Use "
+            "`DistributedDataParallel` (`torchrun`), or one device (`CUDA_VISIBLE_DEVICES=0`)."
+        )
+
     def extra_repr(self) -> str:
         """One line an adapter: what its shapes do not tell."""
         return "\n".join(

@@ -10,13 +10,24 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    onload_layer,
+)
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .adapters import TaskMoELoraLayer
-from .base_layers import check_called, layout_of, only_for_positions, tower_of
+from .base_layers import (
+    check_called,
+    layout_of,
+    only_for_positions,
+    packed_linears,
+    tower_of,
+)
 from .conditioning import install_conditioning, remove_conditioning, wrap_outermost
 from .config import TaskMoELoraConfig
 from .encoder_config import TaskEncoderConfig
@@ -57,6 +68,13 @@ class TaskMoELoraModel(BaseTuner):
             else:
                 peft_config.task_dim = _DEFAULT_TASK_DIM
         return peft_config
+
+    def _prepare_model(self, peft_config: TaskMoELoraConfig, model: nn.Module) -> None:
+        """Let `"all-linear"` mean quantised layers of classes of their own as well."""
+        packed = packed_linears(model)
+        if packed and str(peft_config.target_modules).lower() == "all-linear":
+            peft_config = _maybe_include_all_linear_layers(peft_config, model)
+            peft_config.target_modules = packed | set(peft_config.target_modules or ())
 
     @staticmethod
     def _check_target_module_exists(peft_config: TaskMoELoraConfig, key: str) -> Any:
@@ -153,6 +171,20 @@ class TaskMoELoraModel(BaseTuner):
             if isinstance(layer, TaskMoELoraLayer):
                 with onload_layer(layer):
                     layer.merged_weight(safe_merge, adapter_names)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """What PEFT saves of an adapter; warns of parts of weights, as PEFT does for LoRA alone."""
+        found = super()._get_adapter_state_dict(*args, **kwargs)
+        parts = [n for n, w in found.items() if PREFIX in n and (w.dim() < 2 or w.numel() == 0)]
+        if parts:
+            warnings.warn(
+                f"{len(parts)} adapter weights are parts of sharded ones: {', '.join(parts[:3])}. "
+                "What is saved does not load; save inside `deepspeed.zero.GatheredParameters` or "
+                "`FullyShardedDataParallel.summon_full_params`, or by the Trainer.",
+                stacklevel=2,
+            )
+        return found
 
     def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
         if isinstance(new_module, TaskMoELoraLayer):

@@ -126,9 +126,10 @@ def test_a_layer_takes_two_products_more_than_lora(layer) -> None:
     assert products == [base + 2 + 1, base + 4 + 1]
 
 
-def test_a_model_is_one_graph_for_all_batches(model) -> None:
+@pytest.mark.parametrize("router_inputs", ["token+task", "task"])
+def test_a_model_is_one_graph_for_all_batches(model, router_inputs) -> None:
     """Batches of other contents and of other sizes, one graph."""
-    eager = model().train()
+    eager = model(router_inputs=router_inputs).train()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(eager, backend=counter, fullgraph=True)
     for rows in (2, 2, 3, 5):
@@ -136,8 +137,9 @@ def test_a_model_is_one_graph_for_all_batches(model) -> None:
     assert counter.frame_count == 1
 
 
-def test_inference_is_one_graph(model) -> None:
-    eager = model(target_modules=["q_proj", "down_proj"], top_k=2)
+@pytest.mark.parametrize("settings", [{"top_k": 2}, {"router_inputs": "task"}])
+def test_inference_is_one_graph(model, settings) -> None:
+    eager = model(target_modules=["q_proj", "down_proj"], **settings)
     compiled = torch.compile(eager, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         for seed in range(2):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import warnings
+from typing import Any
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -201,3 +205,30 @@ def test_a_model_of_plain_modules() -> None:
     torch.testing.assert_close(found, torch.cat(rows))
     with pytest.raises(ValueError, match="There are 3 task embeddings for a batch of 2 rows"):
         adapted(x, task_embeds=torch.randn(3, TASK_DIM))
+
+
+def test_copies_for_data_parallel_are_refused(adapted, monkeypatch) -> None:
+    """Their `forward` would be the original's. Broadcasting needs GPUs, the rest of it does not."""
+    module = importlib.import_module("torch.nn.parallel.replicate")
+
+    def copied(tensors: Any, devices: Any, detach: bool = False) -> list[list[torch.Tensor]]:
+        return [list(tensors) for _ in devices]
+
+    monkeypatch.setattr(module, "_broadcast_coalesced_reshape", copied)
+    assert len(module.replicate(torch.nn.Linear(2, 2), [0, 1])) == 2
+    for model in (adapted(), adapted().get_base_model()):
+        with pytest.raises(RuntimeError, match=r"`nn.DataParallel` cannot.*DistributedDataParal"):
+            module.replicate(model, [0, 1])
+
+
+@pytest.mark.parametrize("part", [torch.empty(0), torch.ones(96)])
+def test_saving_parts_of_sharded_weights_warns(adapted, tmp_path, part) -> None:
+    """What ZeRO-3 and FSDP leave of a weight outside of their gathering contexts."""
+    model = adapted()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path)
+    q_proj = model.get_base_model().model.layers[0].self_attn.q_proj
+    q_proj.taskmoe_lora_A["default"].weight.data = part
+    with pytest.warns(UserWarning, match=r"1 adapter weights are parts.*q_proj.*GatheredParam"):
+        model.save_pretrained(tmp_path)

@@ -175,38 +175,69 @@ class Packed(nn.Module):
     GPTQ, AWQ, HQQ and EETQ have such layers; the base here is one byte a weight.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, sizes: tuple[str, str]) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        for name, size in zip(sizes, (linear.in_features, linear.out_features), strict=True):
+            setattr(self, name, size)
         self.scale = linear.weight.detach().abs().max() / 127
         self.register_buffer("qweight", (linear.weight.detach() / self.scale).round().char())
+        linear.weight.data = self.dequantised()
+
+    def dequantised(self) -> torch.Tensor:
+        return self.qweight * self.scale
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ (self.qweight.to(x.dtype) * self.scale).T
+        return x @ self.dequantised().to(x.dtype).T
 
 
-def test_layers_without_a_weight_are_adapted_and_not_merged(saved) -> None:
+class Stored(Packed):
+    """The same with its bytes as `weight`, the other way round, and without sizes: like EETQ's."""
+
+    def __init__(self, linear: nn.Linear, sizes: tuple[str, str]) -> None:
+        super().__init__(linear, sizes)
+        self.weight = nn.Parameter(self.qweight.T.contiguous(), requires_grad=False)
+        for name in ("qweight", *sizes):
+            delattr(self, name)
+
+    def dequantised(self) -> torch.Tensor:
+        return (self.qweight if hasattr(self, "qweight") else self.weight.T) * self.scale
+
+
+Stored.__name__ = "EetqLinear"  # by which PEFT knows how the weight lies
+
+
+@pytest.mark.parametrize("kind, sizes", [
+    (Packed, ("in_features", "out_features")), (Packed, ("infeatures", "outfeatures")),
+    (Stored, ("in_features", "out_features")),
+])  # fmt: skip
+def test_layers_of_classes_of_their_own_are_adapted_by_default(saved, kind, sizes) -> None:
+    """Logits, gradients and tokens are those of an adapter on the dequantised weights."""
     from peft_taskmoe import task_context
 
-    base = MODELS["llama"]()[0].from_pretrained(saved)
-    attention = base.model.layers[0].self_attn
-    attention.q_proj, attention.v_proj = Packed(attention.q_proj), Packed(attention.v_proj)
-    plain = base(input_ids=IDS).logits
-    settings = config(router_inputs="task", target_modules=["q_proj", "v_proj"])
-    model = get_peft_model(base, settings)
-    torch.testing.assert_close(model(input_ids=IDS, task_embeds=TASKS).logits, plain)
-    randomise(model).eval()
-    both = model(input_ids=IDS, task_embeds=TASKS).logits
-    for row in range(2):
-        alone = model(input_ids=IDS[row : row + 1], task_embeds=TASKS[row : row + 1]).logits
-        torch.testing.assert_close(both[row : row + 1], alone)
-    assert (both - plain).abs().max() > 1e-2
-    model(**BATCH).loss.backward()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    assert all(parameter.grad is not None for parameter in trained)
-    with task_context(TASKS[:1]), pytest.raises(ValueError, match=r"quantised \(Packed\)"):
-        model.merge_adapter()
-    torch.testing.assert_close(model(input_ids=IDS, task_embeds=TASKS).logits, both)
+    base, plain = (MODELS["llama"]()[0].from_pretrained(saved) for _ in range(2))
+    for layer, quantised in zip(plain.model.layers, base.model.layers, strict=True):
+        for name, linear in layer.named_modules():
+            if isinstance(linear, nn.Linear):
+                quantised.set_submodule(name, kind(linear, sizes))
+    assert not any(isinstance(m, nn.Linear) for m in base.model.modules())
+    models = [randomise(get_peft_model(m, config(router_inputs="task"))) for m in (base, plain)]
+    assert all(sum(isinstance(m, Linear) for m in model.modules()) == 7 for model in models)
+    outputs, gradients, tokens = [], [], []
+    for model in models:
+        outputs.append(model.train()(**BATCH))
+        outputs[-1].loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+        options = {"max_new_tokens": 4, "do_sample": False}
+        tokens.append(model.eval().generate(input_ids=IDS, task_embeds=TASKS, **options))
+    torch.testing.assert_close(outputs[0].logits, outputs[1].logits)
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert torch.equal(*tokens) and all(grad.abs().max() > 0 for grad in gradients[0].values())
+    quantised = models[0]
+    alone = [quantised(input_ids=IDS[i : i + 1], task_embeds=TASKS[i : i + 1]) for i in (0, 1)]
+    torch.testing.assert_close(torch.cat([one.logits for one in alone]), outputs[0].logits)
+    with task_context(TASKS[:1]), pytest.raises(ValueError, match=r"base weight is quantised"):
+        quantised.merge_adapter()
+    torch.testing.assert_close(quantised(**BATCH).logits, outputs[0].logits)
 
 
 @pytest.mark.parametrize("router_inputs", ["token+task", "task"])
