@@ -17,7 +17,12 @@ from transformers.pytorch_utils import Conv1D
 
 from .adapters import TaskMoELoraLayer
 from .base_layers import check_called, layout_of, only_for_positions, tower_of
-from .conditioning import install_conditioning, remove_conditioning, wrap_outermost
+from .conditioning import (
+    conditioner_of,
+    install_conditioning,
+    remove_conditioning,
+    wrap_outermost,
+)
 from .config import TaskMoELoraConfig
 from .encoder_config import TaskEncoderConfig
 from .encoder_loading import task_dim_of
@@ -134,6 +139,13 @@ class TaskMoELoraModel(BaseTuner):
             "Activate them together (`model.base_model.set_adapter([...])`), or combine what "
             "`to_lora` makes of each."
         )
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, as every tuner does; a new one of its name has an encoder of its own."""
+        super().delete_adapter(adapter_name)
+        conditioner = conditioner_of(self.model)
+        assert conditioner is not None
+        conditioner.encoders.forget(adapter_name)
 
     def merge_adapter(self, adapter_names: Any = None, safe_merge: bool = False) -> None:
         """Merge in place, as every tuner does; if a layer refuses, none is changed."""

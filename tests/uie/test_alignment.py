@@ -7,6 +7,7 @@ import unicodedata
 
 import pytest
 
+from peft_taskmoe.uie import alignment
 from peft_taskmoe.uie.alignment import Aligner, LongestSpans, TextIndex, normalise, stands_alone
 
 # Pieces that are awkward alone or next to each other: case that changes length, marks composed and
@@ -157,6 +158,11 @@ def cached_brute_force(text, mention):
         ("I ❤\ufe0f you", "i ❤", "normalised", "I ❤\ufe0f"),
         ("office", "ﬀi", "normalised", "ffi"),
         ("ガラス", "カ", "not_found", None),
+        ("xﬁ", "FI", "normalised", "ﬁ"),
+        ("ﬁsh", "ish", "not_found", None),
+        ("ﬁsh; ish", "ISH", "normalised", "ish"),
+        ("\ufdfa", "وسلم", "not_found", None),
+        ("A\u093c; A", "a", "normalised", "A"),
         ("nothing here", "something", "not_found", None),
         ("nothing here", "", "not_found", None),
         ("nothing here", "\u200b", "not_found", None),
@@ -325,6 +331,7 @@ def test_a_mention_much_longer_than_the_text_is_in_none():
     ("left_out", "kept"),
     [
         ("\u0301", "\u3099"),
+        ("\u05b0", "\u093c"),
         ("\u200d", "\u093c"),
         ("\ufe00", "\ufe10"),
         ("\ufe0f", "\u0335"),
@@ -345,11 +352,20 @@ def test_order_of_spans_of_which_none_is_inside_another():
     spans.add((6, 7))  # inside already
     spans.add((5, 12))  # around the first
     spans.add((20, 22))
+    spans.add((15, 16))  # before the last
     covered = [(a, b) for a in range(24) for b in range(a + 1, 24) if spans.covers((a, b))]
     expected = [
         (a, b)
         for a in range(24)
         for b in range(a + 1, 24)
-        if any(s <= a and b <= e and (s, e) != (a, b) for s, e in ((0, 3), (5, 12), (20, 22)))
+        if any(s <= a and b <= e and (s, e) != (a, b) for s, e in ((0, 3), (5, 12), (15, 16), (20, 22)))
     ]
     assert covered == expected
+
+
+@pytest.mark.parametrize("plain_scans", [0, 200])
+def test_of_a_mention_the_first_places_are_looked_at(monkeypatch, plain_scans):
+    """However the text is searched."""
+    monkeypatch.setattr(alignment, "_PLAIN_SCANS", plain_scans)
+    monkeypatch.setattr(alignment, "MAX_OCCURRENCES", 3)
+    assert TextIndex("a b a b a b a b").occurrences("a").places == ((0, 1), (4, 5), (8, 9))

@@ -271,6 +271,8 @@ def test_a_given_event_is_named_by_its_words_or_their_normal_form():
         parsed = parse_answer(answer, schema, text, given=(other, lower, upper))
         assert [event.trigger.start for event in parsed.records] == starts
         assert parsed.problems == () and all(e.label == "Launch" for e in parsed.records)
+    parsed = parse_answer("[Launch()]", schema, text, given=(lower,))
+    assert (parsed.records, kinds(parsed)) == ((), ["missing_slot"])
     unplaced = Event("Launch", Span("launch"))
     parsed = parse_answer("[Launch('launch')] * 2", schema, text, given=(unplaced, lower))
     assert parsed.records[0].trigger is lower.trigger
