@@ -12,7 +12,9 @@ from peft import get_peft_model
 from transformers import BertConfig, BertForMultipleChoice
 
 from peft_taskmoe import TaskMoELoraConfig
+from peft_taskmoe.call_arguments import note_shape
 from peft_taskmoe.conditioning import conditioner_of, remove_conditioning
+from peft_taskmoe.task_scope import TaskState
 from tiny import TASK_DIM, VOCAB, randomise
 
 IDS = torch.arange(4, 16).view(2, 6)
@@ -157,3 +159,9 @@ def test_all_choices_of_a_question_have_one_task() -> None:
         alone = model(input_ids=ids[row : row + 1], task_embeds=own[row : row + 1]).logits
         torch.testing.assert_close(found[row : row + 1], alone, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(found, model(input_ids=ids, task_embeds=own.flip(0)).logits)
+
+
+def test_a_call_without_tensors_says_nothing_of_rows() -> None:
+    state = TaskState()
+    note_shape(state, {"return_dict": True})
+    assert (state.rows, state.lengths) == (None, ())

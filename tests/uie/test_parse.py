@@ -529,8 +529,12 @@ def test_many_distinct_mentions_of_a_long_text_are_bounded_and_say_so(monkeypatc
     assert len(parse(answer, text).records) == 2_999
     monkeypatch.setattr(alignment, "_SCAN_BUDGET", 0)
     monkeypatch.setattr(alignment, "_SCANS", 100)
-    parsed = parse(answer, text)
-    assert len(parsed.records) == 101 and kinds(parsed) == ["not_in_text"] * (2_999 - 101)
+    parsed = parse(f"{answer[:-1]}, Mission('{'x' * 90}')]", text)
+    assert len(parsed.records) == 101 and kinds(parsed) == ["not_in_text"] * (3_000 - 101)
+    assert parsed.problems[-1].message == (
+        f"{'x' * 80!r} was not looked for after so many others in so long a text; the record is "
+        "left out."
+    )
     assert "was not looked for after so many others in so long a text" in parsed.problems[0].message
 
 
