@@ -323,8 +323,9 @@ def test_relations_of_words_with_themselves_end():
 def test_a_mention_much_longer_than_the_text_is_in_none():
     """A ligature may write one character as several, so a longer mention can be in a text."""
     assert TextIndex("\ufdfa").occurrences("صلى الله عليه وسلم").alignment == "normalised"
-    far_longer = TextIndex("a").occurrences("a" * 1_009)
-    assert (far_longer.alignment, far_longer.places) == ("not_found", ())
+    for n, found in ((1_007, "normalised"), (1_008, "not_found")):
+        assert TextIndex("a").occurrences("a" + "\u200b" * n).alignment == found
+    assert TextIndex("a").occurrences("a" * 1_009).places == ()
 
 
 @pytest.mark.parametrize(
@@ -369,3 +370,10 @@ def test_of_a_mention_the_first_places_are_looked_at(monkeypatch, plain_scans):
     monkeypatch.setattr(alignment, "_PLAIN_SCANS", plain_scans)
     monkeypatch.setattr(alignment, "MAX_OCCURRENCES", 3)
     assert TextIndex("a b a b a b a b").occurrences("a").places == ((0, 1), (4, 5), (8, 9))
+
+
+def test_places_are_counted_against_a_budget_by_the_length_of_their_mention(monkeypatch):
+    monkeypatch.setattr(alignment, "_PLACES_BUDGET", 102)  # six mentions of one character
+    monkeypatch.setattr(alignment, "_MOST_BEYOND_BUDGET", 2)
+    index = TextIndex("a b " * 20)
+    assert [len(index.occurrences(mention).places) for mention in "aba"] == [6, 2, 6]
