@@ -141,7 +141,7 @@ class TaskMoELoraModel(BaseTuner):
         )
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter, as every tuner does; a new one of its name has an encoder of its own."""
+        """Delete an adapter, as every tuner does, and let go of its encoder."""
         super().delete_adapter(adapter_name)
         conditioner = conditioner_of(self.model)
         assert conditioner is not None

@@ -355,11 +355,12 @@ def test_order_of_spans_of_which_none_is_inside_another():
     spans.add((20, 22))
     spans.add((15, 16))  # before the last
     covered = [(a, b) for a in range(24) for b in range(a + 1, 24) if spans.covers((a, b))]
+    longest = ((0, 3), (5, 12), (15, 16), (20, 22))
     expected = [
         (a, b)
         for a in range(24)
         for b in range(a + 1, 24)
-        if any(s <= a and b <= e and (s, e) != (a, b) for s, e in ((0, 3), (5, 12), (15, 16), (20, 22)))
+        if any(s <= a and b <= e and (s, e) != (a, b) for s, e in longest)
     ]
     assert covered == expected
 
