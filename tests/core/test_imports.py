@@ -12,6 +12,7 @@ import pytest
 
 import peft_taskmoe
 from peft_taskmoe.optional import needed
+from running import syntax_tree
 
 ROOT = Path(peft_taskmoe.__file__).parent
 PACKAGE = ROOT.name
