@@ -545,7 +545,8 @@ def test_an_answer_that_cannot_be_put_together_fails_alone(monkeypatch) -> None:
     with serving(scripted()) as client:
         with monkeypatch.context() as patch:
             patch.setattr(Extractor, "extraction_of", lambda *_: 1 / 0)
-            assert "ZeroDivisionError" in ask(client, "Ada").text
+            reply = ask(client, "Ada")
+            assert (reply.status_code, "ZeroDivisionError" in reply.text) == (500, True)
         assert ask(client, "Ada").status_code == 200
 
 
