@@ -323,9 +323,9 @@ def test_relations_of_words_with_themselves_end():
 def test_a_mention_much_longer_than_the_text_is_in_none():
     """A ligature may write one character as several, so a longer mention can be in a text."""
     assert TextIndex("\ufdfa").occurrences("صلى الله عليه وسلم").alignment == "normalised"
-    for n, found in ((1_007, "normalised"), (1_008, "not_found")):
-        assert TextIndex("a").occurrences("a" + "\u200b" * n).alignment == found
-    assert TextIndex("a").occurrences("a" * 1_009).places == ()
+    for length, found in ((1_016, "normalised"), (1_017, "not_found")):
+        mention = "ab".ljust(length, "\u200b")
+        assert TextIndex("ab").occurrences(mention).alignment == found
 
 
 @pytest.mark.parametrize(
@@ -373,8 +373,18 @@ def test_of_a_mention_the_first_places_are_looked_at(monkeypatch, plain_scans):
     assert TextIndex("a b a b a b a b").occurrences("a").places == ((0, 1), (4, 5), (8, 9))
 
 
-def test_places_are_counted_against_a_budget_by_the_length_of_their_mention(monkeypatch):
-    monkeypatch.setattr(alignment, "_PLACES_BUDGET", 102)  # six mentions of one character
+@pytest.mark.parametrize("budget", [102, 118])  # six mentions of one character, nearly seven
+def test_places_are_counted_against_a_budget_by_the_length_of_their_mention(monkeypatch, budget):
+    monkeypatch.setattr(alignment, "_PLACES_BUDGET", budget)
     monkeypatch.setattr(alignment, "_MOST_BEYOND_BUDGET", 2)
     index = TextIndex("a b " * 20)
     assert [len(index.occurrences(mention).places) for mention in "aba"] == [6, 2, 6]
+
+
+def test_once_a_text_was_read_so_often_further_mentions_are_not_looked_for(monkeypatch):
+    monkeypatch.setattr(alignment, "_SCAN_BUDGET", 3)
+    monkeypatch.setattr(alignment, "_SCANS", 2)
+    index = TextIndex("abc")  # of nine characters in all, and the last time counts
+    found = [index.occurrences(mention) for mention in ("a", "b", "c", "ab", "bc")]
+    assert [one.searched for one in found] == [True] * 4 + [False]
+    assert (found[4].alignment, found[4].places, found[4].alone) == ("not_found", (), 0)
