@@ -3,7 +3,7 @@
 # make test   create an environment, install, run the tests
 # make fast   the tests that take no more than about a second each
 # make coverage  the tests, with the lines and branches of the package that none of them takes
-# make mutants   small faults in seven files, one at a time: how many the tests see (see tests/mutants.md)
+# make mutants   small faults in eight files, one at a time: how many the tests see (see tests/mutants.md)
 # make fuzz   FUZZ_SECONDS of hostile answers, then the properties with other and more examples
 # make docs   the documents and the API reference as a site, in outputs/site
 # make audit  the packages of constraints.txt among known vulnerabilities

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from accelerate.utils import align_module_device
 from torch import nn
@@ -47,3 +49,15 @@ def _is_sharded(part: nn.Module) -> bool:
         getattr(part, "module", part), AdapterWeight
     )
     return by_fsdp or hasattr(part.weight, "ds_id")
+
+
+def warn_of_parts(weights: dict[str, torch.Tensor]) -> None:
+    """Warn of weights to be saved that are parts of sharded ones, as PEFT does for LoRA alone."""
+    parts = [name for name, one in weights.items() if one.dim() < 2 or one.numel() == 0]
+    if parts:
+        warnings.warn(
+            f"{len(parts)} adapter weights are parts of sharded ones: {', '.join(parts[:3])}. "
+            "What is saved does not load; save inside `deepspeed.zero.GatheredParameters` or "
+            "`FullyShardedDataParallel.summon_full_params`, or by the Trainer.",
+            stacklevel=3,
+        )

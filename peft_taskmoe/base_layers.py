@@ -7,7 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft import PeftConfig
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _get_in_out_features,
+    _maybe_include_all_linear_layers,
+)
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -41,8 +46,16 @@ def linear_features(base_layer: nn.Module) -> tuple[int, int]:
     )
 
 
-def packed_linears(model: nn.Module) -> set[str]:
-    """Names of quantised layers of classes of their own, which PEFT's `"all-linear"` leaves out."""
+def add_packed_linears(peft_config: PeftConfig, model: nn.Module) -> None:
+    """Let `"all-linear"` mean quantised layers of classes of their own, which PEFT leaves out."""
+    packed = _packed_linears(model)
+    if packed and str(peft_config.target_modules).lower() == "all-linear":
+        peft_config = _maybe_include_all_linear_layers(peft_config, model)
+        peft_config.target_modules = packed | set(peft_config.target_modules or ())
+
+
+def _packed_linears(model: nn.Module) -> set[str]:
+    """Names of those layers; not of the output head, nor inside of layers that are adapted."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     tuned = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, BaseTunerLayer))
     return {

@@ -281,11 +281,6 @@ def _check_fit(
     state: TaskState, readers: dict[str, TaskMoELoraConfig], call: dict[str, Any]
 ) -> None:
     """Check the task embeddings of a call against its adapters and rows; find packed documents."""
-    if state.token_tasks is not None and state.adapter_names is not None:
-        raise ValueError(
-            "`adapter_names` name one adapter a row, but these rows hold several documents. "
-            "Pass them unpacked."
-        )
     for name, config in readers.items():
         embeds = state.embeds_of(name)
         if embeds is None:
@@ -305,4 +300,9 @@ def _check_fit(
         raise ValueError(
             f"There are {count} task embeddings for a batch of {state.rows} rows. Pass "
             f"`task_embeds` of shape ({state.rows}, {embeds.shape[1]}), one row per example."
+        )
+    if state.token_tasks is not None and state.adapter_names is not None:
+        raise ValueError(
+            "`adapter_names` name one adapter a row, but these rows hold several documents. "
+            "Pass them unpacked."
         )

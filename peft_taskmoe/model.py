@@ -3,38 +3,27 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
-from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    BaseTunerLayer,
-    _maybe_include_all_linear_layers,
-    onload_layer,
-)
-from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
+from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .adapter_weight import warn_of_parts
 from .adapters import TaskMoELoraLayer
-from .base_layers import (
-    check_called,
-    layout_of,
-    only_for_positions,
-    packed_linears,
-    tower_of,
-)
-from .conditioning import install_conditioning, remove_conditioning, wrap_outermost
+from .base_layers import add_packed_linears, check_called, layout_of, only_for_positions, tower_of
+from .conditioning import conditioner_of, install_conditioning, remove_conditioning, wrap_outermost
 from .config import TaskMoELoraConfig
 from .encoder_config import TaskEncoderConfig
 from .encoder_loading import task_dim_of
-from .layer import Linear, repeat_names
+from .layer import Linear
 from .peft_type import PREFIX
-from .task_scope import TaskState, current_state, user_scope
+from .row_adapters import adapters_by_row, check_adapter_names
 
 _TRAINED_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 _DEFAULT_TASK_DIM = 768  # of CodeT5-base
@@ -71,10 +60,7 @@ class TaskMoELoraModel(BaseTuner):
 
     def _prepare_model(self, peft_config: TaskMoELoraConfig, model: nn.Module) -> None:
         """Let `"all-linear"` mean quantised layers of classes of their own as well."""
-        packed = packed_linears(model)
-        if packed and str(peft_config.target_modules).lower() == "all-linear":
-            peft_config = _maybe_include_all_linear_layers(peft_config, model)
-            peft_config.target_modules = packed | set(peft_config.target_modules or ())
+        add_packed_linears(peft_config, model)
 
     @staticmethod
     def _check_target_module_exists(peft_config: TaskMoELoraConfig, key: str) -> Any:
@@ -153,6 +139,13 @@ class TaskMoELoraModel(BaseTuner):
             "`to_lora` makes of each."
         )
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, as every tuner does, and let go of its encoder."""
+        super().delete_adapter(adapter_name)
+        conditioner = conditioner_of(self.model)
+        assert conditioner is not None
+        conditioner.encoders.forget(adapter_name)
+
     def merge_adapter(self, adapter_names: Any = None, safe_merge: bool = False) -> None:
         """Merge in place, as every tuner does; if a layer refuses, none is changed."""
         self._check_merge(adapter_names, safe_merge)
@@ -176,14 +169,7 @@ class TaskMoELoraModel(BaseTuner):
     def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         """What PEFT saves of an adapter; warns of parts of weights, as PEFT does for LoRA alone."""
         found = super()._get_adapter_state_dict(*args, **kwargs)
-        parts = [n for n, w in found.items() if PREFIX in n and (w.dim() < 2 or w.numel() == 0)]
-        if parts:
-            warnings.warn(
-                f"{len(parts)} adapter weights are parts of sharded ones: {', '.join(parts[:3])}. "
-                "What is saved does not load; save inside `deepspeed.zero.GatheredParameters` or "
-                "`FullyShardedDataParallel.summon_full_params`, or by the Trainer.",
-                stacklevel=2,
-            )
+        warn_of_parts({name: weight for name, weight in found.items() if PREFIX in name})
         return found
 
     def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
@@ -200,49 +186,6 @@ class TaskMoELoraModel(BaseTuner):
         if names is None:
             yield
             return
-        self._check_adapter_names(names)
-        outer = current_state() or TaskState()
-        state = TaskState(
-            task_embeds=outer.task_embeds, adapter_names=list(names), recorder=outer.recorder
-        )
-        pass_names = partial(_pass_adapter_names, names=list(names))
-        handles = [
-            module.register_forward_pre_hook(pass_names, with_kwargs=True)
-            for module in self.model.modules()
-            if isinstance(module, AuxiliaryTrainingWrapper)
-        ]
-        try:
-            with user_scope(state):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _check_adapter_names(self, names: Sequence[str]) -> None:
-        if self.training:
-            raise ValueError(
-                "Cannot pass `adapter_names` when the model is in training mode. "
-                "Call `model.eval()` first."
-            )
-        known = set(self.peft_config)
-        unknown = sorted(set(names) - known - {"__base__"})
-        if unknown:
-            raise ValueError(
-                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. "
-                f'This model has {", ".join(sorted(known))}, and "__base__" for none.'
-            )
-        if any(m.merged for m in self.model.modules() if isinstance(m, TaskMoELoraLayer)):
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call "
-                "`unmerge_adapter` first."
-            )
-
-
-def _pass_adapter_names(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str]
-) -> Any:
-    """Hand each row's adapter to a module that is saved with the adapters."""
-    values = (*args, *kwargs.values())
-    rows = next(value.shape[0] for value in values if isinstance(value, torch.Tensor))
-    kwargs["adapter_names"] = repeat_names(names, rows)
-    return args, kwargs
+        check_adapter_names(self, names, self.peft_config)
+        with adapters_by_row(self.model, names):
+            yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from ..optional import needed
@@ -12,18 +13,18 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 
-class Tabular:
+class Tabular(ABC):
     """Gives an object with `to_dict` and `tables` its forms for files, terminals and notebooks."""
 
     notes: tuple[str, ...] = ()
 
+    @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """All figures as JSON-ready dicts, with None for what is undefined."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tables(self) -> list[Table]:
         """The figures that a person reads."""
-        raise NotImplementedError
 
     def to_json(self, **options: Any) -> str:
         """`to_dict(**options)` as a JSON text."""

@@ -17,9 +17,11 @@ from peft_taskmoe.uie import (
     parse_answer,
 )
 from peft_taskmoe.uie.alignment import TextIndex
+from peft_taskmoe.uie.extraction.reading import with_confidence
 from peft_taskmoe.uie.extraction.windows import merge_windows, split_windows
 from peft_taskmoe.uie.suffixes import SortedSuffixes
 from peft_taskmoe.uie.view import to_page
+from scripted import byte_tokenizer
 
 SCHEMA = Schema.of("person")
 
@@ -65,6 +67,16 @@ def brackets(n: int) -> Callable[[], object]:
     return lambda: parse_answer("[person(" * 10 * n, SCHEMA, "Ada")
 
 
+def confidences(n: int) -> Callable[[], object]:
+    """Of an answer of about 16 n tokens."""
+    tokenizer = byte_tokenizer()
+    text = " ".join(f"{i:04}" for i in range(n))
+    written = "[" + ", ".join(f'person("{i:04}")' for i in range(n)) + "]"
+    tokens, parsed = tokenizer(written).input_ids, parse_answer(written, SCHEMA, text)
+    assert len(parsed.records) == n and len(tokens) > 15 * n
+    return lambda: with_confidence(parsed, tokens, [-0.1] * len(tokens), tokenizer.decode)
+
+
 CASES = {
     "mentions of the text": (answer, 400),
     "mentions of another text": (lambda n: answer(n, "c"), 400),
@@ -74,6 +86,7 @@ CASES = {
     "identifiers": (identifiers, 400),
     "one word": (one_word, 500),
     "brackets": (brackets, 500),
+    "confidences": (confidences, 80),
 }
 
 

@@ -210,6 +210,7 @@ INTEGERS = [(field, value) for field in ("num_experts", "r", "task_dim", "top_k"
     ({"task_encoder": {"name": "x"}}, "The task encoder has no setting ['name']. Its settings are"),
     ({"task_encoder": {"pooling": "sum"}}, "`pooling` of the task encoder must be one of"),
     ({"task_encoder": 3}, "`task_encoder`"),
+    ({"target_modules": "x" * 10_001}, "`target_modules` must be a regex of at most 10000 char"),
 ])  # fmt: skip
 def test_what_cannot_work_raises(settings, message) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):

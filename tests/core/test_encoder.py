@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, PreTrainedTokenizerFast, RobertaConfig, T5Config
 
 from peft_taskmoe.encoder import TaskEncoder, TaskEncoderConfig
+from peft_taskmoe.encoder_chunks import Chunker
 from peft_taskmoe.encoder_loading import task_dim_of, width_of
 
 WORDS = 60
@@ -758,3 +759,15 @@ def test_a_data_set_on_disk_is_not_encoded_twice(tmp_path):
     torch.testing.assert_close(torch.tensor(column), make_encoder()([SHORT, OTHER]), rtol=0, atol=0)
     other.encode_dataset(Dataset.load_from_disk(tmp_path))
     assert other.cache_info().misses == 2
+
+
+def test_special_tokens_inside_of_a_text_are_refused():
+    """They could not be put around each chunk."""
+
+    class Odd:
+        def __call__(self, text, add_special_tokens=True):
+            return {"input_ids": [5, 0, 6] if add_special_tokens else [5, 6]}
+
+    message = r"special tokens of a Odd must stand around the text, got \[5, 0, 6\].*Use another"
+    with pytest.raises(ValueError, match=message):
+        Chunker(TaskEncoderConfig(), make_model("bert"), Odd())

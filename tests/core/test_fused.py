@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -313,3 +315,12 @@ def test_no_tokens(shape) -> None:
     out = fused(given, shape, 0.2)
     assert out.shape == (0, OUT)
     assert all(not grad.any() for grad in gradients(out, given).values())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_base_is_computed_into_memory_of_its_own_shape(bias) -> None:
+    """Torch warns where an output has another one."""
+    given = tensors(SHAPES[0]) | ({} if bias else {"bias": None})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fused(given, SHAPES[0])

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import peft_taskmoe
+from peft_taskmoe.optional import needed
 from running import syntax_tree
 
 ROOT = Path(peft_taskmoe.__file__).parent
@@ -34,7 +35,7 @@ LEVELS = [
     {"base_layers", "push"},
     {"adapters"},
     {"layer", "continuous_batching"},
-    {"conditioning"},
+    {"conditioning", "row_adapters"},
     {"model", "attach", "inspection"},
     {"registration", "callback", "nearest", "plots"},
     {"export"},
@@ -162,3 +163,10 @@ def test_the_public_names_are_there() -> None:
         "similarity_map", "task_context", "to_lora", "token_gates",
     }  # fmt: skip
     assert all(hasattr(peft_taskmoe, name) for name in peft_taskmoe.__all__)
+
+
+def test_a_package_that_is_broken_is_not_called_missing(tmp_path, monkeypatch) -> None:
+    (tmp_path / "broken_package.py").write_text("import not_there", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="No module named 'not_there'"):
+        needed("broken_package", "plot")

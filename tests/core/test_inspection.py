@@ -14,7 +14,7 @@ from scipy.spatial.distance import jensenshannon
 from torch import nn
 
 from peft_taskmoe import RoutingCallback, TaskMoELoraConfig, task_context
-from peft_taskmoe.inspection import GateRecord, record_gates
+from peft_taskmoe.inspection import GateRecord, counted_tokens, record_gates
 from peft_taskmoe.layer import TaskMoELoraLayer
 from peft_taskmoe.task_scope import TaskState, current_state, entered
 from reference import all_gates
@@ -251,11 +251,11 @@ def test_errors_say_what_to_do(adapted, tiny_model):
             call()
 
 
-def logged(model, *micro_batches) -> dict[str, float]:
+def logged(model, *micro_batches, gates=True) -> dict[str, float]:
     """What a `RoutingCallback` adds to the entry of one step."""
     args = SimpleNamespace(logging_first_step=False, logging_strategy="steps")
     state = SimpleNamespace(global_step=1, logging_steps=2, log_history=[{}])
-    callback, logs = RoutingCallback(), {"loss": 1.0}
+    callback, logs = RoutingCallback(gates), {"loss": 1.0}
     callback.on_step_begin(args, state, None, model=model)
     for inputs, embeds in micro_batches:
         model(**inputs, task_embeds=embeds)
@@ -285,3 +285,37 @@ def test_the_callback_warns_of_dead_experts_and_of_a_task_that_is_ignored(adapte
     messages = [str(warning.message) for warning in caught]
     assert any("hardly used: expert_load_1, expert_load_2 below 1%" in text for text in messages)
     assert any("The task explains 0.0000% of the gates' variance" in text for text in messages)
+
+
+def test_the_callback_logs_no_figure_that_it_has_no_tokens_for(adapted):
+    """Of one row no share of the task, of padding alone nothing, of no gates the loss alone."""
+    model, one, embeds = adapted(router_aux_loss_coef=0.5), batch(1), torch.randn(1, TASK_DIM)
+    loads = {f"expert_load_{i}" for i in range(3)}
+    usual = loads | {"gate_entropy"}
+    assert set(logged(model, (one, embeds))) == usual
+    assert set(logged(model, ({"input_ids": one["input_ids"]}, embeds))) == usual
+    padding = {**one, "attention_mask": torch.zeros(1, 5, dtype=torch.long)}
+    assert logged(model, (padding, embeds)) == {}
+    assert set(logged(adapted(router_inputs="token"), (batch(), None))) == usual
+    two = batch() | {"labels": torch.randint(3, VOCAB, (2, 5))}
+    tasks = torch.randn(2, TASK_DIM)
+    assert set(logged(model.train(), (two, tasks), gates=False)) == {"router_aux_loss"}
+    assert set(logged(model, (two, tasks))) == usual | {"task_share", "router_aux_loss"}
+
+
+def test_the_callback_adds_to_the_entry_where_a_trainer_keeps_none(adapted):
+    model, callback, logs = adapted(), RoutingCallback(), {"loss": 1.0}
+    args = SimpleNamespace(logging_first_step=True, logging_strategy="steps")
+    state = SimpleNamespace(global_step=0, logging_steps=5, log_history=[])
+    callback.on_step_begin(args, state, None, model=model)
+    model(**batch(), task_embeds=torch.randn(2, TASK_DIM))
+    callback.on_step_end(args, state, None, model=model)
+    callback.on_log(args, state, None, model=model, logs=logs)
+    assert "gate_entropy" in logs and state.log_history == []
+
+
+def test_tokens_of_unknown_rows_are_padding_where_the_mask_has_as_many():
+    mask = torch.tensor([[True, False], [True, True]])
+    with entered(TaskState(token_mask=mask)):
+        assert counted_tokens(None, 4).tolist() == [True, False, True, True]
+        assert counted_tokens(None, 3) is counted_tokens(torch.tensor([0, 1]), 2) is None

@@ -17,7 +17,7 @@ from peft_taskmoe import TaskMoELoraConfig, task_context
 from peft_taskmoe.experts import draw_dropped, zero_dropped
 from peft_taskmoe.layer import Linear
 from peft_taskmoe.task_scope import TaskState, entered
-from peft_taskmoe.token_rows import RowsError, TokenLayout
+from peft_taskmoe.token_rows import RowsError, TokenLayout, rows_of_tokens
 
 IN, OUT, TASK_DIM = 5, 4, 3
 CLOSE = {"rtol": 0, "atol": 1e-10}
@@ -357,6 +357,18 @@ def test_tokens_before_rows(path) -> None:
         torch.testing.assert_close(out, expected, **CLOSE)
     with pytest.raises(RowsError, match="rows first in one call and tokens first in another"):
         run(layer, path, torch.randn(2, 3, IN, dtype=DOUBLE), tasks, rows=2, lengths=(3,))
+    layer = make_layer(path)
+    run(layer, path, torch.randn(2, 2, IN, dtype=DOUBLE), tasks, rows=2, lengths=(2,))
+    with pytest.raises(RowsError, match="earlier square batches were read wrongly"):
+        run(layer, path, torch.randn(3, 2, IN, dtype=DOUBLE), tasks, rows=2, lengths=(3,))
+
+
+def test_rows_that_a_shape_does_not_tell_are_unknown_to_a_recorder() -> None:
+    state = TaskState(rows=3, lengths=(4,))
+    assert rows_of_tokens(torch.Size([5, IN]), state, TokenLayout("q_proj")) is None
+    assert rows_of_tokens(torch.Size([12, IN]), state, TokenLayout("q_proj")).tolist() == [
+        *([0] * 4), *([1] * 4), *([2] * 4)
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("path", ["frozen", "conv1d", "plain"])
@@ -415,6 +427,17 @@ def test_each_row_with_its_own_adapter() -> None:
         layer(x)
 
 
+def test_each_row_with_its_own_adapter_where_tokens_come_before_rows() -> None:
+    layer, x = with_other(), torch.randn(3, 2, IN, dtype=DOUBLE)
+    tasks, names = torch.randn(2, TASK_DIM, dtype=DOUBLE), ["other", "default"]
+    with entered(TaskState(task_embeds=tasks, adapter_names=names, rows=2, lengths=(3,))):
+        out = layer(x)
+    for row, name in enumerate(names):
+        layer.set_adapter(name)
+        with task_context(tasks[row][None]):
+            torch.testing.assert_close(out[:, row], layer(x[:, row]), **CLOSE)
+
+
 @pytest.mark.parametrize("path", ["frozen", "conv1d"])
 @pytest.mark.parametrize("top_k", [None, 2])
 def test_a_task_router_merges_exactly_per_task(path, top_k) -> None:
@@ -431,6 +454,12 @@ def test_a_task_router_merges_exactly_per_task(path, top_k) -> None:
     torch.testing.assert_close(layer.base_layer.weight, before, rtol=0, atol=1e-14)
     with pytest.warns(UserWarning, match="Already unmerged"):
         layer.unmerge()
+    with task_context(tasks):
+        layer.merge()
+    layer.enable_adapters(False)
+    torch.testing.assert_close(layer(x), layer.base_layer(x), rtol=0, atol=0)
+    assert not layer.merged
+    torch.testing.assert_close(layer.base_layer.weight, before, rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("router_inputs, n, message", [

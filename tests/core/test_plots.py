@@ -55,11 +55,13 @@ def test_the_heat_map_has_a_row_a_block_and_a_group_of_experts_a_kind_of_layer()
     assert low + high == pytest.approx(2 / 8) and high < 0.3  # the one gate of 0.76 is clipped
 
 
-@pytest.mark.parametrize("tasks", [1, 4, 12])
+@pytest.mark.parametrize("tasks", [1, 3, 4, 12])
 def test_a_heat_map_of_210_layers_fits_on_a_screen(tasks, tmp_path):
     figure = heat_map(recorded(large(tasks)))
     width, height = figure.get_size_inches()
     assert width <= 16 and height <= 9
+    drawn = [ax.get_title() for ax in figure.axes if ax.axison and ax.get_title()]
+    assert drawn == [f"task {t} $x$" for t in range(tasks)]  # an empty panel has no axes
     figure.savefig(tmp_path / "gates.png")  # titles with dollars are no formulas
 
 
@@ -127,3 +129,10 @@ def test_optional_packages_are_named_where_missing(package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=rf"needs `{package}`.*'peft_taskmoe\[plot\]'"):
         similarity_map(record)
+
+
+@pytest.mark.parametrize("tasks, numbers", [(3, 9), (40, 0)])
+def test_a_similarity_map_has_numbers_as_far_as_they_can_be_read(tasks, numbers):
+    gates = {f"t{i}": {"h.0.q": [i / 50, 1 - i / 50]} for i in range(1, tasks + 1)}
+    _, matrix, *_ = similarity_map(recorded(gates)).axes
+    assert len(matrix.texts) == numbers and len(matrix.get_yticklabels()) == tasks

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import reference
 from peft_taskmoe.router import (
+    check_task_embeds,
     gates_from_logits,
     keep_top_k,
     load_balancing_loss,
@@ -35,6 +36,21 @@ def test_the_scale_of_the_encoder_does_not_reach_the_router() -> None:
         assert scaled.norm().item() == pytest.approx(size, rel=1e-5)
         assert torch.equal(normalize_task(zero, norm, 10), zero)
     assert torch.equal(normalize_task(task, "none", 10), task)
+
+
+@pytest.mark.parametrize("value, found", [
+    ("a task", "str"),
+    (torch.zeros(3), "of shape (3,) and dtype torch.float32"),
+    (torch.zeros(1, 3, dtype=torch.int64), "of shape (1, 3) and dtype torch.int64"),
+])  # fmt: skip
+def test_what_is_no_batch_of_tasks_is_refused(value, found) -> None:
+    with pytest.raises(ValueError) as caught:
+        check_task_embeds(value)
+    assert str(caught.value) == (
+        f"`task_embeds` must be a float tensor of shape (batch, task_dim), got {found}. "
+        "Pass e.g. `task_embeds=encoder(prompts)`."
+    )
+    check_task_embeds(torch.zeros(1, 3, dtype=torch.bfloat16))
 
 
 def test_each_task_owns_consecutive_tokens() -> None:

@@ -18,6 +18,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import reference
 from peft_taskmoe import TaskCollator, TaskMoELoraConfig, attach_task_encoder, log_routing
+from peft_taskmoe.aux_loss import AuxLoss, AuxLossLog
 from peft_taskmoe.conditioning import conditioner_of
 from peft_taskmoe.layer import Linear
 from tiny import TASK_DIM, randomise
@@ -308,6 +309,17 @@ def test_the_loss_that_trainer_sees_contains_it(
 
 
 NO_EFFECT = r"`router_aux_loss_coef` of \['default'\] has no effect here.*set the coefficient to 0"
+
+
+def test_a_model_that_is_not_trained_has_the_loss_and_no_gradient(adapted) -> None:
+    """As where a frozen model is evaluated in training mode."""
+    model = adapted(router_aux_loss_coef=COEF).train().requires_grad_(False)
+    plain = adapted().train().requires_grad_(False)
+    added = model(**BATCH).loss - plain(**BATCH).loss
+    assert added.item() == pytest.approx(last_aux_loss(model), rel=1e-4) and added > 0.9 * COEF
+    log, outputs = AuxLossLog(), {"log_probs": torch.zeros(2, 3), "label_mask": torch.ones(2, 3)}
+    found = log.add_to_outputs(AuxLoss({"default": COEF}, value=0.5), dict(outputs))
+    assert found["log_probs"] is outputs["log_probs"] and log.take_mean() == 0.5
 
 
 def test_label_smoothing_warns_that_it_has_no_effect(

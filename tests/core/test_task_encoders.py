@@ -139,6 +139,9 @@ def test_packed_rows_are_routed_by_document(attached) -> None:
     assert not torch.allclose(found, swapped, atol=1e-3)
     with pytest.raises(ValueError, match="There are 3 task embeddings for a batch of 1 rows"):
         model(**batch, task_embeds=torch.randn(3, TASK_DIM))
+    for given in ({}, {"task_embeds": torch.randn(2, TASK_DIM)}):
+        with pytest.raises(ValueError, match=r"these rows hold several documents\. Pass them unp"):
+            model(**batch, **given, adapter_names=["default"])
 
 
 def test_an_encoder_decoder_reads_its_input_not_its_labels(attached) -> None:
@@ -233,3 +236,42 @@ def test_what_cannot_be_attached_says_so(adapted, tiny_model, tiny_encoder, word
     refused(dimension, other, tiny_encoder, word_tokenizer)
     with pytest.raises(ValueError, match="no task embedding"):
         other(input_ids=IDS)  # the refused encoder was not attached
+
+
+def test_an_encoder_is_attached_to_the_active_adapters_and_to_those_it_fits(adapted) -> None:
+    """Not to others of another width, or whose config names another encoder."""
+    model, encoder, named = adapted(), FakeEncoder(), TaskEncoderConfig(name_or_path="another")
+    others = {"wide": {"task_dim": 5}, "named": {"task_encoder": named}, "like": {}}
+    for name, changes in others.items():
+        settings = {"task_dim": TASK_DIM, "num_experts": 2, "r": 2, **changes}
+        model.add_adapter(name, TaskMoELoraConfig(**settings))
+    attach_task_encoder(model, encoder, FakeTokenizer())
+    found = {name: config.task_encoder for name, config in model.peft_config.items()}
+    own = encoder.config
+    assert found == {"default": own, "wide": None, "named": named, "like": own}
+    model.base_model.set_adapter(["default", "like"])
+    model(input_ids=IDS)
+    assert encoder.calls == [["t4 t5 t6 t7 t8", "t9 t10 t11 t12 t13"]]  # once for both
+
+
+def test_an_adapter_of_a_deleted_ones_name_does_not_have_its_encoder(attached) -> None:
+    model, encoder = attached()
+    for _ in range(2):
+        model.add_adapter("other", TaskMoELoraConfig(task_dim=TASK_DIM, num_experts=2, r=2))
+        model.set_adapter("other")
+        with pytest.raises(ValueError, match="no task embedding"):
+            model(input_ids=IDS)
+        attach_task_encoder(model, encoder, FakeTokenizer())
+        model(input_ids=IDS)
+        model.delete_adapter("other")
+    assert len(encoder.calls) == 2
+
+
+def test_a_batch_made_in_inference_mode_is_not_remembered(attached) -> None:
+    """Such a tensor does not count its changes."""
+    model, encoder = attached()
+    with torch.inference_mode():
+        ids = IDS.clone()
+        model(input_ids=ids, labels=torch.tensor([[PAD, PAD, 6, 7, 8], [PAD, 10, 11, 12, 13]]))
+        model(input_ids=ids)
+    assert encoder.calls == [["t4 t5", "t9"], ["t4 t5 t6 t7 t8", "t9 t10 t11 t12 t13"]]

@@ -80,9 +80,11 @@ def test_a_task_is_scaled_once_for_all_layers_of_one_width() -> None:
         expected = normalize_task(first if adapter == "a" else second, norm, width)
         torch.testing.assert_close(state.normalized_embeds(adapter, norm, width, cpu), expected)
     trained = TaskState(task_embeds=tasks().requires_grad_())
-    twice = [trained.normalized_embeds("a", "rms", 9, cpu) for _ in range(2)]
-    assert twice[0] is not twice[1] and all(found.requires_grad for found in twice)
-    torch.testing.assert_close(twice[0], normalize_task(tasks(), "rms", 9))
+    for norm in ("matched", "rms", "none"):
+        twice = [trained.normalized_embeds("a", norm, 9, cpu) for _ in range(2)]
+        assert all(found.requires_grad for found in twice)
+        assert (twice[0] is not twice[1]) == (norm != "none")
+        torch.testing.assert_close(twice[0], normalize_task(tasks(), norm, 9))
 
 
 def test_a_task_goes_to_the_device_of_its_layer() -> None:
@@ -233,3 +235,9 @@ def test_recomputation_sees_the_task_of_its_forward(use_reentrant, trained_task,
 def test_wrapping_a_checkpoint_function_is_idempotent() -> None:
     once = carry_into_recompute(checkpoint)
     assert carry_into_recompute(once) is once
+
+
+def test_a_checkpoint_outside_of_a_forward_is_the_usual_one() -> None:
+    x = torch.randn(3, requires_grad=True)
+    carry_into_recompute(partial(checkpoint, use_reentrant=False))(torch.sin, x).sum().backward()
+    assert torch.equal(x.grad, x.detach().cos())

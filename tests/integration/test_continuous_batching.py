@@ -97,12 +97,19 @@ def test_requests_that_arrive_over_time_get_the_tokens_of_generate(attention):
         assert results(manager, ids) == expected
 
 
-@pytest.mark.parametrize("settings", [{"router_inputs": "task"}, {"top_k": 1}])
+@pytest.mark.parametrize(
+    "settings", [{"router_inputs": "task"}, {"router_inputs": "token"}, {"top_k": 1}]
+)
 @pytest.mark.slow
 def test_other_routers(settings):
     model = adapted(**settings)
     prompts, embeds = requests(8)
-    assert batched(model, prompts, task_embeds=embeds) == alone(model, prompts, embeds)
+    expected = alone(model, prompts, embeds)
+    assert batched(model, prompts, task_embeds=embeds) == expected
+    for _ in range(2):  # with a manager that is kept
+        given = {"task_embeds": {"default": embeds}, "persistent_manager": True}
+        assert batched(model, prompts, **given) == expected
+    model.get_base_model().destroy_cached_continuous_batching_manager()
 
 
 @pytest.mark.slow
@@ -210,8 +217,21 @@ def test_a_task_is_freed_when_its_request_ends_or_is_cancelled():
         assert alive()[0] == 1 and alive()[1] <= counts[0][1]
 
 
-def test_what_the_engine_lacks_is_refused():
+def test_what_the_engine_lacks_is_refused(monkeypatch):
     model, task = adapted(), {"task_embeds": torch.randn(1, TASK_DIM)}
+    base = model.get_base_model()
+    for holder, name, why in (
+        (base.config, "compile_config", "compile_config"),
+        (base, "_device_mesh", "tensor parallelism"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match=why):
+            patch.setattr(holder, name, object(), raising=False)
+            model.init_continuous_batching(GREEDY, engine())
+    with pytest.raises(ValueError, match=f"have {TASK_DIM + 1} dimensions"):
+        batched(model, [[5]], task_embeds=torch.randn(1, TASK_DIM + 1))
+    paged = {"cache_implementation": "paged", "logits_processor": [object()], **task}
+    with pytest.raises(ValueError, match="drops a `logits_processor`"):
+        model.generate(torch.tensor([[5]]), **paged)
     for name in ("use_cuda_graph", "use_async_batching", "default_compile_level"):
         with pytest.raises(ValueError, match="CUDA graphs"):
             model.init_continuous_batching(GREEDY, engine(**{name: True}))
@@ -248,6 +268,10 @@ def test_requests_without_a_task_fail_and_say_so():
     with model.disable_adapter():
         manager.add_request([5, 6])
     assert 'Adapter "default" was not active' in error_of(manager)
+    manager = model.init_continuous_batching(GREEDY, engine())
+    manager.add_request([5, 6], task_embeds=torch.randn(TASK_DIM))
+    base.config._attn_implementation = "eager"
+    assert "changed its attention implementation" in error_of(manager)
     base._cached_continuous_batching_manager = before
     with pytest.raises(ValueError, match="destroy_cached"):
         batched(model, [[5]], task_embeds=torch.randn(1, TASK_DIM))

@@ -254,6 +254,8 @@ def test_calibration_on_texts_and_on_the_tasks_of_the_encoder(
     of_texts = averaged(model, task, calibration=texts, tokenizer=word_tokenizer)
     of_batches = averaged(model, task, calibration=batches)
     assert of_texts.report == of_batches.report and of_texts.report.tokens == 5
+    for one in (texts[0], batches[0]):  # needs no list
+        assert averaged(model, task, calibration=one, tokenizer=word_tokenizer).report.tokens == 3
     attach_task_encoder(model, tiny_encoder, word_tokenizer)
     automatic = averaged(model, calibration=texts, tokenizer=word_tokenizer)
     for batch, text in zip(batches, texts, strict=True):
@@ -315,6 +317,9 @@ def test_errors_of_to_lora(adapted, tiny_model, task):
     shape = r"`task_embeds` has the shape \(2, 6\).*shape \(1, 6\).*once per task"
     refused(shape, exact, task.expand(2, -1))
     refused(r"`task_embeds` has the shape \(1, 5\)", exact, task[:, :5])
+    no_float = r"`task_embeds` is torch.int64\. Pass a float tensor of shape \(1, 6\)"
+    refused(no_float, exact, task.long())
+    refused(r"`task_embeds` is str\. Pass a float tensor", exact, "a task")
     no_effect = r"reads the token only, so `task_embeds` would have no effect"
     refused(no_effect, token, task, calibration=calibration)
     refused(r'reads the token \(`router_inputs="token"`\).*Pass `calibration=', token)

@@ -6,7 +6,9 @@ import importlib
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
+import pytest
 import torch
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -108,3 +110,10 @@ def test_a_fresh_process_gives_the_same_logits_and_needs_the_import(
     ]
     logits = torch.load(tmp_path / "logits.pt", weights_only=True)
     assert torch.equal(logits, model.requires_grad_(False)(**batch).logits)
+
+
+def test_another_version_of_peft_says_what_to_install(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft.mapping", ModuleType("peft.mapping"))
+    message = r"needs PEFT's tuner interface of 0\.21 or newer; found peft \d.*pip install 'peft>="
+    with pytest.raises(ImportError, match=message):
+        register()

@@ -278,6 +278,13 @@ def test_a_router_that_reads_the_token_alone_adapts_images_too() -> None:
     assert any("vision_tower" in name for name in names)
 
 
+def test_the_output_head_beside_a_text_model_sees_the_text() -> None:
+    model = adapt(_llava(), target_modules=r"lm_head|.*language_model.*q_proj")
+    names = [n for n, m in model.named_modules() if isinstance(m, TaskMoELoraLayer)]
+    assert [name.split(".")[-1] for name in sorted(names)] == ["lm_head", "q_proj"]
+    assert_rows_are_those_alone(model, _llava_batch([2, 1]))
+
+
 # --- Layers whose weights are read without a call
 
 MAMBA = {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 64, "state_size": 4}

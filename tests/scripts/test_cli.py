@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from peft_taskmoe import cli
-from peft_taskmoe.cli import Exit
+from peft_taskmoe.cli import Exit, inputs
 from peft_taskmoe.cli.parquet import read_parquet
 from peft_taskmoe.cli.shares import Processes
 from peft_taskmoe.uie import (
@@ -177,6 +178,21 @@ def test_any_line_gives_records_or_an_error_line(loads):
     assert all(("records" in row) != ("error" in row) for row in found)
 
 
+def test_an_error_that_nobody_thought_of_costs_its_line(loads, monkeypatch):
+    question = inputs._question
+
+    def failing(row, *more):
+        if row["text"] == "bad":
+            raise RuntimeError("oh")
+        return question(row, *more)
+
+    monkeypatch.setattr(inputs, "_question", failing)
+    texts({"text": "Ada"}, {"text": "bad"}, {"text": "Bob"})
+    assert extract() == Exit.SOME_LINES_BAD
+    assert rows()[1]["error"] == "The line cannot be used (RuntimeError: oh)."
+    assert [len(rows()[i]["records"]) for i in (0, 2)] == [1, 1]
+
+
 def test_an_interrupted_run_goes_on_behind_the_lines_that_are_written(loads, monkeypatch, capsys):
     texts(*({"text": f"text {i} Ada"} for i in range(10)))
     assert extract() == Exit.DONE
@@ -327,6 +343,20 @@ def test_a_gpu_that_is_not_there_is_refused(loads, capsys):
     assert "--device is 'cuda', but this machine has" in capsys.readouterr().err
 
 
+def test_each_process_of_a_machine_takes_an_accelerator_of_its_own(loads, monkeypatch):
+    texts({"text": "Ada"})
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert extract() == Exit.DONE and loads[0]["device"] == "cuda:1"
+
+
+def test_a_stream_that_is_no_file_is_printed_to(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert cli.main([]) == Exit.NOTHING_DONE and "usage: " in sys.stdout.getvalue()
+
+
 def test_arguments_that_do_not_exist_end_with_2(capsys):
     assert cli.main([]) == Exit.NOTHING_DONE and "usage: " in capsys.readouterr().out
     for arguments in (["extract"], ["extract", "--colour", "red"], ["paint"]):
@@ -374,7 +404,8 @@ def test_a_parquet_output_holds_the_same(loads, capsys, monkeypatch):
 @pytest.fixture
 def process(monkeypatch):
     """`process(rank, count, *options)`: extract as one of several processes."""
-    monkeypatch.setattr(Processes, "wait_for_all", lambda self: None)
+    wait = Processes.wait_for_all
+    monkeypatch.setattr(Processes, "wait_for_all", lambda self: self.count > 1 or wait(self))
 
     def run(rank: int, count: int, *options: str) -> int:
         monkeypatch.setenv("RANK", str(rank))
@@ -436,6 +467,10 @@ def test_several_processes_go_on_behind_one_and_refuse_other_parts(
     Path("kept.jsonl").rename("out.jsonl")
     assert process(1, 2) == Exit.DONE
     assert timeless(rows()) == timeless(whole)
+    assert process(1, 2, "--overwrite", "--threshold", "0.1") == Exit.DONE
+    assert list(Path().glob(".out*parts"))  # of a job that nobody ends
+    assert process(0, 1, "--overwrite") == Exit.DONE
+    assert timeless(rows()) == timeless(whole) and not list(Path().glob(".out*parts"))
 
 
 def test_documents_with_their_own_schemas_and_scores(loads, capsys):
@@ -484,6 +519,23 @@ def test_documents_with_their_own_schemas_and_scores(loads, capsys):
         cli.main(["score", "--gold", "gold.jsonl", "gold.jsonl", "--predicted", "out.jsonl"])
         == Exit.NOTHING_DONE
     )
+    command = ["score", "--gold", *["gold.jsonl"] * 2, "--predicted", *["out.jsonl"] * 2]
+    assert cli.main(command) == Exit.NOTHING_DONE
+    assert "Two gold files are called `gold`. Give them names" in capsys.readouterr().err
+
+
+def test_a_terminal_gets_tables_in_the_place_of_markdown(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    entity = Entity("Capital", Span("Ada", 0, 3), confidence=0.9)
+    write_jsonl([Document("a", "Ada", "NER", WORDS, (entity,))], "gold.jsonl")
+    texts({"id": "a", "records": [entity.to_dict()]}, file="out.jsonl")
+    command = ["score", "--gold", "gold.jsonl", "--predicted", "out.jsonl", "--reliability"]
+    for terminal in (False, True):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal)
+        assert cli.main(command) == Exit.DONE
+        printed = capsys.readouterr().out
+        assert "gold" in printed and "100.0" in printed and "ECE" in printed
+        assert ("| ---" in printed or "|---" in printed) != terminal
 
 
 def test_the_reliability_of_confidences(loads, capsys):
@@ -663,8 +715,9 @@ def test_from_the_shell_with_an_adapter_from_disk(job, tmp_path):
 
 
 def test_help_and_version_import_nothing_slow():
-    for arguments in (["--help"], ["--version"], ["extract", "--help"]):
-        _, err = ended(start("-X", "importtime", "-m", "peft_taskmoe", *arguments))
+    commands = ("peft_taskmoe --help", "peft_taskmoe.cli --version", "peft_taskmoe extract --help")
+    for command in commands:
+        _, err = ended(start("-X", "importtime", "-m", *command.split()))
         assert not re.search(rb"\b(torch|transformers|peft|datasets)$", err, re.MULTILINE)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +16,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from types import ModuleType
 
 import pytest
 from peft import LoraConfig, get_peft_model
@@ -38,6 +41,11 @@ httpx = pytest.importorskip("httpx")
 uvicorn = pytest.importorskip("uvicorn")
 server = pytest.importorskip("peft_taskmoe.serving.app", exc_type=ImportError)
 
+from peft_taskmoe.serving.adapters import Lane  # noqa: E402
+from peft_taskmoe.serving.batching import ClosedError, PromptQueue  # noqa: E402
+from peft_taskmoe.serving.bodies import ExtractRequest, tickets_of  # noqa: E402
+from peft_taskmoe.serving.limits import Guard  # noqa: E402
+from peft_taskmoe.serving.service import Service  # noqa: E402
 from served import SCHEMA, ask, post, serving, until  # noqa: E402
 
 OTHER = {"Name": "names", "Capital": ""}
@@ -156,9 +164,26 @@ def test_each_adapter_answers_as_it_does_alone(models, tmp_path) -> None:
     alone = {name: Extractor.from_pretrained(folders[name], **options) for name in ("a.task", "b")}
     adapters = server.Adapters(Extractor.from_pretrained(folders["a.task"], **options), "a.task")
     adapters.load("b", folders["b"])
-    for name, why in (("b", "Two adapters are called `b`"), ("lora", "different peft types")):
+    other_words = byte_tokenizer()
+    other_words.add_tokens(["<<new>>"])
+    for name in ("far", "words"):
+        folders[name] = shutil.copytree(folders["b"], tmp_path / name)
+    other_words.save_pretrained(folders["words"])
+    config = json.loads((folders["far"] / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "elsewhere"
+    (folders["far"] / "adapter_config.json").write_text(json.dumps(config))
+    for name, why in (
+        ("b", "Two adapters are called `b`"),
+        ("lora", "different peft types"),
+        ("far", "was trained on `elsewhere`, but the loaded model is"),
+        ("words", "has other tokens than that of the loaded model. Load this adapter by itself"),
+    ):
         with pytest.raises(ValueError, match=why):
             adapters.load(name, folders[name])
+    cached = Extractor.from_pretrained(folders["a.task"], **options)
+    cached.prefix_caching = True  # its encoder reads whole prompts
+    with pytest.raises(ValueError, match="computes a schema once for many texts, but"):
+        server.Adapters(cached).load("b", folders["b"])
     with serving(adapters) as client, ThreadPoolExecutor(6) as pool:
         names = ["b", None, "a.task"] * 3
         replies = list(pool.map(lambda name: ask(client, "Ada met Bob.", adapter=name), names))
@@ -462,6 +487,9 @@ def test_without_a_page_the_server_says_why(adapted, tiny_encoder, monkeypatch) 
     assert "no API key" in server.why_no_page(routed, "secret")
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert "peft_taskmoe[app]" in server.why_no_page(routed, None)
+    monkeypatch.setitem(sys.modules, "gradio", ModuleType("gradio"))
+    monkeypatch.setitem(sys.modules, "matplotlib", ModuleType("matplotlib"))
+    assert server.why_no_page(routed, None) is None
     with serving(scripted()) as client:
         assert "How to ask" in client.get("/").text
 
@@ -470,3 +498,84 @@ def test_without_the_extra_the_command_says_what_to_install(monkeypatch, capsys)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert cli.main(["serve", "--adapter", "a"]) == Exit.NOTHING_DONE
     assert "pip install 'peft_taskmoe[serve]'" in capsys.readouterr().err
+
+
+def test_the_command_says_where_it_serves_and_to_whom(monkeypatch, capsys, tmp_path) -> None:
+    """Everything but the server itself."""
+    served, loaded, pages = [], [], []
+    monkeypatch.setattr(Extractor, "from_pretrained", lambda *args, **options: scripted())
+    monkeypatch.setattr(server.Adapters, "load", lambda self, *given: loaded.append(given))
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: served.append(self))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    command = ["serve", "--port", "0", "--adapter", str(tmp_path), "--adapter", "second=b=c"]
+    assert cli.main([*command, "--host", "0.0.0.0", "--no-page"]) == Exit.DONE
+    said = capsys.readouterr().err
+    assert "Whoever reaches this address may use the server" in said and "no page" not in said
+    assert loaded == [("second", "b=c")]
+    assert cli.main([*command, "--api-key", "secret"]) == Exit.DONE
+    said = capsys.readouterr().err
+    assert "There is no page. A browser sends no API key." in said and "Whoever" not in said
+    with monkeypatch.context() as patch:
+        patch.setattr(server, "why_no_page", lambda *_: None)
+        patch.setattr(server, "make_app", lambda *_, **options: pages.append(options["page"]))
+        assert cli.main(command) == Exit.DONE
+    assert pages == [True] and "no page" not in capsys.readouterr().err and len(served) == 3
+    assert cli.main([*command, "--api-key", ""]) == Exit.NOTHING_DONE
+    assert "The API key is empty. Pass one, or unset" in capsys.readouterr().err
+
+
+def test_what_others_ask_of_the_models_thread_is_done_before_prompts() -> None:
+    """And what it raises is raised where it was asked for."""
+    queue = PromptQueue(1)
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(queue.call, work) for work in (lambda: 7, lambda: 1 / 0)]
+        assert queue.take(1) == []  # waits until something is there
+        until(lambda: queue.run_calls() or all(one.done() for one in asked))
+        assert asked[0].result() == 7
+        with pytest.raises(ZeroDivisionError):
+            asked[1].result()
+    queue.close()
+    assert queue.finished and queue.take(1) == []
+    with pytest.raises(ClosedError, match="The server is stopping"):
+        queue.call(int)
+
+
+def test_a_model_that_fails_at_the_start_closes_the_server(monkeypatch) -> None:
+    monkeypatch.setattr(Lane, "warm_up", lambda self: 1 / 0)
+    service = Service(server.Adapters(scripted()), server.Limits())
+    service.worker.thread.start()
+    service.worker.thread.join(30)
+    assert not service.worker.ready and service.queue.closed
+    body = ExtractRequest.model_validate({"texts": ["Ada"], "schema": SCHEMA})
+    with pytest.raises(server.HTTPException) as refused:
+        asyncio.run(service.admit(body))
+    assert (refused.value.status_code, refused.value.detail) == (503, "The server is stopping.")
+
+
+def test_an_answer_that_cannot_be_put_together_fails_alone(monkeypatch) -> None:
+    with serving(scripted()) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(Extractor, "extraction_of", lambda *_: 1 / 0)
+            reply = ask(client, "Ada")
+            assert (reply.status_code, "ZeroDivisionError" in reply.text) == (500, True)
+        assert ask(client, "Ada").status_code == 200
+
+
+def test_a_ticket_that_nobody_waits_for_any_more_is_left() -> None:
+    body = ExtractRequest.model_validate({"texts": [" "], "schema": SCHEMA})
+    (ticket,) = tickets_of(body, server.Adapters(scripted()), server.Limits())
+    ticket.future.cancel()
+    ticket.deliver()
+    ticket.fail(ValueError("too late"))
+    assert ticket.future.cancelled()
+
+
+def test_a_client_that_leaves_before_its_body_is_whole_is_not_answered() -> None:
+    async def leaves() -> dict:
+        return {"type": "http.disconnect"}
+
+    async def reached(*_) -> None:
+        raise AssertionError
+
+    scope = {"type": "http", "path": "/v1/extract", "headers": []}
+    asyncio.run(Guard(reached, server.Limits(), None)(scope, leaves, reached))

@@ -7,6 +7,7 @@ import unicodedata
 
 import pytest
 
+from peft_taskmoe.uie import alignment
 from peft_taskmoe.uie.alignment import Aligner, LongestSpans, TextIndex, normalise, stands_alone
 
 # Pieces that are awkward alone or next to each other: case that changes length, marks composed and
@@ -157,6 +158,11 @@ def cached_brute_force(text, mention):
         ("I ❤\ufe0f you", "i ❤", "normalised", "I ❤\ufe0f"),
         ("office", "ﬀi", "normalised", "ffi"),
         ("ガラス", "カ", "not_found", None),
+        ("xﬁ", "FI", "normalised", "ﬁ"),
+        ("ﬁsh", "ish", "not_found", None),
+        ("ﬁsh; ish", "ISH", "normalised", "ish"),
+        ("\ufdfa", "وسلم", "not_found", None),
+        ("A\u093c; A", "a", "normalised", "A"),
         ("nothing here", "something", "not_found", None),
         ("nothing here", "", "not_found", None),
         ("nothing here", "\u200b", "not_found", None),
@@ -317,14 +323,16 @@ def test_relations_of_words_with_themselves_end():
 def test_a_mention_much_longer_than_the_text_is_in_none():
     """A ligature may write one character as several, so a longer mention can be in a text."""
     assert TextIndex("\ufdfa").occurrences("صلى الله عليه وسلم").alignment == "normalised"
-    far_longer = TextIndex("a").occurrences("a" * 1_009)
-    assert (far_longer.alignment, far_longer.places) == ("not_found", ())
+    for length, found in ((1_016, "normalised"), (1_017, "not_found")):
+        mention = "ab".ljust(length, "\u200b")
+        assert TextIndex("ab").occurrences(mention).alignment == found
 
 
 @pytest.mark.parametrize(
     ("left_out", "kept"),
     [
         ("\u0301", "\u3099"),
+        ("\u05b0", "\u093c"),
         ("\u200d", "\u093c"),
         ("\ufe00", "\ufe10"),
         ("\ufe0f", "\u0335"),
@@ -345,11 +353,38 @@ def test_order_of_spans_of_which_none_is_inside_another():
     spans.add((6, 7))  # inside already
     spans.add((5, 12))  # around the first
     spans.add((20, 22))
+    spans.add((15, 16))  # before the last
     covered = [(a, b) for a in range(24) for b in range(a + 1, 24) if spans.covers((a, b))]
+    longest = ((0, 3), (5, 12), (15, 16), (20, 22))
     expected = [
         (a, b)
         for a in range(24)
         for b in range(a + 1, 24)
-        if any(s <= a and b <= e and (s, e) != (a, b) for s, e in ((0, 3), (5, 12), (20, 22)))
+        if any(s <= a and b <= e and (s, e) != (a, b) for s, e in longest)
     ]
     assert covered == expected
+
+
+@pytest.mark.parametrize("plain_scans", [0, 200])
+def test_of_a_mention_the_first_places_are_looked_at(monkeypatch, plain_scans):
+    """However the text is searched."""
+    monkeypatch.setattr(alignment, "_PLAIN_SCANS", plain_scans)
+    monkeypatch.setattr(alignment, "MAX_OCCURRENCES", 3)
+    assert TextIndex("a b a b a b a b").occurrences("a").places == ((0, 1), (4, 5), (8, 9))
+
+
+@pytest.mark.parametrize("budget", [102, 118])  # six mentions of one character, nearly seven
+def test_places_are_counted_against_a_budget_by_the_length_of_their_mention(monkeypatch, budget):
+    monkeypatch.setattr(alignment, "_PLACES_BUDGET", budget)
+    monkeypatch.setattr(alignment, "_MOST_BEYOND_BUDGET", 2)
+    index = TextIndex("a b " * 20)
+    assert [len(index.occurrences(mention).places) for mention in "aba"] == [6, 2, 6]
+
+
+def test_once_a_text_was_read_so_often_further_mentions_are_not_looked_for(monkeypatch):
+    monkeypatch.setattr(alignment, "_SCAN_BUDGET", 3)
+    monkeypatch.setattr(alignment, "_SCANS", 2)
+    index = TextIndex("abc")  # of nine characters in all, and the last time counts
+    found = [index.occurrences(mention) for mention in ("a", "b", "c", "ab", "bc")]
+    assert [one.searched for one in found] == [True] * 4 + [False]
+    assert (found[4].alignment, found[4].places, found[4].alone) == ("not_found", (), 0)

@@ -348,3 +348,10 @@ def test_a_grammar_that_the_library_refuses_leaves_the_answer_free_and_says_so(m
     with pytest.warns(UserWarning, match="goes on without constraint"):
         (found,) = extract(lambda prompt: ' [class_("He")]', [TEXT], SCHEMA, constrained=True)
     assert [record.label for record in found.records] == ["class"]
+
+
+def test_given_events_of_no_class_are_in_no_answer(wrapped):
+    given = [Event("Unknown", span("came")), Event("Attack", span("died"))]
+    grammar = answer_grammar(SCHEMA, TEXT, given)
+    assert takes(wrapped, grammar, ' [Attack("died")]')
+    assert not takes(wrapped, grammar, ' [Attack("came")]')

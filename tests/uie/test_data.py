@@ -520,6 +520,15 @@ def test_iepile_problems(tmp_path):
     assert no_task in report.problems[1].message
     with pytest.raises(ReadError, match=r"The text has no `'Bob'`. What it belongs to is left out"):
         read_iepile(path)
+    asked = [{"event_type": "Hit", "trigger": ["hit"], "arguments": ["by"]}]
+    asked.append({"event_type": "Sit", "trigger": [], "arguments": []})  # nothing is said of it
+    lines = [
+        iepile("EE", asked, "Ann hit", {"Hit": [{"trigger": "struck", "arguments": {}}]}),
+        iepile("EEA", asked, "Ann hit", {"Hit": [{"by": "Ann"}], "Sit": []}),
+    ]
+    report = read_iepile(jsonl(tmp_path / "events.json", *lines), on_error="collect")
+    assert places(report) == [("not_in_text", 1)]
+    assert [len(one.records) for one in report.documents] == [0, 1]
 
 
 # --- Hub
@@ -572,6 +581,14 @@ def test_hub_rows_in_the_jsonl_format(tmp_path, streaming):
     options = {"data_files": str(path), "cache_dir": str(cache), "streaming": streaming}
     report = read_hub("json", split="train", **options)
     assert [document.to_dict() for document in report.documents] == [EE, other]
+
+
+def test_a_configuration_of_the_hub_is_named_and_one_without_rows_is_reported(hub):
+    mapping = TokenTags({"PER": "people"}, TAG_NAMES)
+    report = read_hub("json", mapping, split="test", subset="mine", limit=2, **hub)
+    assert len(report.documents) == 2
+    report = read_hub("json", mapping, split="test", limit=0, on_error="collect", **hub)
+    assert [problem.kind for problem in report.errors] == ["empty"]
 
 
 def test_hub_calls_that_cannot_work(hub):

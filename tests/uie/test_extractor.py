@@ -54,6 +54,7 @@ from peft_taskmoe.uie import (
 )
 from peft_taskmoe.uie.extraction import extractor as extractor_module
 from peft_taskmoe.uie.extraction import prefix, stopping
+from peft_taskmoe.uie.extraction.fingerprint import weights_checksum
 from peft_taskmoe.uie.extraction.format_file import FORMAT_FILE, load_format
 from peft_taskmoe.uie.extraction.generation import Generator
 from peft_taskmoe.uie.extraction.placement import placement
@@ -1232,6 +1233,22 @@ def test_the_calibration_beside_an_adapter_is_applied_unless_asked_not_to(saved)
     (none,) = halved(["Ada met Bob."], WORDS, thresholds=0.51)  # of the calibrated confidence
     assert not none.records and {one.kind for one in none.problems} == {"low_confidence"}
     assert plain.fingerprint() != halved.fingerprint()
+
+
+def test_the_checksum_of_weights_sees_integers_and_needs_no_memory():
+    """Quantised layers keep theirs as buffers of integers; running means are no weights."""
+
+    def part(code: int, mean: float, device: str = "cpu") -> torch.nn.Module:
+        layer = torch.nn.Linear(2, 2, device=device)
+        if device == "cpu":
+            torch.nn.init.ones_(layer.weight), torch.nn.init.zeros_(layer.bias)
+        layer.register_buffer("codes", torch.tensor([code], device=device))
+        layer.register_buffer("mean", torch.tensor([mean], device=device))
+        return layer
+
+    same = weights_checksum(part(1, 0.0))
+    assert weights_checksum(part(1, 1.0)) == same != weights_checksum(part(2, 0.0))
+    assert weights_checksum(part(1, 0.0, "meta")) != same
 
 
 def test_from_pretrained_without_a_format_warns_unless_one_is_passed(saved):

@@ -13,7 +13,7 @@ import warnings
 
 import pytest
 
-from peft_taskmoe.uie import alignment
+from peft_taskmoe.uie import alignment, calls
 from peft_taskmoe.uie.parse import parse_answer
 from peft_taskmoe.uie.prompt import PromptFormat, completion_text
 from peft_taskmoe.uie.records import (
@@ -271,6 +271,11 @@ def test_a_given_event_is_named_by_its_words_or_their_normal_form():
         parsed = parse_answer(answer, schema, text, given=(other, lower, upper))
         assert [event.trigger.start for event in parsed.records] == starts
         assert parsed.problems == () and all(e.label == "Launch" for e in parsed.records)
+    parsed = parse_answer("[Launch()]", schema, text, given=(lower,))
+    assert (parsed.records, kinds(parsed)) == ((), ["missing_slot"])
+    twice = [Event("Launch", Span("a", i, i + 1)) for i in (1, 0)]
+    parsed = parse_answer("[Launch('a'), Launch('a')]", schema, "aa", given=twice)
+    assert [event.trigger.start for event in parsed.records] == [0, 1]
     unplaced = Event("Launch", Span("launch"))
     parsed = parse_answer("[Launch('launch')] * 2", schema, text, given=(unplaced, lower))
     assert parsed.records[0].trigger is lower.trigger
@@ -350,6 +355,81 @@ def test_relations_with_one_side_only():
 )  # fmt: skip
 def test_a_problem_says_what_is_wrong(answer, message):
     assert [problem.message for problem in parse(answer).problems] == [message]
+
+
+@pytest.mark.parametrize(
+    ("answer", "problems"),
+    [
+        ("", [("truncated", "The answer has no list.", "")]),
+        ("[", [("truncated", "The list is not closed.", "[")]),
+        (" [ [", [("truncated", "The list is not closed.", "[ [")]),
+        ("[[]", [("truncated", "The list is not closed.", "[[]")]),
+        ("[Mission('Apollo')", [("truncated", "The list is not closed.", "")]),
+        ("Mission('Apollo')", [("truncated", "The list is not closed.", "")]),
+        (
+            "[Mission('Apollo'",
+            [("truncated", "The answer ends inside this record; it is left out.",
+              "Mission('Apollo'")],
+        ),
+        (
+            "Sorry. \n[Mission('Apollo')] ",
+            [("extra_text", "These words belong to no record.", "Sorry. \n[")],
+        ),
+        ("[] the end  ", [("extra_text", "These words belong to no record.", "the end")]),
+        (
+            "[Mission('Apollo' x), Launcher('Ariane 5')]",
+            [("malformed", "This is no well-formed record; it is left out.",
+              "Mission('Apollo' x),")],
+        ),
+        (
+            "[Rocket ('x')]",
+            [("extra_text", "These words belong to no record.", "Rocket ('x')]"),
+             ("truncated", "The answer has no list.", "")],
+        ),
+        ("[Mission ('Apollo')]", []),
+    ],
+)  # fmt: skip
+def test_a_problem_has_the_words_that_it_is_about(answer, problems):
+    found = parse(answer).problems
+    assert [(problem.kind, problem.message, problem.source) for problem in found] == problems
+
+
+def nested(depth):
+    return "Mission(" + "[" * depth + "'Apollo'" + "]" * depth + ")"
+
+
+@pytest.mark.parametrize(
+    ("call", "kinds_"),
+    [
+        (nested(7), ["bad_value", "missing_slot"]),
+        (nested(8), ["malformed"]),
+        (f"Mission('Apollo', span_nth={'1' * 100})", ["bad_occurrence"]),
+        (f"Mission('Apollo', span_nth={'1' * 101})", ["malformed"]),
+        (f"Launch('flew',Vehicle=[{'None,' * 4_996}])", []),
+        (f"Launch('flew', Vehicle=[{'None,' * 4_996}])", []),
+        (f"Launch('flew', Vehicle=[{'None,' * 4_996}] )", ["malformed"]),
+    ],
+)
+def test_a_record_has_at_most_so_many_brackets_digits_and_tokens(call, kinds_):
+    assert kinds(parse(f"[{call}]")) == kinds_
+
+
+@pytest.mark.parametrize("failures", [4, 5])
+def test_a_disturbed_parse_is_tried_five_times(monkeypatch, failures):
+    parse_, left = ast.parse, [SystemError] * failures
+
+    def disturbed(*args, **kwargs):
+        if left:
+            raise left.pop()
+        return parse_(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(calls.ast, "parse", disturbed)
+        try:
+            found = calls.expression("7")
+        except SystemError:
+            found = None
+    assert (found is None) == (failures == 5) and not left
 
 
 def test_masked_names():
@@ -527,8 +607,12 @@ def test_many_distinct_mentions_of_a_long_text_are_bounded_and_say_so(monkeypatc
     assert len(parse(answer, text).records) == 2_999
     monkeypatch.setattr(alignment, "_SCAN_BUDGET", 0)
     monkeypatch.setattr(alignment, "_SCANS", 100)
-    parsed = parse(answer, text)
-    assert len(parsed.records) == 101 and kinds(parsed) == ["not_in_text"] * (2_999 - 101)
+    parsed = parse(f"{answer[:-1]}, Mission('{'x' * 90}')]", text)
+    assert len(parsed.records) == 101 and kinds(parsed) == ["not_in_text"] * (3_000 - 101)
+    assert parsed.problems[-1].message == (
+        f"{'x' * 80!r} was not looked for after so many others in so long a text; the record is "
+        "left out."
+    )
     assert "was not looked for after so many others in so long a text" in parsed.problems[0].message
 
 

@@ -209,6 +209,8 @@ def test_unknown_labels_and_roles_are_errors():
     unknown = r"Document `d7`: There is a record of the entity `Rocket`.*has `Launcher`"
     with pytest.raises(ValueError, match=unknown):
         build_example(wrong)
+    with pytest.raises(ValueError, match="There is a record of the entity `Rocket`"):
+        completion_text(wrong.records, text, SCHEMA)
     event = Event("Launch", span(text, "flew"), (Argument("Crew", span(text, "It")),))
     role = r"event `Launch` has an argument in the role `Crew`.*roles: `Vehicle`, `Lau"
     with pytest.raises(ValueError, match=role):
@@ -380,3 +382,10 @@ def test_random_source_is_its_own():
     state = random.getstate()
     build_example(document(1), COMPACT, ALL, 3, POOL, NEGATIVES)
     assert random.getstate() == state
+
+
+def test_an_argument_that_is_given_twice_is_written_once():
+    text = "Ariane flew."
+    arguments = (Argument("Vehicle", span(text, "Ariane")),) * 2
+    event = Event("Launch", span(text, "flew"), arguments)
+    assert completion_text([event], text, SCHEMA).count("Ariane") == 1

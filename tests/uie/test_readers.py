@@ -144,6 +144,8 @@ def test_relations_with_a_schema_of_entities_are_refused(tmp_path, schema):
     path = brat(tmp_path, "Ann met Bob", "T1\tPER 0 3\tAnn")
     with pytest.raises(ReadError, match=r"Pass one of relations"):
         convert(path, tmp_path / "out.jsonl", "brat", task="RE", schema=schema)
+    report = read_brat(path, "RE", schema=schema, on_error="collect")
+    assert (report.documents, [problem.kind for problem in report.errors]) == ([], ["schema"])
     assert not (tmp_path / "out.jsonl").exists()
 
 
@@ -215,6 +217,7 @@ def studio(*results, text="Ann"):
     [
         (read_doccano, {"text": "Ann", "label": ["pos"]}, "row", "not places in the text"),
         (read_doccano, {"text": "Ann", "label": [[0, 4, "P"]]}, "offsets", "not have the mention"),
+        (read_doccano, {"text": "Ann", "label": [[3, 0, "P"]]}, "offsets", "of `P` at 3:0"),
         (read_doccano, {"text": "Ann", "label": [[0, 3, 5]]}, "row", "a label is `5`, not a name"),
         (read_doccano, {"text": 3, "label": []}, "row", "its text is `3`"),
         (read_doccano, {"id": []}, "row", "KeyError"),

@@ -104,6 +104,9 @@ def test_relations_and_spans_that_are_not_in_the_text():
     turned = [Relation("R", *pair, confidence=0.7) for pair in ((ANN, BOB), (BOB, ANN))]
     found = curve("RE", gold, [*turned, lost])  # as in precision, lost spans are dropped
     assert (found.count, found.precision) == (2, 0.5)
+    unplaced = [Entity("P", Span("Bob"), 0.5)] * 2  # by its words alone: said twice, there once
+    found = curve("NER", [Entity("P", BOB)], unplaced)
+    assert (found.count, found.precision) == (2, 0.5)
 
 
 def random_sets(seed: int, sets: int = 3, documents: int = 40):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 
 import pytest
@@ -84,6 +85,12 @@ def test_the_page_needs_no_other_file_and_escapes_what_was_written():
     assert Counter(re.findall(r'scope="row">([^<]+)</th>', page))["Firm"] == 1
 
 
+def test_a_page_without_matplotlib_says_what_it_lacks(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    page = report_page("a", {"set": [GOLD]}, {"set": {"1": FOUND}})
+    assert "needs `matplotlib`" in Page(page).visible and "data:image/png" not in page
+
+
 def test_rare_labels_are_pooled_and_nothing_found_is_a_page_as_well():
     labels = [f"L{i}" for i in range(30)]
     schema = Schema.from_dict("NER", labels)
@@ -115,7 +122,7 @@ def adapter(tmp_path, tiny_encoder, word_tokenizer):
     return tmp_path / "adapter"
 
 
-def test_the_command_reports_routing_and_nearest_tasks(adapter, tmp_path, capsys):
+def test_the_command_reports_routing_and_nearest_tasks(adapter, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     names = ("one", "two", "three")
     for name in names:
@@ -132,6 +139,13 @@ def test_the_command_reports_routing_and_nearest_tasks(adapter, tmp_path, capsys
     command = ["report", "--adapter", str(adapter), "--gold", gold[0], gold[0]]
     assert cli.main([*command, "--output", str(output)]) == cli.Exit.NOTHING_DONE
     assert "Two gold files are called `one`" in capsys.readouterr().err
+    next(adapter.glob("*centroids*")).unlink()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    command = ["report", "--adapter", str(adapter), "--gold", gold[0], "--max-new-tokens", "4"]
+    assert cli.main([*command, "--output", str(output)]) == cli.Exit.DONE
+    page = Page(output.read_text(encoding="utf-8"))
+    assert "needs `matplotlib`" in page.visible
+    assert "No centroids of the training tasks lie beside the adapter." in page.visible
 
 
 def test_an_adapter_without_a_router_or_centroids_has_a_report(tmp_path):

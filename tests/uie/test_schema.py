@@ -228,7 +228,9 @@ def test_pydantic_models():
         """Hits."""
 
         trigger: str
-        victims: list[Company] = pydantic.Field(alias="Victim-s", description="who")
+        victims: list[Annotated[Company, "hurt"]] = pydantic.Field(
+            alias="Victim-s", description="who"
+        )
         place: Annotated[str | None, "where"] = None
 
     class Report(pydantic.BaseModel):

@@ -25,6 +25,7 @@ from peft_taskmoe.uie.records import Argument, Document, Entity, Event, Problem,
 from peft_taskmoe.uie.schema import Schema
 from peft_taskmoe.uie.scoring import bootstrap
 from peft_taskmoe.uie.scoring.counts import AnswerCounts, Counts
+from peft_taskmoe.uie.scoring.matching import items_of
 
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data" / "uie"
 NO_TABLE = SeenLabels({}, {})
@@ -221,6 +222,11 @@ def test_identification_ignores_what_things_are_called():
     assert not events.scores[1].roles
     with refused(match=r"Only one report is of identification, without labels\. Score both"):
         compare(report, one([gold], answers))
+
+
+def test_items_have_their_label_unless_it_is_left_out():
+    assert items_of(ANN.records, "NER", "text", "1") == {("A", "Ann"): 1}
+    assert items_of(ANN.records, "NER", "offsets", "1", identification=True) == {("", (0, 3)): 1}
 
 
 def test_a_repeated_mention_has_to_be_found_as_often():
@@ -467,7 +473,11 @@ def test_wrong_calls_say_what_to_do():
         one(documents, {"2": []})
     with refused(match="Data set `set` has two documents `1`. Give each an id"):
         one(documents * 2, {})
-    with refused(match="The mention 'Ann' in document `1` has no offsets, so it cannot be matched"):
+    unplaced = (
+        "The mention 'Ann' in document `1` has no offsets, so it cannot be matched by them. "
+        'Align the answer to its text first, or pass match="text".'
+    )
+    with refused(match=f"^{re.escape(unplaced)}$"):
         one(documents, {"1": [Entity("A", Span("Ann"))]}, match="offsets")
 
 
@@ -566,9 +576,14 @@ def test_own_labels_in_a_set_that_is_called_like_a_public_one_are_scored_with_a_
     ],
 )
 def test_broken_answers_are_named(answer, found):
+    advice = "Pass its records as a list, or an object with `records` and `problems`."
+    if isinstance(answer, list):
+        advice = "Read records with `record_from_dict`, or leave this one out."
     for judge in (score, reliability):
-        with refused(match=re.escape(found)):
+        with refused(match=re.escape(found)) as caught:
             judge({"s": [ANN]}, {"s": {"1": answer}})
+        assert str(caught.value).startswith("The answer to document `1` ")
+        assert str(caught.value).endswith(f". {advice}")
 
 
 def test_half_characters_in_names_reach_every_file():
@@ -799,3 +814,9 @@ def test_wrong_values_say_what_to_do():
         compare_values(good, {"x": {"1": 1.0, "2": math.nan}})
     with refused(match="Document `2` of `x` has no positive weight"):
         compare_values(good, good, weights={"x": {"1": 1.0}})
+
+
+def test_a_data_set_without_documents_has_no_row():
+    report = score({"set": [ANN], "none": []}, {"set": {"1": ANN.records}}, seen=NO_TABLE)
+    assert report.with_intervals(10).average_f1() == 1
+    assert [one.dataset for one in report.scores] == ["set"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import re
+import sys
+from types import ModuleType
 
 import pytest
 from rich.console import Console
@@ -277,3 +279,13 @@ def test_what_a_reader_found_is_short_where_python_shows_it(tmp_path):
     page = Page(report._repr_html_())
     assert sum(tag == "tr" for tag, _ in page.tags) == 21
     assert "5 more problems are not shown." in page.visible
+
+
+def test_in_a_notebook_a_console_shows_the_page_of_the_extractions(monkeypatch):
+    shown = []
+    display = ModuleType("IPython.display")
+    display.HTML, display.display = (lambda page: page), shown.append
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    item = extraction(TEXT, *RECORDS)
+    item.show(Console(file=io.StringIO(), force_jupyter=True))
+    assert shown == [to_html([item])]

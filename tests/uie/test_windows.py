@@ -93,6 +93,11 @@ def test_a_text_that_fits_is_one_window():
     assert split_windows("abc", 3) == (Window("abc", 0, 3),)
 
 
+def test_windows_share_nothing_where_what_they_share_leaves_no_room():
+    found = split_windows("a" * 10 + "Xbb", 10, length=lambda t: len(t) + 7 * t.count("X"))
+    assert [(w.text, w.start) for w in found] == [("a" * 10, 0), ("Xbb", 10)]
+
+
 def test_length_is_asked_seldom_and_never_for_much_more_than_a_window():
     asked = []
 
@@ -271,6 +276,30 @@ def test_prompts_with_numbered_triggers_fit():
         assert sorted(found) == list(range(500, 600, 5))
 
 
+def test_a_given_event_without_a_place_is_asked_about_at_its_first():
+    text = "word " * 100 + "flew " + "word " * 100 + "flew"
+    given = [Event("Act", Span("flew"))]
+    (part,) = prompt_windows(text, SCHEMA, 500, given=given, format=COMPACT)
+    assert part.window.start <= 500 < part.window.end < 900
+
+
+def test_a_trigger_among_characters_that_take_more_room_is_asked_about_alone():
+    text, given = "\0" * 5 + "a" + "\0" * 5, [Event("Act", Span("a", 5, 6))]
+    most = len(prompt_text("a", SCHEMA, given=[Event("Act", Span("a", 0, 1))], format=COMPACT))
+    (part,) = prompt_windows(text, SCHEMA, most, given=given, format=COMPACT)
+    assert part.window == Window("a", 5, 6)
+
+
+def test_a_window_of_a_triggers_own_begins_and_ends_with_whole_characters():
+    text, start, end = "e\u0301" * 150 + "x" * 160 + "e\u0301" * 150, 300, 460
+    given = [Event("Act", Span("x" * 160, start, end))]
+    for most in range(650, 658):
+        (part,) = prompt_windows(text, SCHEMA, most, given=given, format=COMPACT, overlap=10)
+        inside = part.window.text
+        assert inside[0] == "e" and inside[-1] == "\u0301" and len(part.prompt) <= most
+        assert part.window.start < start and end < part.window.end
+
+
 def test_given_events_that_no_prompt_can_hold():
     text = "word " * 300
     good = Event("Act", Span("word", 500, 504))
@@ -328,4 +357,8 @@ def test_documents_split_for_training():
         for record in part.records:
             assert part.text[record.head.start : record.head.end] == "Ann"
     assert split_document(document, 1000) == ((document,), ())
+    act = Event("Act", Span("met", 4, 7), (Argument("Who", Span("Ann", 0, 3)),))
+    events = Document("e", text, "EAE", SCHEMA.select([SCHEMA.labels[2]]), (act,))
+    (only,), lost = split_document(events, 60, overlap=15)  # no window without an event
+    assert (only.id, only.records, lost) == ("e#0", (act,), ())
     assert len({record_key(r) for r in near}) == 20
