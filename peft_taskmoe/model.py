@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import (
     onload_layer,
 )
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from peft.utils.warning import PeftWarning
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -182,6 +183,7 @@ class TaskMoELoraModel(BaseTuner):
                 f"{len(parts)} adapter weights are parts of sharded ones: {', '.join(parts[:3])}. "
                 "What is saved does not load; save inside `deepspeed.zero.GatheredParameters` or "
                 "`FullyShardedDataParallel.summon_full_params`, or by the Trainer.",
+                PeftWarning,
                 stacklevel=2,
             )
         return found
