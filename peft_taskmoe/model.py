@@ -75,7 +75,8 @@ class TaskMoELoraModel(BaseTuner):
         packed = packed_linears(model)
         if packed and str(peft_config.target_modules).lower() == "all-linear":
             peft_config = _maybe_include_all_linear_layers(peft_config, model)
-            peft_config.target_modules = packed | set(peft_config.target_modules or ())
+            packed |= set(peft_config.target_modules or ())
+            peft_config.target_modules = packed  # type: ignore[assignment]
 
     @staticmethod
     def _check_target_module_exists(peft_config: TaskMoELoraConfig, key: str) -> Any:
