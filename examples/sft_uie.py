@@ -38,6 +38,7 @@ from sft_checks import (
     fail,
     find_checkpoint,
     finished,
+    first_line,
     read_documents,
     start_run,
 )
@@ -310,4 +311,9 @@ if __name__ == "__main__":
     parser = TrlParser(
         (DataArguments, TaskMoEArguments, SFTConfig, ModelArguments), conflict_handler="resolve"
     )
-    main(*parser.parse_args_and_config())
+    try:
+        parsed = parser.parse_args_and_config()
+    except ValueError as error:
+        cpu = " On a CPU add `--bf16 false --dtype float32`." if "bf16" in str(error) else ""
+        fail(f"{first_line(error)}{cpu}")
+    main(*parsed)

@@ -6,6 +6,7 @@ import warnings
 
 import torch
 from accelerate.utils import align_module_device
+from peft.utils.warning import PeftWarning
 from torch import nn
 
 
@@ -59,5 +60,6 @@ def warn_of_parts(weights: dict[str, torch.Tensor]) -> None:
             f"{len(parts)} adapter weights are parts of sharded ones: {', '.join(parts[:3])}. "
             "What is saved does not load; save inside `deepspeed.zero.GatheredParameters` or "
             "`FullyShardedDataParallel.summon_full_params`, or by the Trainer.",
+            PeftWarning,
             stacklevel=3,
         )

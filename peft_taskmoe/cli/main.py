@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import traceback
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code, an `Exit`.
     """
     print_any_character()
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # PEFT's own
     args = parser().parse_args(arguments)
     try:
         code: Exit = args.run(args)

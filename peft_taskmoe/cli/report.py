@@ -8,7 +8,6 @@ from pathlib import Path
 from .files import check_output
 from .messages import Exit, say
 from .model_options import add_model_options, count, load
-from .score import dataset_name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Exit:
     """Extract from the documents, score, look at the routing, and write the page."""
     from ..uie import read_jsonl
+    from ..uie.data.conversion import dataset_name
     from ..uie.extraction.loading import load_centroids
     from ..uie.extraction.report import write_report
 

@@ -83,7 +83,7 @@ def _write(args: argparse.Namespace, report: ScoreReport, curve: Reliability | N
 
 def _print(args: argparse.Namespace, report: ScoreReport, curve: Reliability | None) -> None:
     if curve and curve.without:
-        say(f"{curve.without} records have no confidence, or say nothing that it could be about.")
+        say(f"{curve.without} of the records have no confidence, or none that is about something.")
     if not sys.stdout.isatty():
         curves = [curve.to_markdown()] if curve else []
         show("\n".join([report.to_markdown(labels=args.labels), *curves]))
@@ -93,17 +93,12 @@ def _print(args: argparse.Namespace, report: ScoreReport, curve: Reliability | N
     )
 
 
-def dataset_name(path: Path) -> str:
-    """The name of a file's data set: that of its folder, where the file is named by its split."""
-    split = path.stem in ("train", "test", "dev", "validation") and path.parent.name
-    return path.parent.name if split else path.stem
-
-
 def _read(
     gold_files: Sequence[Path], predicted_files: Sequence[Path]
 ) -> tuple[dict[str, list[Document]], dict[str, dict[str, _Answer]], int]:
     """Gold documents and answers by data set, and the number of lines that could not be used."""
     from ..uie import read_jsonl
+    from ..uie.data.conversion import dataset_name
 
     if len(gold_files) != len(predicted_files):
         raise ValueError(

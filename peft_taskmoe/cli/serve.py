@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     named = "folder or Hub id, or NAME=FOLDER; again for more, the first one answers by default"
     add("--adapter", required=True, action="append", help=named)
     add("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
-    add("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
+    add("--port", type=_port, default=8000, help="0 takes a free one (default: %(default)s)")
     key = "what clients must send as a bearer token (default: $PEFT_TASKMOE_API_KEY, or none)"
     add("--api-key", default=os.environ.get("PEFT_TASKMOE_API_KEY"), help=key)
     engine = "what answers: the Extractor's batches, or transformers' continuous batching"
@@ -83,6 +83,12 @@ def run(args: argparse.Namespace) -> Exit:
     return Exit.DONE
 
 
+def _port(value: str) -> int:
+    if not 0 <= (port := int(value)) < 2**16:
+        raise argparse.ArgumentTypeError(f"{port} is no port; they go from 0 to 65535")
+    return port
+
+
 def _load(args: argparse.Namespace) -> Adapters:
     """The model with all adapters."""
     from ..serving.adapters import Adapters
@@ -97,6 +103,6 @@ def _load(args: argparse.Namespace) -> Adapters:
 def _name_of(adapter: str) -> tuple[str, str]:
     """The name of an adapter and where it is."""
     name, equals, folder = adapter.partition("=")
-    if equals and name and folder:
+    if equals and name and folder and not Path(adapter).exists():
         return name, folder
-    return Path(adapter).name, adapter
+    return Path(adapter).name or Path(adapter).resolve().name, adapter

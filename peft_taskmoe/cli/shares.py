@@ -73,7 +73,7 @@ class Shares:
         processes.wait_for_all()
         own = self.blocks()[processes.rank :: processes.count]
         total = sum(last - first for _, first, last in own)
-        with tqdm(total=total, desc="Extracting", unit="text", disable=processes.rank > 0) as bar:
+        with tqdm(total=total, desc="Extracting", unit=" text", disable=processes.rank > 0) as bar:
             for file, first, last in own:
                 write(file, first, last, progress=False)
                 bar.update(last - first)

@@ -19,7 +19,7 @@ from ..optional import needed
 from ..page import page as make_page
 from ..uie import Extraction
 from .adapters import Adapters
-from .batching import Ticket, Worker
+from .batching import ClosedError, Ticket, Worker
 from .bodies import ExtractRequest, ExtractResponse, StrictRoute
 from .continuous import ContinuousWorker
 from .limits import Guard, Limits
@@ -52,8 +52,10 @@ def make_app(
         centroids: The known tasks that the page shows beside a prompt.
 
     Raises:
-        ValueError: The page was asked for and cannot be, as `why_no_page` says.
+        ValueError: There is no such engine, or the page cannot be, as `why_no_page` says.
     """
+    if engine not in ENGINES:
+        raise ValueError(f"There is no engine {engine!r}. Pass one of {', '.join(ENGINES)}.")
     if page and (why := why_no_page(adapters, api_key)):
         raise ValueError(f"There can be no page. {why}")
     service = Service(adapters, limits or Limits(), ENGINES[engine])
@@ -64,7 +66,7 @@ def make_app(
         yield
         service.queue.close()
         await asyncio.to_thread(service.worker.thread.join)
-        service.reader.shutdown(wait=False)
+        service.reader.shutdown(wait=False, cancel_futures=True)
 
     named = [Depends(HTTPBearer(auto_error=False))] if api_key else []  # for the OpenAPI pages
     app = FastAPI(title="peft_taskmoe", lifespan=lifespan, dependencies=named)
@@ -72,6 +74,7 @@ def make_app(
     app.add_middleware(Guard, limits=service.limits, api_key=api_key)
     app.add_middleware(Measured, metrics=service.metrics)
     app.add_exception_handler(RequestValidationError, _unreadable)
+    app.add_exception_handler(HTTPException, _refused)
     _add_status_routes(app, service)
     _add_extraction_routes(app, service)
     if not page:
@@ -120,26 +123,28 @@ def _add_extraction_routes(app: FastAPI, service: Service) -> None:
         tickets = await service.admit(body)
         found: dict[int, Extraction] = {}
         try:
-            async for number in service.answered(tickets, request, body.timeout):
+            async for number in service.answered(tickets, request, body.timeout, start):
                 found[number] = tickets[number].future.result()
         except TimeoutError:
             raise HTTPException(504, service.too_late(body.timeout)) from None
         except ConnectionError:
             return Response(status_code=499)
+        except ClosedError as error:
+            raise HTTPException(503, str(error)) from None
         except Exception as error:
             raise HTTPException(
                 500, f"A text could not be answered: {type(error).__name__}."
             ) from None
         results = [found[number].to_dict() for number in range(len(tickets))]
         content = {"results": results, "seconds": round(time.perf_counter() - start, 4)}
-        # In ASCII: what a model wrote may have characters that UTF-8 has not.
-        return Response(json.dumps(content), media_type="application/json")
+        return _Ascii(content)
 
     @app.post("/v1/extract/stream", response_class=StreamingResponse)
     async def stream(body: ExtractRequest, request: Request) -> StreamingResponse:
         """The same, a line of JSON as soon as a text is done, with its `index`."""
+        start = time.perf_counter()
         tickets = await service.admit(body)
-        lines = _lines(service, tickets, request, body.timeout)
+        lines = _lines(service, tickets, request, body.timeout, start)
         return StreamingResponse(lines, media_type="application/x-ndjson")
 
 
@@ -173,12 +178,16 @@ def _add_status_routes(app: FastAPI, service: Service) -> None:
 
 
 async def _lines(
-    service: Service, tickets: Sequence[Ticket], request: Request, timeout: float | None
+    service: Service,
+    tickets: Sequence[Ticket],
+    request: Request,
+    timeout: float | None,
+    start: float,
 ) -> AsyncIterator[str]:
     left = set(range(len(tickets)))
     with suppress(ConnectionError):
         try:
-            async for number in service.answered(tickets, request, timeout):
+            async for number in service.answered(tickets, request, timeout, start):
                 left.remove(number)
                 error = tickets[number].future.exception()
                 if error is None:
@@ -198,4 +207,16 @@ async def _unreadable(request: Request, error: Any) -> JSONResponse:
         {"loc": one["loc"], "msg": one.get("ctx", {}).get("error", one["msg"])}
         for one in error.errors()
     ]
-    return JSONResponse({"detail": json.loads(json.dumps(faults, default=str))}, 422)
+    return _Ascii({"detail": json.loads(json.dumps(faults, default=str))}, 422)
+
+
+async def _refused(request: Request, error: Any) -> Response:
+    """The answer that an `HTTPException` stands for."""
+    return _Ascii({"detail": error.detail}, error.status_code, error.headers)
+
+
+class _Ascii(JSONResponse):
+    """JSON in ASCII: words of clients and models may have characters that UTF-8 has not."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content).encode("ascii")

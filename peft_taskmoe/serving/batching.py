@@ -45,7 +45,7 @@ class Ticket:
 
     def deliver(self) -> None:
         """Hand over the extraction, once every prompt is answered."""
-        if not self.text.done:
+        if not self.text.done or self.future.done():
             return
         try:
             found = self.lane.extractor.extraction_of(self.text, self.thresholds)
@@ -186,6 +186,15 @@ class PromptQueue:
             self._drop()
             return self.closed and not self._rows and not self._calls
 
+    def give_up(self) -> None:
+        """Tell those who wait that nothing more is answered."""
+        with self._changed:
+            self.closed = True
+            rows = self._taken(self._rows)
+        for row in rows:
+            row.ticket.fail(ClosedError("The server is stopping."))
+        self.run_calls()
+
     def close(self) -> None:
         """Take no more; what waits is still answered."""
         with self._changed:
@@ -227,8 +236,7 @@ class Worker:
 
     def _stop(self) -> None:
         self.ready = False
-        self.queue.close()
-        self.queue.run_calls()  # or those who wait for them would wait for ever
+        self.queue.give_up()  # nothing is left unless the thread ended by an error
 
     def _answer_next(self) -> bool:
         """Answer a batch, and keep nothing of it; False once there will be none."""
@@ -246,14 +254,13 @@ class Worker:
             if len(rows) == 1:
                 rows[0].ticket.fail(error)
                 return
-        if len(rows) > 1 and rows[0].job.answer is None:
-            # One of them may be at fault, or all together need too much memory.
-            for row in rows:
-                self._answer([row])
-            return
         seconds = time.perf_counter() - start
-        self.pace += 0.2 * (seconds / len(rows) - self.pace)
         answers = [row.job.answer for row in rows if row.job.answer is not None]
-        self._metrics.batch(len(rows), seconds, sum(answer.tokens for answer in answers))
+        left = [row for row in rows if row.job.answer is None]
+        if answers:
+            self.pace += 0.2 * (seconds / len(rows) - self.pace)
+            self._metrics.batch(len(answers), seconds, sum(answer.tokens for answer in answers))
         for ticket in {row.ticket: None for row in rows}:
             ticket.deliver()
+        for row in left:  # one of them may be at fault, or all together need too much memory
+            self._answer([row])

@@ -10,6 +10,7 @@ from fastapi import Request
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..uie import Extractor, prompt_text
 from ..uie.extraction.questions import Question, check_thresholds
 from ..uie.schema import Schema
 from ..uie.strict_json import parse_json
@@ -21,6 +22,8 @@ SchemaOf = Annotated[
     dict[str, Any] | list[Any] | None,
     Field(alias="schema", description="`{label: description}`, a list of names, or several."),
 ]
+
+Threshold = Annotated[float, Field(strict=True)]  # no booleans
 
 
 class Strict(BaseModel):
@@ -42,7 +45,7 @@ class ExtractRequest(Strict):
     texts: list[str | TextWithSchema] = Field(min_length=1)
     schema_: SchemaOf = None
     adapter: str | None = None
-    thresholds: float | dict[str, float] | None = None
+    thresholds: Threshold | dict[str, Threshold] | None = None
     constrained: bool | None = None
     timeout: float | None = Field(None, gt=0, description="Seconds.")
 
@@ -93,9 +96,10 @@ def tickets_of(body: ExtractRequest, adapters: Adapters, limits: Limits) -> list
     """
     lane = adapters.lane(body.adapter, body.constrained)
     texts = [
-        (one, body.schema_) if isinstance(one, str) else (one.text, one.schema_ or body.schema_)
+        (one, body.schema_) if isinstance(one, str) else (one.text, one.schema_)
         for one in body.texts
     ]
+    texts = [(text, body.schema_ if data is None else data) for text, data in texts]
     for text, data in texts:
         if len(text) > limits.max_text_characters:
             raise ValueError(
@@ -109,12 +113,36 @@ def tickets_of(body: ExtractRequest, adapters: Adapters, limits: Limits) -> list
     check_thresholds(body.thresholds, [one for several in schemas.values() for one in several])
     for several in schemas.values():
         lane.reading.check(several)
-    return [
-        Ticket(
-            lane, lane.text_jobs([Question(text, s) for s in schemas[id(data)]]), body.thresholds
-        )
-        for text, data in texts
-    ]
+    tickets, prompts = [], 0
+    for text, data in texts:
+        several = schemas[id(data)]
+        fewest = max(len(several), *(_fewest_prompts(lane.reading, text, one) for one in several))
+        if prompts + fewest <= limits.max_waiting:
+            jobs = lane.text_jobs([Question(text, one) for one in several])
+            tickets.append(Ticket(lane, jobs, body.thresholds))
+            fewest = len(jobs.jobs)
+        prompts += fewest
+        if prompts > limits.max_waiting:
+            raise TooManyError(
+                f"The texts make {prompts} prompts or more. `max_waiting` is {limits.max_waiting}."
+            )
+    return tickets
+
+
+class TooManyError(ValueError):
+    """A request makes more prompts than may ever wait."""
+
+
+def _fewest_prompts(reading: Extractor, text: str, schema: Schema) -> int:
+    """How many prompts a long text makes at least; to make them takes much longer."""
+    most = reading.max_prompt_tokens
+    if len(text) < most:
+        return 0
+
+    def length(part: str) -> int:
+        return len(reading.generator.ids(prompt_text(part, schema, format=reading.format)))
+
+    return (length(text) - length("")) // max(most - length(""), 1)
 
 
 def _schemas(data: Any, limits: Limits) -> list[Schema]:

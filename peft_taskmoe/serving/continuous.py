@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from ..uie.extraction.generation import Written
 from ..uie.extraction.stopping import repeats
 from .adapters import Lane
-from .batching import Row, Worker
+from .batching import ClosedError, Row, Worker
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +125,10 @@ class Engine:
 class ContinuousWorker(Worker):
     """Answers with the engine, and what that cannot do, or failed at, in batches."""
 
-    _engine: Engine | None = None
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*parts)
+        self._engine: Engine | None = None
+        self._unfit: set[Lane] = set()  # for which no engine could be made
 
     def _answer_next(self) -> bool:
         engine = self._engine
@@ -139,16 +142,31 @@ class ContinuousWorker(Worker):
         if lane is None:
             self.queue.run_calls()
             return not self.queue.finished
-        if lane.constrained or lane.extractor.prefix_caching:
+        if (engine := self._engine_of(lane)) is None:
             self._answer(rows)
         else:
-            self._engine = self._engine or Engine(lane, self._adapters.batch_size)
-            self._step(self._engine, rows)
+            self._step(engine, rows)
         return True
 
+    def _engine_of(self, lane: Lane) -> Engine | None:
+        """The engine, made when a lane first needs it; None where batches answer."""
+        if lane.constrained or lane.extractor.prefix_caching or lane in self._unfit:
+            return None
+        try:
+            self._engine = self._engine or Engine(lane, self._adapters.batch_size)
+        except Exception:
+            logger.exception("No engine can be made for `%s`: batches answer.", lane.adapter)
+            self._unfit.add(lane)
+        return self._engine
+
     def _stop(self) -> None:
-        self._close_engine()
-        super()._stop()
+        left = list(self._engine.running.values()) if self._engine else []
+        try:
+            self._close_engine()
+        finally:
+            for one in left:
+                one.row.ticket.fail(ClosedError("The server is stopping."))
+            super()._stop()
 
     def _close_engine(self) -> None:
         if self._engine is not None:

@@ -64,7 +64,7 @@ class Guard:
             why = f"The body is larger than `max_body_bytes` ({self._limits.max_body_bytes})."
             await _refusal(413, why, {"Connection": "close"})(scope, receive, send)
             return
-        except TimeoutError:
+        except asyncio.TimeoutError:  # another class than the builtin one before Python 3.11
             why = f"The body took longer than `body_timeout` ({self._limits.body_timeout:g} s)."
             await _refusal(408, why, {"Connection": "close"})(scope, receive, send)
             return

@@ -73,6 +73,9 @@ class Measured:
 
         try:
             await self._app(scope, receive, counted)
+        except Exception:
+            status = "500"  # what the server answers then
+            raise
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.request(route, status, time.perf_counter() - start)

@@ -14,7 +14,7 @@ from fastapi import HTTPException, Request
 
 from .adapters import Adapters
 from .batching import ClosedError, FullError, PromptQueue, Ticket, Worker
-from .bodies import ExtractRequest, tickets_of
+from .bodies import ExtractRequest, TooManyError, tickets_of
 from .limits import Limits
 from .metrics import Metrics
 
@@ -36,6 +36,9 @@ class Service:
         if texts > self.limits.max_texts:
             why = f"The request has {texts} texts. `max_texts` is {self.limits.max_texts}."
             raise HTTPException(422, why)
+        if texts > self.limits.max_waiting:
+            why = f"The request has {texts} texts. `max_waiting` is {self.limits.max_waiting}."
+            raise HTTPException(413, why)
         try:
             self.queue.check_room(self._read + texts)
             self._read += texts
@@ -45,10 +48,6 @@ class Service:
                 tickets = await loop.run_in_executor(self.reader, reading)
             finally:
                 self._read -= texts
-            prompts = sum(len(ticket.text.jobs) for ticket in tickets)
-            if prompts > self.limits.max_waiting:
-                why = f"The texts make {prompts} prompts. `max_waiting` is "
-                raise HTTPException(413, f"{why}{self.limits.max_waiting}.")
             self.queue.put(tickets)
         except FullError:
             wait = math.ceil(self.worker.pace * len(self.queue)) or 1
@@ -56,6 +55,8 @@ class Service:
             raise HTTPException(429, why, {"Retry-After": str(min(wait, 600))}) from None
         except ClosedError:
             raise HTTPException(503, "The server is stopping.") from None
+        except TooManyError as error:
+            raise HTTPException(413, str(error)) from None
         except (ValueError, ImportError) as error:
             raise HTTPException(422, str(error)) from None
         for ticket in tickets:
@@ -64,9 +65,11 @@ class Service:
         return tickets
 
     async def answered(
-        self, tickets: Sequence[Ticket], request: Request, timeout: float | None
+        self, tickets: Sequence[Ticket], request: Request, timeout: float | None, start: float
     ) -> AsyncIterator[int]:
         """The numbers of the texts that are done; what is left at the end is given up.
+
+        The time counts from `start`, of `time.perf_counter`.
 
         Raises:
             TimeoutError: The time is over.
@@ -76,18 +79,20 @@ class Service:
             asyncio.wrap_future(ticket.future): number for number, ticket in enumerate(tickets)
         }
         gone = asyncio.ensure_future(_disconnected(request))
-        end = time.monotonic() + self._seconds(timeout)
+        end = start + self._seconds(timeout)
         try:
             while waiting:
                 done, _ = await asyncio.wait(
                     {gone, *waiting},
-                    timeout=max(end - time.monotonic(), 0),
+                    timeout=max(end - time.perf_counter(), 0),
                     return_when=asyncio.FIRST_COMPLETED,
                 )
                 if gone in done:
                     raise ConnectionError
                 if not done:
                     raise TimeoutError
+                for one in done:
+                    one.exception()  # read here, or asyncio logs that nobody did
                 for number in sorted(waiting.pop(one) for one in done):
                     yield number
         finally:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.utils.warning import PeftWarning
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -230,5 +231,5 @@ def test_saving_parts_of_sharded_weights_warns(adapted, tmp_path, part) -> None:
         model.save_pretrained(tmp_path)
     q_proj = model.get_base_model().model.layers[0].self_attn.q_proj
     q_proj.taskmoe_lora_A["default"].weight.data = part
-    with pytest.warns(UserWarning, match=r"1 adapter weights are parts.*q_proj.*GatheredParam"):
+    with pytest.warns(PeftWarning, match=r"1 adapter weights are parts.*q_proj.*GatheredParam"):
         model.save_pretrained(tmp_path)

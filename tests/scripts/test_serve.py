@@ -33,6 +33,7 @@ from peft_taskmoe.uie import (
     completion_text,
     save_format,
 )
+from peft_taskmoe.uie.extraction.questions import Question
 from running import ROOT
 from scripted import Scripted, byte_tokenizer, text_in, tiny_llama
 from tiny import randomise
@@ -48,6 +49,7 @@ from peft_taskmoe.serving.limits import Guard  # noqa: E402
 from peft_taskmoe.serving.service import Service  # noqa: E402
 from served import SCHEMA, ask, post, serving, until  # noqa: E402
 
+ONE = Schema.from_dict("NER", {"Capital": ""})
 OTHER = {"Name": "names", "Capital": ""}
 LONG = " ".join(f"Word{n} and more" for n in range(20))
 
@@ -286,7 +288,7 @@ def test_prompts_that_the_engine_fails_at_are_answered_in_batches(monkeypatch) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", ["read", "add"])
+@pytest.mark.parametrize("fault", ["read", "add", "engine", "read in batches"])
 def test_a_prompt_not_taken_or_an_answer_not_read_stops_nobody(monkeypatch, fault) -> None:
     options = {"max_new_tokens": 20, "max_prompt_tokens": 500, "batch_size": 3}
     model, tokenizer = looping_llama(), byte_tokenizer()
@@ -296,22 +298,49 @@ def test_a_prompt_not_taken_or_an_answer_not_read_stops_nobody(monkeypatch, faul
     reads, adds = iter(range(10**6)), iter(range(10**6))
 
     def read_badly(self, job, written):
-        if next(reads) == 0:
+        if next(reads) == 1:
             raise SystemError("recursion depth mismatch")
         read(self, job, written)
 
     def add_badly(self, *args, **kwargs):
         return None if next(adds) in (2, 3) else add(self, *args, **kwargs)  # as a stopped one does
 
-    if fault == "read":
+    def no_engine(*args):
+        raise RuntimeError("out of memory")
+
+    if fault == "engine":
+        monkeypatch.setattr("peft_taskmoe.serving.continuous.Engine", no_engine)
+    elif fault != "add":
         monkeypatch.setattr(Extractor, "read", read_badly)
     else:
         monkeypatch.setattr(ContinuousBatchingManager, "add_request", add_badly)
-    with serving(extractor, engine="continuous") as client, ThreadPoolExecutor(8) as pool:
+    engine = "batches" if "batches" in fault else "continuous"
+    with serving(extractor, engine=engine) as client, ThreadPoolExecutor(8) as pool:
         replies = list(pool.map(lambda text: ask(client, text), WORDS))
         for reply, one in zip(replies, wanted, strict=True):
             assert reply.json()["results"][0]["answers"] == one.to_dict()["answers"]
         assert ask(client, "Ada").status_code == 200
+
+
+@pytest.mark.parametrize("engine", ["batches", "continuous"])
+def test_who_waits_is_told_when_the_models_thread_ends_by_an_error(monkeypatch, engine) -> None:
+    started = threading.Event()
+
+    def broken(lane):
+        assert started.wait(20)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(server.Adapters(scripted()).lane(None, None).__class__, "warm_up", broken)
+    service = Service(server.Adapters(scripted()), server.Limits(), server.ENGINES[engine])
+    service.worker.thread.start()
+    body = ExtractRequest(texts=["Ada", "Bob"], schema=SCHEMA)
+    waiting = tickets_of(body, service.adapters, service.limits)
+    service.queue.put(waiting)
+    started.set()
+    for one in waiting:
+        assert isinstance(one.future.exception(20), ClosedError)
+    with pytest.raises(ClosedError):
+        service.queue.put(waiting)
 
 
 REFUSED = [
@@ -322,18 +351,24 @@ REFUSED = [
     ({"texts": ["a"], "schema": {"L": "x" * 700}}, 422, "500 is allowed"),
     ({"texts": ["a", "b"], "schema": [[f"L{n}"] for n in range(9)]}, 413, "`max_waiting` is 16"),
     ({"texts": ["a"]}, 422, "no schema"),
+    ({"texts": ["a"] * 3, "schema": [[f"L{n}"] for n in range(6)]}, 413, "make 18 prompts or"),
+    ({"texts": [{"text": "a", "schema": {}}], "schema": SCHEMA}, 422, "no labels"),
     ({"texts": [], "schema": SCHEMA}, 422, "at least 1 item"),
     ({"texts": ["a"], "schema": {}}, 422, "no labels"),
     ({"texts": ["a"], "schema": "pyproject.json"}, 422, "valid"),
     ({"texts": ["a"], "schema": SCHEMA, "adapter": "x"}, 422, "The adapters are `default`"),
     ({"texts": ["a"], "schema": SCHEMA, "thresholds": 2}, 422, "no probability"),
     ({"texts": ["a"], "schema": SCHEMA, "thresholds": {"X": 0.5}}, 422, "`X`"),
+    ({"texts": ["a"], "schema": SCHEMA, "thresholds": True}, 422, "valid number"),
+    ({"texts": ["a"], "schema": SCHEMA, "thresholds": {"\ud800": 0.5}}, 422, "ud800"),
+    ({"texts": ["a"], "schema": {"\ud800": ""}, "thresholds": {"X": 0.5}}, 422, "ud800"),
     ({"texts": ["a"], "schema": SCHEMA, "timeout": -1}, 422, "greater than 0"),
     ({"texts": ["a"], "schema": SCHEMA, "colour": 1}, 422, "colour"),
     (b'{"texts": ["a"], "schema": {"A": "1", "A": "2"}}', 422, "`A` is given twice"),
     (b'{"texts": ["a"], "schema": ' + b"[" * 1500 + b"]" * 1500 + b"}", 422, "nested too deeply"),
     (b'{"texts": ["a", ', 422, "Expecting value"),
     (b"\x00\xff\xfe", 422, "decode"),
+    (b'{"texts": ["a"], "schema": {"\\ud800": "", "\\ud800": ""}}', 422, "is given twice"),
     (b" " * 6000, 413, "`max_body_bytes` (5000)"),
     (iter([b" " * 3000] * 1000), 413, "`max_body_bytes` (5000)"),
 ]
@@ -359,6 +394,20 @@ def test_what_cannot_be_answered_is_refused_by_its_name() -> None:
                 assert len(reply.text) < 1000
         client.headers.update(headers)
         assert ask(client, "Ada").json()["results"][0]["records"]
+
+
+def test_requests_that_could_never_wait_are_refused_before_they_are_cut(monkeypatch) -> None:
+    extractor = scripted()
+    room = extractor.max_prompt_tokens - len(extractor.text_jobs([Question("a", ONE)]).jobs[0].ids)
+    tight = {"Capital": "d" * (room - 12)}  # windows of some characters
+    cut = []
+    with serving(extractor, max_waiting=16, max_texts=17) as client:
+        monkeypatch.setattr(Extractor, "text_jobs", lambda *args: cut.append(args))
+        reply = ask(client, "ab " * 4000, schema=tight)
+        assert (reply.status_code, "`max_waiting` is 16" in reply.text) == (413, True)
+        reply = ask(client, *("a" * 17), schema=tight)
+        assert (reply.status_code, "17 texts. `max_waiting`" in reply.text) == (413, True)
+    assert not cut
 
 
 @pytest.mark.slow

@@ -601,7 +601,7 @@ def test_hub_calls_that_cannot_work(hub):
         read_hub("json", lambda row: mapping(row | {"ner_tags": [0]}), split="test", **hub)
 
 
-def test_datasets_of_a_command_line(tmp_path):
+def test_datasets_of_a_command_line(tmp_path, monkeypatch):
     """Files of one folder are one data set; `limit` is per data set, and draws as `sample` does."""
     rows = [changed(NER, id=f"n{i}") for i in range(6)]
     parts = {"a/train": rows[:3], "a/dev": rows[3:], "demo/test_seen": rows[:2]}
@@ -616,6 +616,8 @@ def test_datasets_of_a_command_line(tmp_path):
     drawn = read_datasets(sources, split="train", limit=4, seed=7)
     assert drawn == {"a": sample(whole["a"], 4, 7), "test_seen": whole["test_seen"]}
     assert drawn["a"] != sample(whole["a"], 4, 0)
+    monkeypatch.chdir(tmp_path / "a")  # a bare name has no folder
+    assert {*read_datasets(["train.jsonl"], split="train")} == {"train"}
 
 
 def test_datasets_of_the_hub(tmp_path, monkeypatch):

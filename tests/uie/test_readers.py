@@ -174,10 +174,12 @@ def test_label_studio(tmp_path):
     item = {"id": 7, "data": {"text": ROCKET}, "annotations": [cancelled, {"result": regions}]}
     empty = {"id": 8, "data": {"title": "Nothing."}, "annotations": [{"result": []}] * 2}
     path = tmp_path / "a.json"
-    path.write_text(json.dumps([item, empty], indent=1), encoding="utf-8-sig")
+    untouched = [{"data": {"text": "a"}, "annotations": one} for one in ([], [cancelled])]
+    path.write_text(json.dumps([item, empty, *untouched], indent=1), encoding="utf-8-sig")
     report = read_label_studio(path)
-    assert kinds(report) == [("unsupported", 1), ("unsupported", 2), ("aligned", 1)]
-    assert "1 mentions without offsets were placed" in report.problems[2].message
+    assert kinds(report) == [*(("unsupported", n) for n in (1, 2, 3, 4)), ("aligned", 1)]
+    assert "Nobody annotated the text" in report.problems[2].message
+    assert "1 mentions without offsets were placed" in report.problems[4].message
     document, other = report.documents
     assert (document.id, document.task, other.records) == ("7", "UIE", ())
     entities = [("Launcher", "Ariane 5"), ("Firm", "Arianespace"), ("Place", "Evry")]

@@ -86,11 +86,15 @@ def read_datasets(
     for source in sources:
         path = Path(source)
         if path.suffix == ".jsonl":
-            name = path.parent.name if path.stem in _SPLITS else path.stem
-            report = read_jsonl(path)
+            name, report = dataset_name(path), read_jsonl(path)
         else:
             name, report = str(source), read_hub(str(source), split=split)
         found.setdefault(name, []).extend(report.documents)
     return {
         name: docs if limit is None else sample(docs, limit, seed) for name, docs in found.items()
     }
+
+
+def dataset_name(path: Path) -> str:
+    """The name of a file's data set: that of its folder, where the file is named by its split."""
+    return (path.stem in _SPLITS and path.parent.name) or path.stem

@@ -22,7 +22,8 @@ def read_label_studio(
 ) -> ReadReport:
     """Read a JSON or JSON-MIN export of Label Studio: text regions with labels, and relations.
 
-    Of several annotations of a text the first that was not cancelled is read; a relation to the
+    Of several annotations of a text the first that was not cancelled is read, and a text without
+    one is left out, since a text where nothing is marked teaches to find nothing. A relation to the
     left is turned round. Offsets that count UTF-16 units, as a browser does, are converted. A
     region without offsets is placed where the text has its words. JSON-MIN has no relations.
 
@@ -31,14 +32,18 @@ def read_label_studio(
     return read_export(path, _graph, task, schema, on_error)
 
 
-def _graph(data: Mapping[str, Any], line: int, reading: Reading) -> Graph:
+def _graph(data: Mapping[str, Any], line: int, reading: Reading) -> Graph | None:
     fields = data.get("data", data)
     texts = [value for key, value in fields.items() if isinstance(value, str) and key != "id"]
     if "text" not in fields and len(texts) != 1:
         raise ValueError(f"it has no `text` (keys: {', '.join(fields)})")
     text = fields["text"] if "text" in fields else texts[0]
     graph = graph_of(data, text, line, reading)
-    for result in _results(data, line, reading):
+    results = _results(data, line, reading)
+    if results is None:
+        reading.note("Nobody annotated the text, or it was skipped; it is left out.", line)
+        return None
+    for result in results:
         if result.get("type") == "relation":
             head, tail = result["from_id"], result["to_id"]
             if result.get("direction") == "left":
@@ -62,8 +67,10 @@ def _take_region(result: Mapping[str, Any], graph: Graph) -> None:
         graph.add_mention(name, label, place.get("start"), place.get("end"), value.get("text"))
 
 
-def _results(data: Mapping[str, Any], line: int, reading: Reading) -> list[Mapping[str, Any]]:
-    """What one annotator marked; of JSON-MIN, the regions."""
+def _results(
+    data: Mapping[str, Any], line: int, reading: Reading
+) -> list[Mapping[str, Any]] | None:
+    """What one annotator marked, None if nobody did; of JSON-MIN, the regions."""
     given = data.get("annotations", data.get("completions"))
     if given is None:
         lists = [value for value in data.values() if isinstance(value, list)]
@@ -71,4 +78,4 @@ def _results(data: Mapping[str, Any], line: int, reading: Reading) -> list[Mappi
     usable = [one["result"] for one in given if not one.get("was_cancelled")]
     if len(usable) > 1:
         reading.note(f"The text has {len(usable)} annotations; the first is read.", line)
-    return list(usable[0]) if usable else []
+    return list(usable[0]) if usable else None

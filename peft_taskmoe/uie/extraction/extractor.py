@@ -422,7 +422,7 @@ class Extractor:
         at_once: bool,
     ) -> Iterator[Extraction]:
         shown = progress if progress is not None else total is None or total > self.batch_size
-        with tqdm(total=total, disable=not shown, desc="Extracting", unit="text") as bar:
+        with tqdm(total=total, disable=not shown, desc="Extracting", unit=" text") as bar:
             for texts in read_ahead(map(self.text_jobs, asked), self.batch_size, at_once=at_once):
                 waiting = iter(texts)
                 text = next(waiting, None)

@@ -192,10 +192,9 @@ class ScoreReport(Tabular):
         )
 
     def tables(self, labels: bool = False) -> list[Table]:
-        """The scores and what became of the answers; with `labels`, scores by label and role."""
-        if labels:
-            return [self._label_table()]
-        return [self._interval_table() if self.intervals else self._score_table(), self._answers()]
+        """The scores and what became of the answers; with `labels` also those by label and role."""
+        scores = self._interval_table() if self.intervals else self._score_table()
+        return [scores, self._answers(), *([self._label_table()] if labels else [])]
 
     @property
     def _measure(self) -> str:
