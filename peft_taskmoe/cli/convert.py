@@ -14,7 +14,7 @@ from .messages import Exit, say
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add those of the command; what is not said is the reader's default."""
     add = parser.add_argument
-    formats = "jsonl, conll, brat, iepile, or another that an unknown name lists"
+    formats = "jsonl, conll, brat, iepile, label-studio, doccano, spacy or text"
     add("--source-format", required=True, help=formats)
     add("--keep-going", action="store_true", help="leave out and report what cannot be read")
     add("--schema", type=Path, help="JSON file with labels and descriptions")
