@@ -199,6 +199,7 @@ def test_relations_get_the_types_that_the_answer_says_and_no_others():
         ("서울에서 열린 회의. 서울 시장은", "a(서울) a(서울)", [0, 12]),
         ("东京在日本。东京很大", "a(东京) a(东京)", [0, 6]),
         ("partying is no art", "a(art) a(art)", [15, 1]),
+        ("the art; party", "a(the art) a(art) a(art)", [0, 4, 10]),
         ("nothing", "a(n) a(n)", [0, 5]),
     ],
 )  # fmt: skip
@@ -374,6 +375,11 @@ def test_a_problem_says_what_is_wrong(answer, message):
         (
             "Sorry. \n[Mission('Apollo')] ",
             [("extra_text", "These words belong to no record.", "Sorry. \n[")],
+        ),
+        (
+            "[5]",
+            [("extra_text", "These words belong to no record.", "5]"),
+             ("truncated", "The answer has no list.", "")],
         ),
         ("[] the end  ", [("extra_text", "These words belong to no record.", "the end")]),
         (
