@@ -124,6 +124,7 @@ def test_a_whole_answer():
         ("[Launcher()]", [], ["missing_slot"]),
         ("[Launcher(span=None)]", [], ["missing_slot"]),
         ("[Launcher(span=8)]", [], ["bad_value", "missing_slot"]),
+        ("[Launcher(8)]", [], ["bad_value", "missing_slot"]),
         ("[Launcher(span='')]", [], ["bad_value", "missing_slot"]),
         ("[Launcher(span=['Ariane 5', 'Apollo'])]", [], ["bad_value"]),
         ("[Launcher(span='a', 'b')]", [], ["malformed"]),
@@ -393,6 +394,29 @@ def test_a_problem_says_what_is_wrong(answer, message):
              ("truncated", "The answer has no list.", "")],
         ),
         ("[Mission ('Apollo')]", []),
+        ("[Mission('' 'Apollo')]", []),
+        *(
+            (f"[{call}]",
+             [("malformed", "This is no well-formed record; it is left out.", f"{call}]")])
+            for call in ("Mission(= 'Apollo')", "Mission('Apollo']", "Mission(span=)")
+        ),
+        *(
+            (f"[{call}",
+             [("truncated", "The answer ends inside this record; it is left out.", call)])
+            for call in ("Mission('Apo", "Mission(['Apo", "Mission('Ap' 'ollo")
+        ),
+        (
+            "So [Mission('Apo",
+            [("extra_text", "These words belong to no record.", "So ["),
+             ("truncated", "The answer ends inside this record; it is left out.",
+              "Mission('Apo")],
+        ),
+        (
+            "So [Mission('Apollo' x)]",
+            [("extra_text", "These words belong to no record.", "So ["),
+             ("malformed", "This is no well-formed record; it is left out.",
+              "Mission('Apollo' x)]")],
+        ),
     ],
 )  # fmt: skip
 def test_a_problem_has_the_words_that_it_is_about(answer, problems):
