@@ -114,6 +114,7 @@ def test_a_whole_answer():
         ("[Launcher(span=(s := 'Ariane 5'))]", [], ["malformed"]),
         ("[Launcher(span=x) for x in ('Ariane 5',)]", [], ["malformed"]),
         ("[Launcher(span='Ariane 5', span_nth=2)]", [("Launcher", "Ariane 5", 20)], []),
+        ("[Launcher(span_nth=2, span='Ariane 5')]", [("Launcher", "Ariane 5", 20)], []),
         ("[Launcher(span='Ariane 5', span_nth=9)]", [ARIANE], ["bad_occurrence"]),
         ("[Launcher(span='Ariane 5', span_nth=-1)]", [ARIANE], ["bad_occurrence"]),
         ("[Launcher(span='Ariane 5', span_nth='2')]", [ARIANE], ["bad_occurrence"]),
@@ -243,6 +244,11 @@ def test_occurrences_of_a_role():
     assert kinds(parsed) == ["repeated"] and len(parsed.records[0].arguments) == 1
     parsed = parse("[Launch('carried', Launch_Site=['Kourou', 'Kourou'])]")
     assert kinds(parsed) == ["repeated"] and len(parsed.records[0].arguments) == 1
+
+
+def test_an_argument_of_one_event_can_be_one_of_the_next():
+    parsed = parse("[Launch('flew', Vehicle='Apollo'), Launch('carried', Vehicle='Apollo')]")
+    assert [len(event.arguments) for event in parsed.records] == [1, 1] and not parsed.problems
 
 
 def test_given_events():
