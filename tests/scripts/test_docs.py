@@ -150,6 +150,7 @@ def names(tmp_path, monkeypatch) -> dict[str, Any]:
     """The names of a page, in a folder with the models; nothing reaches the network."""
     monkeypatch.chdir(tmp_path)
     save_models()
+    Path("outputs/mine").mkdir(parents=True)
 
     def load(name: str, **options: Any) -> Extractor:
         assert name in (ADAPTER, "outputs/demo")
@@ -226,7 +227,7 @@ def test_commands_exist(page, line) -> None:
     elif script := next((word for word in words if word.endswith(".py")), None):
         _check_script(ROOT / script, words[words.index(script) + 1 :])
     else:
-        assert words[0] in ("git", "cd", "nohup", "pre-commit"), f"what is `{words[0]}`?"
+        assert words[0] in ("git", "cd", "head", "nohup", "pre-commit", "shuf"), f"what is `{words[0]}`?"
 
 
 def _check_script(script: Path, arguments: list[str]) -> None:
