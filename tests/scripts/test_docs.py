@@ -227,7 +227,8 @@ def test_commands_exist(page, line) -> None:
     elif script := next((word for word in words if word.endswith(".py")), None):
         _check_script(ROOT / script, words[words.index(script) + 1 :])
     else:
-        assert words[0] in ("git", "cd", "head", "nohup", "pre-commit", "shuf"), f"what is `{words[0]}`?"
+        known = ("git", "cd", "head", "nohup", "pre-commit", "shuf")
+        assert words[0] in known, f"what is `{words[0]}`?"
 
 
 def _check_script(script: Path, arguments: list[str]) -> None:
