@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from .figures import new_figure
 from .inspection import GateRecord, Measure, gates_by_token
 from .optional import needed
 
@@ -67,7 +68,7 @@ def gate_panels(layers: Sequence[str], by_task: Mapping[str, torch.Tensor]) -> F
     columns = min(len(names), max(1, round(math.sqrt(len(names) * 1.6 * height / width))))
     rows = math.ceil(len(names) / columns)
     size = (min(_SCREEN[0], 1.5 + columns * width), min(_SCREEN[1], 0.6 + rows * height))
-    figure = _figure(figsize=(max(4.0, size[0]), max(2.5, size[1])))
+    figure = new_figure(figsize=(max(4.0, size[0]), max(2.5, size[1])))
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     spread = _spread(np.stack(gates) - 1 / experts)
     wide = (figure.get_figwidth() - 1.5) / columns / len(kinds) > 0.09 * max(map(len, kinds))
@@ -123,7 +124,7 @@ def similarity_map(
     names = list(similarity)
     if len(names) < 2:
         raise ValueError(f"Only {names} was recorded. Record two tasks or more to compare them.")
-    figure = _figure(figsize=(5.5 + 0.35 * len(names), 3.0 + 0.3 * len(names)))
+    figure = new_figure(figsize=(5.5 + 0.35 * len(names), 3.0 + 0.3 * len(names)))
     hierarchy = needed("scipy.cluster.hierarchy", "plot")
     squareform = needed("scipy.spatial.distance", "plot").squareform
     values = np.array([[similarity[a][b] for b in names] for a in names])
@@ -182,7 +183,7 @@ def token_gates(
     experts, lines = len(values), math.ceil(len(tokens) / _TOKENS_PER_LINE)
     longest = max(map(len, map(_visible, tokens)))
     height = 0.5 + 0.13 * experts + 0.075 * longest
-    figure = _figure(figsize=(13.0, 0.8 + lines * height))
+    figure = new_figure(figsize=(13.0, 0.8 + lines * height))
     panels = figure.subplots(lines, 1, squeeze=False)
     spread = _spread(values - 1 / experts)
     for line, ax in enumerate(panels.flat):
@@ -216,7 +217,7 @@ def load_plot(log_history: Sequence[Mapping[str, Any]]) -> Figure:
         )
     steps = [entry["step"] for entry in entries]
     experts = sum(name.startswith("expert_load_") for name in entries[0])
-    figure = _figure(figsize=(8.0, 5.5))
+    figure = new_figure(figsize=(8.0, 5.5))
     loads, shares = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     for i in range(experts):
         style = ("o-", "s--", "^:", "d-.")[i // len(_COLOURS) % 4]
@@ -237,10 +238,6 @@ def load_plot(log_history: Sequence[Mapping[str, Any]]) -> Figure:
 
 def _colour(i: int) -> str:
     return _COLOURS[i % len(_COLOURS)]
-
-
-def _figure(**options: Any) -> Figure:
-    return needed("matplotlib.figure", "plot").Figure(layout="constrained", **options)
 
 
 def _spread(differences: NDArray[np.floating]) -> float:

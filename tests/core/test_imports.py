@@ -29,7 +29,7 @@ LEVELS = [
         "encoder_loading",
     },
     {"peft_type", "wrapping", "help_only", "model_card", "optional", "cache", "checkpoints"},
-    {"fused", "aux_loss", "config", "prompts"},
+    {"fused", "aux_loss", "config", "prompts", "figures"},
     {"decoding", "task_scope", "encoder"},
     {"token_rows", "call_arguments", "recompute", "collator", "task_encoders"},
     {"base_layers", "push"},

@@ -17,7 +17,7 @@ from typing import IO, Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ...optional import needed
+from ...figures import new_figure
 from ..records import Document, Record, record_key, spans_of
 from ..tables import Table, none_if_nan
 from ..tabular import Tabular
@@ -134,7 +134,7 @@ class Reliability(Tabular):
             path: The file; its ending says which format (`.png`, `.svg`, `.pdf`). An open one
                 gets a PNG.
         """
-        figure = needed("matplotlib.figure", "plot").Figure(figsize=(5, 6), layout="constrained")
+        figure = new_figure(figsize=(5, 6))
         curve, counts = figure.subplots(2, sharex=True, height_ratios=(3, 1))
         full = [one for one in self.bins if one.count]
         curve.plot([0, 1], [0, 1], ":", color="gray", label="precision = confidence")
