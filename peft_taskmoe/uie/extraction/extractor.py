@@ -24,7 +24,7 @@ from ..records import Document, Event, Problem
 from ..schema import Schema
 from ..scoring.calibration import Calibration
 from .batches import Job, TextJobs, batches_of, read_ahead
-from .fingerprint import weights_checksum
+from .fingerprint import adapters_of, weights_checksum
 from .format_file import load_format
 from .generation import Generator, Prompt, Written
 from .jobs import Item, checksum, write_lines
@@ -375,9 +375,9 @@ class Extractor:
     def fingerprint(self, schemas: Sequence[Schema] = (), thresholds: Thresholds = None) -> str:
         """A checksum of all that decides what is found in a text, as a resumed job must have it.
 
-        It covers a sample of the model's weights with those of the base model, the task encoder,
-        the prompt format, the calibration, and the settings but for `batch_size` and
-        `prefix_caching`.
+        It covers a sample of the model's weights with those of the base model, the active adapters
+        with their configs, the task encoder, the prompt format, the calibration, and the settings
+        but for `batch_size` and `prefix_caching`.
 
         Args:
             schemas: What is asked of every text, if that is the same.
@@ -392,7 +392,7 @@ class Extractor:
                 *(self.max_new_tokens, self.max_prompt_tokens, self.overlap, self.all_occurrences),
                 self.generator.constraint is not None,
                 None if self.calibration is None else asdict(self.calibration),
-                weights_checksum(self.model),
+                *(weights_checksum(self.model), adapters_of(self.model)),
                 None if reader is None else [one.fingerprint() for one in reader.encoders],
             ]
         )
