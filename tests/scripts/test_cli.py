@@ -208,7 +208,7 @@ def test_an_interrupted_run_goes_on_behind_the_lines_that_are_written(loads, mon
             assert extract() == code
         assert words in capsys.readouterr().err
         with Path("out.jsonl").open("a") as file:
-            file.write('{"id": "5", "text": "tex')  # the line that it was stopped in
+            file.write('{"id": "5", "source": "1')  # the line that it was stopped in
     with monkeypatch.context() as patch:
         stops(patch, 0, RuntimeError("out of memory"))
         assert extract() == Exit.NOTHING_DONE

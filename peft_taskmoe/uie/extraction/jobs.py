@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +22,8 @@ from filelock import FileLock, Timeout
 from .questions import Question, Thresholds
 from .results import Extraction
 
-_LINE_START = b'{"id": '  # of every line that is written here
+_ID, _BEHIND_ID = b'{"id": "', b'", "source": "'  # in every line that is written here
+_UP_TO_ID = re.compile(rb'{"id": "(?:[^"\\]|\\.?)*')
 _ADVICE = "Write to another file, or overwrite this one (`overwrite=True`, `--overwrite`)."
 
 
@@ -99,7 +101,7 @@ def lines_done(path: Path, sources: Iterable[str], run: str) -> int:
                     f"`{path}:{done}` does not belong to text {done}, which is another now. "
                     f"{_ADVICE}"
                 )
-        if not rest.startswith(_LINE_START[: len(rest)]):
+        if not _is_beginning(rest, run):
             raise ValueError(f"The last line of `{path}` was not written by such a run. {_ADVICE}")
         file.truncate(whole)
     return done
@@ -166,6 +168,16 @@ def json_object(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None
+
+
+def _is_beginning(rest: bytes, run: str) -> bool:
+    """Whether a line without an end may be one of this run that was not written whole."""
+    row = json_object(rest)
+    if row is not None:
+        return row.get("run") == run
+    up_to_id = _UP_TO_ID.match(rest)
+    behind = rest[up_to_id.end() :] if up_to_id else b""
+    return rest.startswith(_ID[: len(rest)]) and behind.startswith(_BEHIND_ID[: len(behind)])
 
 
 def _line(item: Item, extraction: Extraction, run: str) -> bytes:
