@@ -269,6 +269,9 @@ def test_names_make_the_lines_answers_to_documents(tmp_path):
     assert (counts.total().tp, counts.total().fp) == (3, 3)
     with pytest.raises(ValueError, match="fewer `ids` than texts"):
         extractor().to_jsonl(TEXTS, WORDS, tmp_path / "few.jsonl", ids=["a"])
+    for texts in (TEXTS[:3], iter(TEXTS[:3])):
+        with pytest.raises(ValueError, match="more `ids` than texts"):
+            extractor().to_jsonl(texts, WORDS, path, ids=["d0", "d1", "d2", "d3"])
 
 
 def test_given_events_are_a_part_of_what_is_asked(tmp_path):

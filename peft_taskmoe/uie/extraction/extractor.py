@@ -27,7 +27,7 @@ from .batches import Job, TextJobs, batches_of, read_ahead
 from .fingerprint import adapters_of, weights_checksum
 from .format_file import load_format
 from .generation import Generator, Prompt, Written
-from .jobs import Item, checksum, write_lines
+from .jobs import Item, checksum, named, write_lines
 from .loading import load_calibration, load_model
 from .placement import placement
 from .prefix import PrefixCache
@@ -266,7 +266,7 @@ class Extractor:
             schema: As in a call.
             path: The file. Lines have `id`, `text`, `records`, `problems`, `answers` and
                 `seconds`; `peft-taskmoe score` reads them.
-            ids: The texts' names; None numbers them from 1.
+            ids: The texts' names, one for each; None numbers them from 1.
             given: As in a call; any iterable.
             thresholds: As in a call.
             progress: As in a call.
@@ -278,21 +278,15 @@ class Extractor:
 
         Raises:
             ValueError: The file is there and is not that of this job, or another process is
-                writing it. It is left as it is.
+                writing it. It is left as it is. Or there are more or fewer `ids` than texts.
         """
         texts = [texts] if isinstance(texts, str) else texts
         schemas = self.check(schema, thresholds)
-        names = itertools.count(1) if ids is None else iter(ids)
 
         def items() -> Iterator[Item]:
-            for questions in questions_of(texts, schemas, given):
-                name = next(names, None)
-                if name is None:
-                    raise ValueError(
-                        "There are fewer `ids` than texts. Pass one for each text, or none."
-                    )
+            for name, questions in named(questions_of(texts, schemas, given), ids):
                 events = [[event.to_dict() for event in q.given or ()] for q in questions]
-                yield Item(str(name), checksum([str(name), questions[0].text, events]), questions)
+                yield Item(name, checksum([name, questions[0].text, events]), questions)
 
         return write_lines(
             self,

@@ -8,6 +8,7 @@ asked, `run` one of the settings.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -64,6 +65,24 @@ def checksum(data: bytes | Any) -> str:
     """A short checksum of bytes, or of anything that JSON can hold."""
     data = data if isinstance(data, bytes) else json.dumps(data, sort_keys=True).encode()
     return hashlib.sha256(data).hexdigest()[:12]
+
+
+def named(
+    asked: Iterable[Sequence[Question]], ids: Iterable[str] | None
+) -> Iterator[tuple[str, Sequence[Question]]]:
+    """The name of each text with its questions; without `ids` its number, from 1 on.
+
+    Raises:
+        ValueError: There are more or fewer names than texts.
+    """
+    names = iter(itertools.count(1) if ids is None else ids)
+    for questions in asked:
+        name = next(names, None)
+        if name is None:
+            raise ValueError("There are fewer `ids` than texts. Pass one for each text, or none.")
+        yield str(name), questions
+    if ids is not None and next(names, None) is not None:
+        raise ValueError("There are more `ids` than texts. Pass one for each text, or none.")
 
 
 def lines_done(path: Path, sources: Iterable[str], run: str) -> int:
