@@ -200,6 +200,11 @@ def test_an_answer_that_goes_round_in_circles_is_stopped_and_says_so():
     assert looped.answers[0].tokens < 200
     (truncated,) = (problem for problem in looped.problems if problem.kind == "truncated")
     assert truncated.message.endswith("It was stopped because it repeats itself.")
+    # Beside a longer answer, behind which it is padded, it is the same.
+    texts = ["Ada met Eve.", "Bob " + " ".join(f"W{i}{i * i}x" for i in range(9))]
+    alone, beside = (scripted(answer, max_new_tokens=1000, batch_size=n)(texts, WORDS)[0]
+                     for n in (1, 2))  # fmt: skip
+    assert (alone.answers, alone.problems) == (beside.answers, beside.problems)
 
 
 @pytest.mark.slow
