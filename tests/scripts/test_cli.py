@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,7 +21,7 @@ from peft import LoraConfig, get_peft_model
 from peft_taskmoe import cli
 from peft_taskmoe.cli import Exit, inputs
 from peft_taskmoe.cli.parquet import read_parquet
-from peft_taskmoe.cli.shares import Processes
+from peft_taskmoe.cli.shares import Processes, Shares
 from peft_taskmoe.uie import (
     Document,
     Entity,
@@ -449,6 +450,49 @@ def test_several_processes_write_what_one_does(loads, monkeypatch, capsys, proce
     assert not list(Path().glob(".out*parts"))
 
 
+def test_a_merge_that_is_stopped_or_waited_for_costs_no_work_and_leaves_nothing(
+    loads, monkeypatch, capsys, process
+):
+    texts(*({"text": f"text {i} Ada"} for i in range(30)))
+    with monkeypatch.context() as patch:
+        patch.setattr(Shares, "_put_together", lambda self: False)  # stopped before it
+        assert process(0, 2) == process(1, 2) == Exit.DONE and not Path("out.jsonl").exists()
+    asked: list[str] = []
+    windows = Extractor.windows
+
+    def counted(self, question, problems):
+        asked.append(question.text)
+        return windows(self, question, problems)
+
+    def overtaken(self):
+        if self.rank == 1:
+            assert process(0, 2) == Exit.DONE and len(rows()) == 30
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Extractor, "windows", counted)
+        patch.setattr(Processes, "wait_for_all", overtaken)
+        assert process(1, 2) == Exit.DONE
+    assert not any(asked) and not list(Path().glob(".out*parts"))
+
+    whole = Path("out.jsonl").read_bytes()
+    assert process(1, 2, "--overwrite") == Exit.DONE
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *args, **options: 1 / 0)  # stopped within it
+        assert process(0, 2, "--overwrite") == Exit.STOPPED
+    (parts,) = Path().glob(".out*parts")
+    shutil.copytree(parts, other := Path(".out.jsonl.other.parts"))
+    file = other / "000000008.jsonl"
+    file.write_bytes(file.read_bytes().replace(b'"source": "', b'"source": "0', 1))
+    before = Path("out.jsonl").read_bytes()
+    assert len(rows()) == 30 and before != whole
+    assert process(1, 2) == Exit.DONE and parts.exists()
+    assert process(0, 2) == Exit.NOTHING_DONE and parts.exists()
+    assert "other.parts` holds parts of another job" in capsys.readouterr().err
+    shutil.rmtree(other)
+    assert process(0, 2) == Exit.DONE and Path("out.jsonl").read_bytes() == before
+    assert not parts.exists()
+
+
 def test_several_processes_go_on_behind_one_and_refuse_other_parts(
     loads, monkeypatch, capsys, process
 ):
@@ -775,7 +819,7 @@ def test_launchers_and_a_killed_process(job, tmp_path):
 
 def bars(err: bytes) -> set[bytes]:
     """The totals of the progress bars that were shown, of which there is one."""
-    assert err.count(b"Extracting:   0%") == 1
+    assert err.count(b"[00:00<?, ?text/s]") == 1
     return set(re.findall(rb"/(\d+) \[\S+, +\S+text/s\]", err))
 
 
