@@ -20,6 +20,7 @@ from peft import LoraConfig, get_peft_model
 
 from peft_taskmoe import cli
 from peft_taskmoe.cli import Exit, inputs
+from peft_taskmoe.cli import extract as extract_command
 from peft_taskmoe.cli.parquet import read_parquet
 from peft_taskmoe.cli.shares import Processes, Shares
 from peft_taskmoe.uie import (
@@ -400,6 +401,17 @@ def test_a_parquet_output_holds_the_same(loads, capsys, monkeypatch):
     texts({"text": "Zoe"})
     assert extract("--output", "out.parquet", "--overwrite") == Exit.DONE
     assert [row["text"] for row in read_parquet(Path("out.parquet"))] == ["Zoe"]
+    capsys.readouterr()
+    texts({"text": "Zoe", "meta": {}, "deep": [{"a": {}}]}, {"text": "Ada", "meta": {}})
+    with monkeypatch.context() as patch:
+        patch.setattr(extract_command, "write_parquet", lambda *files: 1 / 0)
+        assert extract("--output", "out.parquet", "--overwrite") == Exit.STOPPED
+    assert "Wrote" not in capsys.readouterr().err
+    for _ in range(2):
+        assert extract("--output", "out.parquet", "--overwrite") == Exit.DONE
+        found = list(read_parquet(Path("out.parquet")))
+        assert [row["meta"] for row in found] == ["{}", "{}"]
+        assert [row["deep"] for row in found] == ['[{"a": {}}]', "null"]
 
 
 @pytest.fixture
