@@ -21,6 +21,7 @@ from peft import LoraConfig, get_peft_model
 from peft_taskmoe import cli
 from peft_taskmoe.cli import Exit, inputs
 from peft_taskmoe.cli import extract as extract_command
+from peft_taskmoe.cli import score as score_command
 from peft_taskmoe.cli.parquet import read_parquet
 from peft_taskmoe.cli.shares import Processes, Shares
 from peft_taskmoe.uie import (
@@ -201,7 +202,7 @@ def test_an_interrupted_run_goes_on_behind_the_lines_that_are_written(loads, mon
     whole = rows()
     Path("out.jsonl").unlink()
     for error, code, words in (
-        (KeyboardInterrupt(), Exit.INTERRUPTED, "The same command goes on from here"),
+        (KeyboardInterrupt(), Exit.INTERRUPTED, "stays; the same command goes on from there"),
         (RuntimeError("out of memory"), Exit.STOPPED, "RuntimeError: out of memory"),
         (OSError("disk full"), Exit.STOPPED, "the same command goes on from there"),
     ):
@@ -251,7 +252,7 @@ def test_an_output_of_another_job_is_neither_continued_nor_changed(loads, capsys
     assert extract("--overwrite") == Exit.DONE and len(rows()) == 1
 
 
-def test_overwriting_keeps_the_old_output_until_there_is_a_new_line(loads, monkeypatch):
+def test_overwriting_keeps_the_old_output_until_there_is_a_new_line(loads, monkeypatch, capsys):
     texts({"text": "Ada"}, {"text": "Bob"})
     assert extract() == Exit.DONE
     before = Path("out.jsonl").read_bytes()
@@ -267,6 +268,26 @@ def test_overwriting_keeps_the_old_output_until_there_is_a_new_line(loads, monke
         stops(patch, 1, RuntimeError("out of memory"))
         assert extract("--overwrite") == Exit.STOPPED
     assert len(rows()) == 1
+    for error, code in ((KeyboardInterrupt, Exit.INTERRUPTED), (OSError, Exit.STOPPED)):
+        with monkeypatch.context() as patch:
+            stops(patch, 1, error())
+            assert extract("--overwrite") == code
+        assert "without --overwrite the same command goes on" in capsys.readouterr().err
+    assert extract() == Exit.DONE and len(rows()) == 2
+    assert "1 of 2 lines were done already" in capsys.readouterr().err
+    assert extract("--output", "out.parquet") == Exit.DONE
+    with monkeypatch.context() as patch:
+        stops(patch, 1, KeyboardInterrupt())
+        assert extract("--output", "out.parquet", "--overwrite") == Exit.INTERRUPTED
+        assert "The old output stays; the same command starts" in capsys.readouterr().err
+
+        def interrupted(*files):
+            raise KeyboardInterrupt
+
+        patch.setattr(score_command, "_read", interrupted)
+        command = ["score", "--gold", "out.jsonl", "--predicted", "out.jsonl"]
+        assert cli.main(command) == Exit.INTERRUPTED
+        assert "Interrupted. The same command starts anew." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -491,6 +512,7 @@ def test_a_merge_that_is_stopped_or_waited_for_costs_no_work_and_leaves_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", lambda *args, **options: 1 / 0)  # stopped within it
         assert process(0, 2, "--overwrite") == Exit.STOPPED
+    assert "stays; the same command goes on" in capsys.readouterr().err
     (parts,) = Path().glob(".out*parts")
     shutil.copytree(parts, other := Path(".out.jsonl.other.parts"))
     file = other / "000000008.jsonl"
