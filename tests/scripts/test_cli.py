@@ -105,7 +105,8 @@ def stops(monkeypatch, after: int, error: BaseException) -> None:
 
 def test_a_line_out_for_each_line_in_and_bad_ones_are_reported_by_number(loads, capsys):
     texts(
-        {"text": "Ada met Bob.", "id": "first", "lang": "en", "source": "news", "text2": None},
+        {"text": "Ada met Bob.", "id": "first", "lang": "en", "source": "news", "text2": None,
+         "task": "RE", "schema": {"a": ""}, "annotations": [1], "entities": ["x"]},
         "{broken",
         '"just Zoe"',
         "",
@@ -115,7 +116,7 @@ def test_a_line_out_for_each_line_in_and_bad_ones_are_reported_by_number(loads, 
         '{"text": "a", "n": NaN}',
         "",
         " ",
-    )
+    )  # fmt: skip
     assert extract() == Exit.SOME_LINES_BAD
     found = rows()
     assert [row["id"] for row in found] == ["first", "2", "3", "4", "5", "6", "7", "8"]
@@ -126,6 +127,8 @@ def test_a_line_out_for_each_line_in_and_bad_ones_are_reported_by_number(loads, 
     assert first["records"][0]["text"] == "Ada"
     assert first["problems"] == [] and first["seconds"] > 0
     assert first["lang"] == "en" and first["text2"] is None and first["input"] == {"source": "news"}
+    unread = {key: first[key] for key in ("task", "schema", "annotations", "entities")}
+    assert unread == {"task": "RE", "schema": {"a": ""}, "annotations": [1], "entities": ["x"]}
     assert found[6]["text"] == "half \ud83d a Pair" and found[6]["records"][0]["start"] == 9
     messages = capsys.readouterr().err
     for number, words in ((2, "The line is no JSON"), (4, "The line is no JSON"),
