@@ -163,7 +163,7 @@ def _is_of(folder: Path, job: str, sources: Sequence[str]) -> bool:
     for file in folder.glob("*.jsonl"):
         with file.open("rb") as lines:
             row = json_object(lines.readline()) or {}
-        number = int(file.stem)
+        number = int(file.stem) if file.stem.isdecimal() else len(sources)
         if (row.get("run"), [row.get("source")]) != (job, list(sources[number : number + 1])):
             return False
     return True
