@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> Exit:
         [] if schema is None else extractor.check(schema, args.threshold), args.threshold
     )
     if is_parquet(args.output) and args.output.exists() and not args.overwrite:
-        return _report(args, read_finished(args.output, sources, job))
+        return _end(args, _report(args, read_finished(args.output, sources, job)))
 
     def write(path: Path, first: int, last: int, *, progress: bool | None = None) -> int:
         items = items_of(args.input, schema, first, last)
@@ -75,14 +75,14 @@ def run(args: argparse.Namespace) -> Exit:
                 say(f"{done} of {len(sources)} lines were done already.")
         elif shares is None or not shares.write(write, processes):
             return Exit.DONE  # another process puts the parts together
-        code = _report(args, map(json.loads, lines(written)))
+        bad = _report(args, map(json.loads, lines(written)))
         if is_parquet(args.output):
             write_parquet(written, args.output)
     except Exception as error:
         if _state(written) == before:
             raise
         raise StoppedError(f"{type(error).__name__}: {error}") from error
-    return code
+    return _end(args, bad)
 
 
 def _state(path: Path) -> list[tuple[Path, int, int]]:
@@ -91,12 +91,17 @@ def _state(path: Path) -> list[tuple[Path, int, int]]:
     return [(f, f.stat().st_ino, f.read_bytes().count(b"\n")) for f in files]
 
 
-def _report(args: argparse.Namespace, rows: Iterable[dict[str, Any]]) -> Exit:
-    """Report the error lines of the output, those of earlier runs included."""
+def _report(args: argparse.Namespace, rows: Iterable[dict[str, Any]]) -> int:
+    """Report the error lines of the output, those of earlier runs included, and count them."""
     bad = 0
     for number, row in enumerate(rows, 1):
         if "error" in row:
             bad += 1
             say(f"{args.input}:{number}: {row['error']}")
+    return bad
+
+
+def _end(args: argparse.Namespace, bad: int) -> Exit:
+    """Say that the output is written, and how many of its lines are error lines."""
     say(f"Wrote {args.output}." + (f" {bad} lines could not be used." if bad else ""))
     return Exit.SOME_LINES_BAD if bad else Exit.DONE

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from ..uie.extraction.jobs import Item
     from ..uie.extraction.questions import Question
 
-_READ = {"id", "text", "schema", "task", "annotations", "entities"}
+_READ = {"id", "text"}
+_QUESTION = {"schema", "task", "annotations", "entities"}  # read where no schema is given for all
 _WRITTEN = {"source", "records", "problems", "answers", "seconds", "error", "run", "input"}
 
 
@@ -22,12 +23,13 @@ def items_of(path: Path, schema: Schema | None, first: int, last: int) -> Iterat
     """What the lines `first` (from 0) to `last` ask; an error where it is nothing."""
     from ..uie.extraction.jobs import Item, checksum
 
+    read = _READ | (_QUESTION if schema is None else set())
     for number, line in islice(enumerate(lines(path), 1), first, last):
         source = checksum(line)
         try:
             row = _row(line, is_text=path.suffix == ".txt")
             name = str(number if row.get("id") is None else row["id"])
-            yield Item(name, source, [_question(row, name, schema)], extra=_extra(row))
+            yield Item(name, source, [_question(row, name, schema)], extra=_extra(row, read))
         except ValueError as error:
             yield Item(str(number), source, error=str(error))
         except Exception as error:  # whatever a line holds, it must not end the job
@@ -76,8 +78,8 @@ def _question(row: dict[str, Any], name: str, schema: Schema | None) -> Question
     return question_of(document)
 
 
-def _extra(row: dict[str, Any]) -> dict[str, Any]:
+def _extra(row: dict[str, Any], read: set[str]) -> dict[str, Any]:
     """The keys of an input line that its output keeps; those that mean another thing in `input`."""
-    extra = {key: row[key] for key in row.keys() - _READ - _WRITTEN}
+    extra = {key: row[key] for key in row.keys() - read - _WRITTEN}
     taken = {key: row[key] for key in row.keys() & _WRITTEN}
     return extra | ({"input": taken} if taken else {})

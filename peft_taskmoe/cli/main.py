@@ -13,6 +13,8 @@ from importlib import import_module
 from importlib.metadata import version
 
 from .messages import Exit, StoppedError, print_any_character, say, show
+from .parquet import is_parquet
+from .shares import parts_of
 
 _COMMANDS = {
     "extract": "extract records from texts",
@@ -42,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code: Exit = args.run(args)
     except StoppedError as error:
-        say(f"Error: {error}\nWhat was written stays; the same command goes on from there.")
+        say(f"Error: {error}\n{_what_stays(args)}")
         return Exit.STOPPED
     except (ValueError, OSError, ImportError) as error:
         say(f"Error: {error}")
@@ -51,9 +53,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(traceback.format_exc())
         return Exit.NOTHING_DONE
     except KeyboardInterrupt:
-        say("Interrupted. The same command goes on from here.")
+        say(f"Interrupted. {_what_stays(args)}")
         return Exit.INTERRUPTED
     return code
+
+
+def _what_stays(args: argparse.Namespace) -> str:
+    """What the same command does after it was stopped."""
+    overwrite = getattr(args, "overwrite", None)
+    if overwrite is None:
+        return "The same command starts anew."
+    if not overwrite or parts_of(args.output):
+        return "What was written stays; the same command goes on from there."
+    if is_parquet(args.output) and args.output.exists():
+        return "The old output stays; the same command starts anew."
+    return "What was written stays; without --overwrite the same command goes on from there."
 
 
 def parser() -> argparse.ArgumentParser:

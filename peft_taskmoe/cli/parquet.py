@@ -20,16 +20,22 @@ def is_parquet(path: Path) -> bool:
 
 
 def write_parquet(source: Path, target: Path) -> None:
-    """Turn lines into a table, and remove them. Columns of mixed types become JSON strings."""
+    """Turn lines into a table, and remove them.
+
+    Columns of mixed types, and of objects without any key, become JSON strings.
+    """
     pyarrow, parquet = needed("pyarrow", "uie"), needed("pyarrow.parquet", "uie")
     with source.open("rb") as file:
         rows = [json.loads(_HALF_PAIR.sub(rb"\1\\ufffd", line)) for line in file]
     columns = {}
+    refusals = (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, pyarrow.ArrowNotImplementedError)
     for name in dict.fromkeys(key for row in rows for key in row):
         values = [row.get(name) for row in rows]
         try:
             columns[name] = pyarrow.array(values)
-        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OverflowError):
+            none = pyarrow.table({name: columns[name][:0]})
+            parquet.write_table(none, pyarrow.BufferOutputStream())
+        except (*refusals, OverflowError):
             columns[name] = pyarrow.array([json.dumps(value) for value in values])
     beside = target.with_name(f".{target.name}.new")
     parquet.write_table(pyarrow.table(columns), beside)

@@ -70,11 +70,21 @@ class Shares:
     def write(self, write: Write, processes: Processes) -> bool:
         """Write the blocks of this process, and say whether the output is complete now."""
         self.folder.mkdir(exist_ok=True)
-        processes.wait_for_all()
         own = self.blocks()[processes.rank :: processes.count]
-        total = sum(last - first for _, first, last in own)
-        with tqdm(total=total, desc="Extracting", unit=" text", disable=processes.rank > 0) as bar:
-            for file, first, last in own:
+        left = [block for block in own if not _is_whole(*block)]
+        for block in own:
+            if block not in left:  # checked before anyone can put it together and remove it
+                write(*block, progress=False)
+        processes.wait_for_all()
+        total, missing = (sum(b - a for _, a, b in blocks) for blocks in (own, left))
+        with tqdm(
+            total=total,
+            initial=total - missing,
+            desc="Extracting",
+            unit=" text",
+            disable=processes.rank > 0,
+        ) as bar:
+            for file, first, last in left:
                 write(file, first, last, progress=False)
                 bar.update(last - first)
         return self._put_together()
@@ -85,7 +95,7 @@ class Shares:
 
         with only_writer(self.output, wait=600):
             blocks = self.blocks()
-            if not self.folder.exists() or any(_lines(file) < b - a for file, a, b in blocks):
+            if not self.folder.exists() or not all(_is_whole(*block) for block in blocks):
                 return False
             beside = self.output.with_name(f".{self.output.name}.new")
             with beside.open("wb") as target:
@@ -98,8 +108,9 @@ class Shares:
         return True
 
 
-def _lines(file: Path) -> int:
-    return file.read_bytes().count(b"\n") if file.exists() else 0
+def _is_whole(file: Path, first: int, last: int) -> bool:
+    """Whether a block has all its lines."""
+    return file.exists() and file.read_bytes().count(b"\n") >= last - first
 
 
 def _append(file: Path, target: BinaryIO) -> None:
@@ -125,17 +136,37 @@ def plan_shares(
         first = 0 if overwrite else lines_done(output, sources, job)
     key = checksum([job, first, *sources])
     folder = output.with_name(f".{output.name}.{key}.parts")
-    for other in found:
-        if other != folder and not overwrite:
-            raise ValueError(
-                f"`{other}` holds parts of another job for `{output}`. Write to another file, or "
-                "pass --overwrite."
-            )
-        if other != folder and processes.rank == 0:
-            shutil.rmtree(other)
+    others = [one for one in found if one != folder]
+    if first == len(sources) and not overwrite:
+        if processes.rank > 0:
+            return None
+        # What a process that was stopped had put together, but not removed, may go.
+        refused = [one for one in others if not _is_of(one, job, sources)]
+    else:
+        refused = [] if overwrite else others
+    if refused:
+        raise ValueError(
+            f"`{refused[0]}` holds parts of another job for `{output}`. Write to another file, or "
+            "pass --overwrite."
+        )
+    for other in others if processes.rank == 0 else ():
+        shutil.rmtree(other)
     if first == len(sources) or (processes.count == 1 and not folder.exists()):
         return None
     return Shares(output, folder, first, len(sources))
+
+
+def _is_of(folder: Path, job: str, sources: Sequence[str]) -> bool:
+    """Whether the blocks in a folder are those of a job."""
+    from ..uie.extraction.jobs import json_object
+
+    for file in folder.glob("*.jsonl"):
+        with file.open("rb") as lines:
+            row = json_object(lines.readline()) or {}
+        number = int(file.stem) if file.stem.isdecimal() else len(sources)
+        if (row.get("run"), [row.get("source")]) != (job, list(sources[number : number + 1])):
+            return False
+    return True
 
 
 def parts_of(output: Path) -> list[Path]:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,8 +20,10 @@ from peft import LoraConfig, get_peft_model
 
 from peft_taskmoe import cli
 from peft_taskmoe.cli import Exit, inputs
+from peft_taskmoe.cli import extract as extract_command
+from peft_taskmoe.cli import score as score_command
 from peft_taskmoe.cli.parquet import read_parquet
-from peft_taskmoe.cli.shares import Processes
+from peft_taskmoe.cli.shares import Processes, Shares
 from peft_taskmoe.uie import (
     Document,
     Entity,
@@ -102,7 +105,8 @@ def stops(monkeypatch, after: int, error: BaseException) -> None:
 
 def test_a_line_out_for_each_line_in_and_bad_ones_are_reported_by_number(loads, capsys):
     texts(
-        {"text": "Ada met Bob.", "id": "first", "lang": "en", "source": "news", "text2": None},
+        {"text": "Ada met Bob.", "id": "first", "lang": "en", "source": "news", "text2": None,
+         "task": "RE", "schema": {"a": ""}, "annotations": [1], "entities": ["x"]},
         "{broken",
         '"just Zoe"',
         "",
@@ -112,7 +116,7 @@ def test_a_line_out_for_each_line_in_and_bad_ones_are_reported_by_number(loads, 
         '{"text": "a", "n": NaN}',
         "",
         " ",
-    )
+    )  # fmt: skip
     assert extract() == Exit.SOME_LINES_BAD
     found = rows()
     assert [row["id"] for row in found] == ["first", "2", "3", "4", "5", "6", "7", "8"]
@@ -123,6 +127,8 @@ def test_a_line_out_for_each_line_in_and_bad_ones_are_reported_by_number(loads, 
     assert first["records"][0]["text"] == "Ada"
     assert first["problems"] == [] and first["seconds"] > 0
     assert first["lang"] == "en" and first["text2"] is None and first["input"] == {"source": "news"}
+    unread = {key: first[key] for key in ("task", "schema", "annotations", "entities")}
+    assert unread == {"task": "RE", "schema": {"a": ""}, "annotations": [1], "entities": ["x"]}
     assert found[6]["text"] == "half \ud83d a Pair" and found[6]["records"][0]["start"] == 9
     messages = capsys.readouterr().err
     for number, words in ((2, "The line is no JSON"), (4, "The line is no JSON"),
@@ -199,7 +205,7 @@ def test_an_interrupted_run_goes_on_behind_the_lines_that_are_written(loads, mon
     whole = rows()
     Path("out.jsonl").unlink()
     for error, code, words in (
-        (KeyboardInterrupt(), Exit.INTERRUPTED, "The same command goes on from here"),
+        (KeyboardInterrupt(), Exit.INTERRUPTED, "stays; the same command goes on from there"),
         (RuntimeError("out of memory"), Exit.STOPPED, "RuntimeError: out of memory"),
         (OSError("disk full"), Exit.STOPPED, "the same command goes on from there"),
     ):
@@ -208,7 +214,7 @@ def test_an_interrupted_run_goes_on_behind_the_lines_that_are_written(loads, mon
             assert extract() == code
         assert words in capsys.readouterr().err
         with Path("out.jsonl").open("a") as file:
-            file.write('{"id": "5", "text": "tex')  # the line that it was stopped in
+            file.write('{"id": "5", "source": "1')  # the line that it was stopped in
     with monkeypatch.context() as patch:
         stops(patch, 0, RuntimeError("out of memory"))
         assert extract() == Exit.NOTHING_DONE
@@ -249,7 +255,7 @@ def test_an_output_of_another_job_is_neither_continued_nor_changed(loads, capsys
     assert extract("--overwrite") == Exit.DONE and len(rows()) == 1
 
 
-def test_overwriting_keeps_the_old_output_until_there_is_a_new_line(loads, monkeypatch):
+def test_overwriting_keeps_the_old_output_until_there_is_a_new_line(loads, monkeypatch, capsys):
     texts({"text": "Ada"}, {"text": "Bob"})
     assert extract() == Exit.DONE
     before = Path("out.jsonl").read_bytes()
@@ -265,6 +271,26 @@ def test_overwriting_keeps_the_old_output_until_there_is_a_new_line(loads, monke
         stops(patch, 1, RuntimeError("out of memory"))
         assert extract("--overwrite") == Exit.STOPPED
     assert len(rows()) == 1
+    for error, code in ((KeyboardInterrupt, Exit.INTERRUPTED), (OSError, Exit.STOPPED)):
+        with monkeypatch.context() as patch:
+            stops(patch, 1, error())
+            assert extract("--overwrite") == code
+        assert "without --overwrite the same command goes on" in capsys.readouterr().err
+    assert extract() == Exit.DONE and len(rows()) == 2
+    assert "1 of 2 lines were done already" in capsys.readouterr().err
+    assert extract("--output", "out.parquet") == Exit.DONE
+    with monkeypatch.context() as patch:
+        stops(patch, 1, KeyboardInterrupt())
+        assert extract("--output", "out.parquet", "--overwrite") == Exit.INTERRUPTED
+        assert "The old output stays; the same command starts" in capsys.readouterr().err
+
+        def interrupted(*files):
+            raise KeyboardInterrupt
+
+        patch.setattr(score_command, "_read", interrupted)
+        command = ["score", "--gold", "out.jsonl", "--predicted", "out.jsonl"]
+        assert cli.main(command) == Exit.INTERRUPTED
+        assert "Interrupted. The same command starts anew." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -399,6 +425,17 @@ def test_a_parquet_output_holds_the_same(loads, capsys, monkeypatch):
     texts({"text": "Zoe"})
     assert extract("--output", "out.parquet", "--overwrite") == Exit.DONE
     assert [row["text"] for row in read_parquet(Path("out.parquet"))] == ["Zoe"]
+    capsys.readouterr()
+    texts({"text": "Zoe", "meta": {}, "deep": [{"a": {}}]}, {"text": "Ada", "meta": {}})
+    with monkeypatch.context() as patch:
+        patch.setattr(extract_command, "write_parquet", lambda *files: 1 / 0)
+        assert extract("--output", "out.parquet", "--overwrite") == Exit.STOPPED
+    assert "Wrote" not in capsys.readouterr().err
+    for _ in range(2):
+        assert extract("--output", "out.parquet", "--overwrite") == Exit.DONE
+        found = list(read_parquet(Path("out.parquet")))
+        assert [row["meta"] for row in found] == ["{}", "{}"]
+        assert [row["deep"] for row in found] == ['[{"a": {}}]', "null"]
 
 
 @pytest.fixture
@@ -447,6 +484,50 @@ def test_several_processes_write_what_one_does(loads, monkeypatch, capsys, proce
         assert [row["id"] for row in new] == [row["id"] for row in whole]
         assert process(0, 1, "--overwrite") == Exit.SOME_LINES_BAD
     assert not list(Path().glob(".out*parts"))
+
+
+def test_a_merge_that_is_stopped_or_waited_for_costs_no_work_and_leaves_nothing(
+    loads, monkeypatch, capsys, process
+):
+    texts(*({"text": f"text {i} Ada"} for i in range(30)))
+    with monkeypatch.context() as patch:
+        patch.setattr(Shares, "_put_together", lambda self: False)  # stopped before it
+        assert process(0, 2) == process(1, 2) == Exit.DONE and not Path("out.jsonl").exists()
+    asked: list[str] = []
+    windows = Extractor.windows
+
+    def counted(self, question, problems):
+        asked.append(question.text)
+        return windows(self, question, problems)
+
+    def overtaken(self):
+        if self.rank == 1:
+            assert process(0, 2) == Exit.DONE and len(rows()) == 30
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Extractor, "windows", counted)
+        patch.setattr(Processes, "wait_for_all", overtaken)
+        assert process(1, 2) == Exit.DONE
+    assert not any(asked) and not list(Path().glob(".out*parts"))
+
+    whole = Path("out.jsonl").read_bytes()
+    assert process(1, 2, "--overwrite") == Exit.DONE
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *args, **options: 1 / 0)  # stopped within it
+        assert process(0, 2, "--overwrite") == Exit.STOPPED
+    assert "stays; the same command goes on" in capsys.readouterr().err
+    (parts,) = Path().glob(".out*parts")
+    shutil.copytree(parts, other := Path(".out.jsonl.other.parts"))
+    file = other / "000000008.jsonl"
+    file.write_bytes(file.read_bytes().replace(b'"source": "', b'"source": "0', 1))
+    before = Path("out.jsonl").read_bytes()
+    assert len(rows()) == 30 and before != whole
+    assert process(1, 2) == Exit.DONE and parts.exists()
+    assert process(0, 2) == Exit.NOTHING_DONE and parts.exists()
+    assert "other.parts` holds parts of another job" in capsys.readouterr().err
+    shutil.rmtree(other)
+    assert process(0, 2) == Exit.DONE and Path("out.jsonl").read_bytes() == before
+    assert not parts.exists()
 
 
 def test_several_processes_go_on_behind_one_and_refuse_other_parts(
@@ -776,7 +857,7 @@ def test_launchers_and_a_killed_process(job, tmp_path):
 
 def bars(err: bytes) -> set[bytes]:
     """The totals of the progress bars that were shown, of which there is one."""
-    assert err.count(b"Extracting:   0%") == 1
+    assert err.count(b"[00:00<?, ?text/s]") == 1
     return set(re.findall(rb"/(\d+) \[\S+, +\S+text/s\]", err))
 
 

@@ -20,7 +20,7 @@ import accelerate
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import decoders, processors
 
@@ -54,7 +54,7 @@ from peft_taskmoe.uie import (
 )
 from peft_taskmoe.uie.extraction import extractor as extractor_module
 from peft_taskmoe.uie.extraction import prefix, stopping
-from peft_taskmoe.uie.extraction.fingerprint import weights_checksum
+from peft_taskmoe.uie.extraction.fingerprint import adapters_of, weights_checksum
 from peft_taskmoe.uie.extraction.format_file import FORMAT_FILE, load_format
 from peft_taskmoe.uie.extraction.generation import Generator
 from peft_taskmoe.uie.extraction.placement import placement
@@ -72,6 +72,7 @@ from scripted import (
     text_in,
     tiny_llama,
 )
+from tiny import randomise
 
 WORDS = Schema.from_dict("NER", {"Capital": "words with a capital letter"})
 EVENTS = Schema.from_dict("EE", {"Attack": {"description": "", "roles": ["attacker"]}})
@@ -199,6 +200,11 @@ def test_an_answer_that_goes_round_in_circles_is_stopped_and_says_so():
     assert looped.answers[0].tokens < 200
     (truncated,) = (problem for problem in looped.problems if problem.kind == "truncated")
     assert truncated.message.endswith("It was stopped because it repeats itself.")
+    # Beside a longer answer, behind which it is padded, it is the same.
+    texts = ["Ada met Eve.", "Bob " + " ".join(f"W{i}{i * i}x" for i in range(9))]
+    alone, beside = (scripted(answer, max_new_tokens=1000, batch_size=n)(texts, WORDS)[0]
+                     for n in (1, 2))  # fmt: skip
+    assert (alone.answers, alone.problems) == (beside.answers, beside.problems)
 
 
 @pytest.mark.slow
@@ -1249,6 +1255,41 @@ def test_the_checksum_of_weights_sees_integers_and_needs_no_memory():
     same = weights_checksum(part(1, 0.0))
     assert weights_checksum(part(1, 1.0)) == same != weights_checksum(part(2, 0.0))
     assert weights_checksum(part(1, 0.0, "meta")) != same
+
+
+def test_the_fingerprint_is_that_of_the_adapters_as_they_are_used(tmp_path, tokenizer):
+    def fingerprint(model) -> str:
+        return Extractor(model, tokenizer).fingerprint()
+
+    def adapted(config):
+        return randomise(get_peft_model(tiny_llama(), config))
+
+    lora = {"task_type": "CAUSAL_LM", "r": 2, "target_modules": ["up_proj", "q_proj"]}
+    experts = {**lora, "num_experts": 3, "router_inputs": "token"}
+    makers = {LoraConfig: ({}, {"lora_alpha": 64}), TaskMoELoraConfig: ({}, {"top_k": 1})}
+    for make, changes in makers.items():
+        settings = lora if make is LoraConfig else experts
+        own, other = (fingerprint(adapted(make(**settings, **change))) for change in changes)
+        assert own != other
+        model = adapted(make(**settings, base_model_name_or_path="here"))
+        assert fingerprint(model) == own
+        model.save_pretrained(tmp_path)
+        saved = PeftModel.from_pretrained(tiny_llama(), tmp_path, revision="of another")
+        assert fingerprint(saved) == own
+        assert adapters_of(saved)[0]["default"]["target_modules"] == ["q_proj", "up_proj"]
+        model.add_adapter("other", make(**settings))
+        seen = [fingerprint(model)]
+        with model.disable_adapter():
+            seen.append(fingerprint(model))
+        model.set_adapter("other")
+        assert len({*seen, fingerprint(model)}) == 3
+        model.set_adapter("default")
+        assert fingerprint(model) == seen[0]
+    prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    model = get_peft_model(tiny_llama(), prompts)
+    before = fingerprint(model)
+    with model.disable_adapter():
+        assert fingerprint(model) != before
 
 
 def test_from_pretrained_without_a_format_warns_unless_one_is_passed(saved):

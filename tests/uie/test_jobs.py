@@ -74,7 +74,10 @@ def test_a_line_for_each_text(whole):
     assert whole[0]["problems"] == [] and len(whole[0]["answers"]) == 1
 
 
-@pytest.mark.parametrize("damage", ["", '{"id": "5", "source": "12', '{"i', "{"])
+@pytest.mark.parametrize(
+    "damage",
+    ["", '{"id": "5", "source": "12', '{"id": "a\\"b\\', '{"id": "5", "s', '{"i', "{", None],
+)
 def test_a_stopped_run_goes_on_and_equals_one_that_was_not_stopped(
     tmp_path, whole, monkeypatch, damage
 ):
@@ -92,7 +95,7 @@ def test_a_stopped_run_goes_on_and_equals_one_that_was_not_stopped(
         first.to_jsonl(taken(), WORDS, path, progress=False)
     assert rows(path) == whole[:2]  # each line is there as soon as it is answered
     with path.open("a") as file:
-        file.write(damage)
+        file.write(json.dumps(whole[2]) if damage is None else damage)
     second = extractor(batch_size=3)  # has no part in what is found
     assert second.to_jsonl(TEXTS, WORDS, path, progress=False) == 7
     assert rows(path) == whole
@@ -178,6 +181,12 @@ def test_other_texts_ids_or_files_are_not_continued_and_can_be_overwritten(tmp_p
     with pytest.raises(ValueError, match="does not belong to text 1"):
         extractor().to_jsonl(TEXTS, WORDS, path, ids=[f"name {text}" for text in TEXTS])
     assert path.read_bytes() == before
+    line = {"id": "a", "source": "12", "text": "own", "annotations": []}
+    for foreign in (json.dumps(line), json.dumps({"id": "a", "text": "own"})[:-4], '{"id": 5, "s'):
+        path.write_text(foreign)
+        with pytest.raises(ValueError, match=r"The last line of .* was not written by such a run"):
+            extractor().to_jsonl(TEXTS, WORDS, path)
+        assert path.read_text() == foreign
     path.write_bytes(before.replace(b'"records"', b'"rec\x00rds', 1))
     with pytest.raises(ValueError, match="`overwrite=True`"):
         extractor().to_jsonl(TEXTS, WORDS, path)
@@ -260,6 +269,9 @@ def test_names_make_the_lines_answers_to_documents(tmp_path):
     assert (counts.total().tp, counts.total().fp) == (3, 3)
     with pytest.raises(ValueError, match="fewer `ids` than texts"):
         extractor().to_jsonl(TEXTS, WORDS, tmp_path / "few.jsonl", ids=["a"])
+    for texts in (TEXTS[:3], iter(TEXTS[:3])):
+        with pytest.raises(ValueError, match="more `ids` than texts"):
+            extractor().to_jsonl(texts, WORDS, path, ids=["d0", "d1", "d2", "d3"])
 
 
 def test_given_events_are_a_part_of_what_is_asked(tmp_path):

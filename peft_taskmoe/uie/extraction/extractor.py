@@ -24,10 +24,10 @@ from ..records import Document, Event, Problem
 from ..schema import Schema
 from ..scoring.calibration import Calibration
 from .batches import Job, TextJobs, batches_of, read_ahead
-from .fingerprint import weights_checksum
+from .fingerprint import adapters_of, weights_checksum
 from .format_file import load_format
 from .generation import Generator, Prompt, Written
-from .jobs import Item, checksum, write_lines
+from .jobs import Item, checksum, named, write_lines
 from .loading import load_calibration, load_model
 from .placement import placement
 from .prefix import PrefixCache
@@ -266,7 +266,7 @@ class Extractor:
             schema: As in a call.
             path: The file. Lines have `id`, `text`, `records`, `problems`, `answers` and
                 `seconds`; `peft-taskmoe score` reads them.
-            ids: The texts' names; None numbers them from 1.
+            ids: The texts' names, one for each; None numbers them from 1.
             given: As in a call; any iterable.
             thresholds: As in a call.
             progress: As in a call.
@@ -278,21 +278,15 @@ class Extractor:
 
         Raises:
             ValueError: The file is there and is not that of this job, or another process is
-                writing it. It is left as it is.
+                writing it. It is left as it is. Or there are more or fewer `ids` than texts.
         """
         texts = [texts] if isinstance(texts, str) else texts
         schemas = self.check(schema, thresholds)
-        names = itertools.count(1) if ids is None else iter(ids)
 
         def items() -> Iterator[Item]:
-            for questions in questions_of(texts, schemas, given):
-                name = next(names, None)
-                if name is None:
-                    raise ValueError(
-                        "There are fewer `ids` than texts. Pass one for each text, or none."
-                    )
+            for name, questions in named(questions_of(texts, schemas, given), ids):
                 events = [[event.to_dict() for event in q.given or ()] for q in questions]
-                yield Item(str(name), checksum([str(name), questions[0].text, events]), questions)
+                yield Item(name, checksum([name, questions[0].text, events]), questions)
 
         return write_lines(
             self,
@@ -375,9 +369,9 @@ class Extractor:
     def fingerprint(self, schemas: Sequence[Schema] = (), thresholds: Thresholds = None) -> str:
         """A checksum of all that decides what is found in a text, as a resumed job must have it.
 
-        It covers a sample of the model's weights with those of the base model, the task encoder,
-        the prompt format, the calibration, and the settings but for `batch_size` and
-        `prefix_caching`.
+        It covers a sample of the model's weights with those of the base model, the active adapters
+        with their configs, the task encoder, the prompt format, the calibration, and the settings
+        but for `batch_size` and `prefix_caching`.
 
         Args:
             schemas: What is asked of every text, if that is the same.
@@ -392,7 +386,7 @@ class Extractor:
                 *(self.max_new_tokens, self.max_prompt_tokens, self.overlap, self.all_occurrences),
                 self.generator.constraint is not None,
                 None if self.calibration is None else asdict(self.calibration),
-                weights_checksum(self.model),
+                *(weights_checksum(self.model), adapters_of(self.model)),
                 None if reader is None else [one.fingerprint() for one in reader.encoders],
             ]
         )

@@ -125,11 +125,12 @@ class Generator:
             )
             input_ids = output.sequences
             new = chosen.log_probs_of(input_ids[:, -1])
-            for row, tokens, log_probs in zip(
-                rows, input_ids[:, length:].tolist(), new, strict=True
+            assert end.done is not None and end.lengths is not None
+            for row, tokens, log_probs, n in zip(
+                rows, input_ids[:, length:].tolist(), new, end.lengths.tolist(), strict=True
             ):
-                written[row] = Written(tokens, written[row].log_probs + log_probs)
-            assert end.done is not None
+                log_probs = written[row].log_probs + log_probs
+                written[row] = Written(tokens[:n], log_probs[:n])
             left = (~end.done).nonzero().flatten()
             if not rows_leave or not len(left) or input_ids.shape[1] - length == max_new_tokens:
                 return written

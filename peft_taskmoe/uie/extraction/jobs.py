@@ -8,8 +8,10 @@ asked, `run` one of the settings.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +23,8 @@ from filelock import FileLock, Timeout
 from .questions import Question, Thresholds
 from .results import Extraction
 
-_LINE_START = b'{"id": '  # of every line that is written here
+_ID, _BEHIND_ID = b'{"id": "', b'", "source": "'  # in every line that is written here
+_UP_TO_ID = re.compile(rb'{"id": "(?:[^"\\]|\\.?)*')
 _ADVICE = "Write to another file, or overwrite this one (`overwrite=True`, `--overwrite`)."
 
 
@@ -64,6 +67,24 @@ def checksum(data: bytes | Any) -> str:
     return hashlib.sha256(data).hexdigest()[:12]
 
 
+def named(
+    asked: Iterable[Sequence[Question]], ids: Iterable[str] | None
+) -> Iterator[tuple[str, Sequence[Question]]]:
+    """The name of each text with its questions; without `ids` its number, from 1 on.
+
+    Raises:
+        ValueError: There are more or fewer names than texts.
+    """
+    names = iter(itertools.count(1) if ids is None else ids)
+    for questions in asked:
+        name = next(names, None)
+        if name is None:
+            raise ValueError("There are fewer `ids` than texts. Pass one for each text, or none.")
+        yield str(name), questions
+    if ids is not None and next(names, None) is not None:
+        raise ValueError("There are more `ids` than texts. Pass one for each text, or none.")
+
+
 def lines_done(path: Path, sources: Iterable[str], run: str) -> int:
     """How many texts an earlier run has written; a line that it was stopped in is cut off.
 
@@ -99,7 +120,7 @@ def lines_done(path: Path, sources: Iterable[str], run: str) -> int:
                     f"`{path}:{done}` does not belong to text {done}, which is another now. "
                     f"{_ADVICE}"
                 )
-        if not rest.startswith(_LINE_START[: len(rest)]):
+        if not _is_beginning(rest, run):
             raise ValueError(f"The last line of `{path}` was not written by such a run. {_ADVICE}")
         file.truncate(whole)
     return done
@@ -166,6 +187,16 @@ def json_object(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None
+
+
+def _is_beginning(rest: bytes, run: str) -> bool:
+    """Whether a line without an end may be one of this run that was not written whole."""
+    row = json_object(rest)
+    if row is not None:
+        return row.get("run") == run
+    up_to_id = _UP_TO_ID.match(rest)
+    behind = rest[up_to_id.end() :] if up_to_id else b""
+    return rest.startswith(_ID[: len(rest)]) and behind.startswith(_BEHIND_ID[: len(behind)])
 
 
 def _line(item: Item, extraction: Extraction, run: str) -> bytes:

@@ -81,11 +81,13 @@ class EndOfAnswer(StoppingCriteria):
 
     Attributes:
         done: `(b,)` bool, the rows that are done; None before the first token.
+        lengths: `(b,)`, the tokens of each answer; what stands behind them is padding.
     """
 
     def __init__(self, ends: AnswerEnds, prompt_length: int, rows_leave: bool) -> None:
         self.ends, self.prompt_length, self.rows_leave = ends, prompt_length, rows_leave
         self.done: torch.Tensor | None = None
+        self.lengths: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         """`(b,)` bool: which rows stop."""
@@ -93,7 +95,10 @@ class EndOfAnswer(StoppingCriteria):
         lasts = input_ids[:, -1].tolist()
         ended = [self.ends.end_at(last, row) for last, row in zip(lasts, written, strict=True)]
         done = torch.tensor(ended, device=input_ids.device) | repeats(written)
-        self.done = done if self.done is None else self.done | done
+        before = torch.zeros_like(done) if self.done is None else self.done
+        lengths = torch.full_like(done, written.shape[1], dtype=torch.long)
+        self.lengths = lengths if self.lengths is None else lengths.where(~before, self.lengths)
+        self.done = before | done
         if self.rows_leave and int(self.done.sum()) >= LEAVING * len(done):
             return torch.ones_like(done)
         return self.done
