@@ -857,8 +857,8 @@ def test_launchers_and_a_killed_process(job, tmp_path):
 
 def bars(err: bytes) -> set[bytes]:
     """The totals of the progress bars that were shown, of which there is one."""
-    assert err.count(b"[00:00<?, ?text/s]") == 1
-    return set(re.findall(rb"/(\d+) \[\S+, +\S+text/s\]", err))
+    assert err.count(b"[00:00<?, ? text/s]") == 1
+    return set(re.findall(rb"/(\d+) \[\S+, +\S+ text/s\]", err))
 
 
 def free_port() -> int:
