@@ -39,6 +39,8 @@ def run(args: argparse.Namespace) -> Exit:
     if not args.input.is_file():
         raise ValueError(f"There is no file `{args.input}` to read.")
     check_output(args.output, args.input, args.schema)
+    if (ending := args.output.suffix) in (".csv", ".tsv", ".xlsx", ".json"):
+        raise ValueError(f"`{args.output}` would be no {ending}. Write .jsonl or .parquet.")
     written = args.output
     if is_parquet(args.output):  # a file beside it, which becomes the output
         written = args.output.with_name(f"{args.output.name}.jsonl")

@@ -347,6 +347,7 @@ def test_what_cannot_begin_says_why(loads, capsys, change, message):
         ("--dtype float99", "invalid choice: 'float99' (choose from"),
         ("--device tpu", "--device is 'tpu', but this machine has cpu"),
         ("--output nowhere/out.jsonl", "There is no folder `"),
+        ("--output out.csv", "`out.csv` would be no .csv. Write .jsonl or .parquet."),
         ("--output .", "is a folder. Name a file in it"),
     ],
 )
