@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import asyncio
 import gc
 import json
 import os
@@ -408,6 +409,23 @@ def test_requests_that_could_never_wait_are_refused_before_they_are_cut(monkeypa
         reply = ask(client, *("a" * 17), schema=tight)
         assert (reply.status_code, "17 texts. `max_waiting`" in reply.text) == (413, True)
     assert not cut
+
+
+def test_an_error_of_the_server_is_counted_as_one() -> None:
+    app = server.make_app(server.Adapters(scripted()))
+
+    @app.get("/broken")
+    def broken() -> None:
+        raise RuntimeError("out of memory")
+
+    async def asked() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            return [await client.get(path) for path in ("/broken", "/metrics")]
+
+    error, metrics = asyncio.run(asked())
+    assert error.status_code == 500
+    assert 'requests_total{route="/broken",status="500"} 1.0' in metrics.text
 
 
 @pytest.mark.slow
