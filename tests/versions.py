@@ -23,7 +23,7 @@ needs_one_batch_in_dpo = pytest.mark.skipif(
 )
 needs_transformers_5 = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5"),
-    reason="transformers 4 has no `warmup_steps` below one",
+    reason="examples and experiments use options of transformers 5",
 )
 needs_own_integration = pytest.mark.skipif(
     Version(peft.__version__) < Version(MIN_PEFT_VERSION),

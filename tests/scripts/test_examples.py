@@ -20,6 +20,9 @@ from safetensors.torch import load_file
 
 from loopback_hub import LoopbackHub
 from running import ROOT, run
+from versions import needs_transformers_5
+
+pytestmark = needs_transformers_5
 
 DEMO = "examples/data/demo"
 SETTINGS = {

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from peft_taskmoe.uie import Entity, read_jsonl, score
+from versions import needs_transformers_5
+
+pytestmark = needs_transformers_5
 
 DOCUMENTS = Path(__file__).parents[2] / "examples" / "data" / "demo" / "test_unseen.jsonl"
 PLAN = {"baseline": "lora-36", "command": "x", "clusters": {}}

@@ -29,6 +29,8 @@ from peft_taskmoe.uie import (
 from running import run
 from versions import needs_transformers_5
 
+pytestmark = needs_transformers_5
+
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "experiments"
 DEMO = ROOT / "examples" / "data" / "demo"
@@ -433,7 +435,6 @@ def test_the_table_of_seen_labels_is_chosen_and_checked_against_the_data(parts, 
         parts.run.main(*arguments_of(parts, "smoke", **changes), "command")
 
 
-@needs_transformers_5
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_whole_and_of_equal_effective_scale(parts, preset) -> None:
     args, _ = arguments_of(parts, preset)
