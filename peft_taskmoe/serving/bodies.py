@@ -95,10 +95,7 @@ def tickets_of(body: ExtractRequest, adapters: Adapters, limits: Limits) -> list
         ValueError: It cannot be answered, or is beyond a limit; the message names it.
     """
     lane = adapters.lane(body.adapter, body.constrained)
-    texts = [
-        (one, body.schema_) if isinstance(one, str) else (one.text, one.schema_)
-        for one in body.texts
-    ]
+    texts = [(one, None) if isinstance(one, str) else (one.text, one.schema_) for one in body.texts]
     texts = [(text, body.schema_ if data is None else data) for text, data in texts]
     for text, data in texts:
         if len(text) > limits.max_text_characters:
@@ -116,12 +113,12 @@ def tickets_of(body: ExtractRequest, adapters: Adapters, limits: Limits) -> list
     tickets, prompts = [], 0
     for text, data in texts:
         several = schemas[id(data)]
-        fewest = max(len(several), *(_fewest_prompts(lane.reading, text, one) for one in several))
-        if prompts + fewest <= limits.max_waiting:
+        more = sum(_fewest_prompts(lane.reading, text, one) for one in several)
+        if prompts + more <= limits.max_waiting:
             jobs = lane.text_jobs([Question(text, one) for one in several])
             tickets.append(Ticket(lane, jobs, body.thresholds))
-            fewest = len(jobs.jobs)
-        prompts += fewest
+            more = len(jobs.jobs)
+        prompts += more
         if prompts > limits.max_waiting:
             raise TooManyError(
                 f"The texts make {prompts} prompts or more. `max_waiting` is {limits.max_waiting}."
@@ -134,9 +131,9 @@ class TooManyError(ValueError):
 
 
 def _fewest_prompts(reading: Extractor, text: str, schema: Schema) -> int:
-    """How many prompts a long text makes at least; to make them takes much longer."""
+    """How many prompts a long text makes at least, 0 for others; to make them takes much longer."""
     most = reading.max_prompt_tokens
-    if len(text) < most:
+    if len(text) < most or not text.strip():
         return 0
 
     def length(part: str) -> int:

@@ -398,6 +398,13 @@ def test_hub_access_is_checked_before_training(train, tmp_path, monkeypatch) -> 
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="for machines without accelerators")
+def test_bfloat16_without_an_accelerator_ends_in_what_to_type(arguments) -> None:
+    errors = run("sft_uie.py", *arguments, "--bf16", "true", fails=True)
+    assert "On a CPU add `--bf16 false --dtype float32`." in errors and "Traceback" not in errors
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="for machines without accelerators")
 def test_two_processes_without_accelerators_need_use_cpu(tmp_path, arguments) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     errors = run("sft_uie.py", *arguments, launcher=launcher, fails=True)

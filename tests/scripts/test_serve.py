@@ -402,6 +402,8 @@ def test_requests_that_could_never_wait_are_refused_before_they_are_cut(monkeypa
     tight = {"Capital": "d" * (room - 12)}  # windows of some characters
     cut = []
     with serving(extractor, max_waiting=16, max_texts=17) as client:
+        several = [[f"L{n}"] for n in range(16)]  # as many prompts as may wait; blanks make none
+        assert ask(client, "a", " ", " " * 999, schema=several).status_code == 200
         monkeypatch.setattr(Extractor, "text_jobs", lambda *args: cut.append(args))
         reply = ask(client, "ab " * 4000, schema=tight)
         assert (reply.status_code, "`max_waiting` is 16" in reply.text) == (413, True)
