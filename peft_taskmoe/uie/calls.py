@@ -52,7 +52,6 @@ _OUTSIDE = re.compile(
     r"|(?P<open>\[)|(?P<close>\])|(?P<comma>,)|(?P<other>.)",
     re.DOTALL,
 )
-_PARSES = 5  # of the same source, where another parse in between disturbs them
 _GAP = re.compile(r"\s*\(")
 # What Python reads as an escape without complaint; any other backslash stands for itself.
 _LITERAL_PART = re.compile(
@@ -256,17 +255,17 @@ def _value(literal: str) -> str | None:
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
 
 
-def expression(source: str) -> ast.expr | None:
+def expression(source: str, tries: int = 5) -> ast.expr | None:
     """The syntax tree of a Python expression; nothing is evaluated. None where there is none.
 
     Python 3.11 counts the depth of all running parses together, and raises `SystemError` when
     another one ran in between, in a thread or during garbage collection (gh-106905).
     """
-    for _ in range(_PARSES - 1):
-        try:
-            return ast.parse(source, mode="eval").body
-        except SystemError:
-            continue
-        except (SyntaxError, ValueError, MemoryError, RecursionError):
-            return None
-    return ast.parse(source, mode="eval").body
+    try:
+        return ast.parse(source, mode="eval").body
+    except SystemError:
+        if tries == 1:
+            raise
+        return expression(source, tries - 1)
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return None
