@@ -1,5 +1,7 @@
 """Extract from many texts on a Ray cluster: every actor holds a model and takes blocks of texts.
 
+    pip install 'peft_taskmoe[ray]'
+
     python examples/extract_ray.py --adapter user/my-adapter --schema schema.json \
         --input texts.parquet --output records.parquet --workers 8 --gpus_per_worker 1
 
