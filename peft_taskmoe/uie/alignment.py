@@ -284,6 +284,16 @@ class LongestSpans:
         at = bisect_right(self._starts, start) - 1
         return at >= 0 and end <= self._ends[at] and place != (self._starts[at], self._ends[at])
 
+    def reaches_before(self, place: Place) -> bool:
+        """Whether a span that begins earlier has this place inside."""
+        at = bisect_left(self._starts, place[0]) - 1
+        return at >= 0 and place[1] <= self._ends[at]
+
+    def reaches_behind(self, place: Place) -> bool:
+        """Whether a span that ends later has this place inside."""
+        at = bisect_right(self._starts, place[0]) - 1
+        return at >= 0 and place[1] < self._ends[at]
+
 
 def _nearest(occurrences: Occurrences, to: Place | None) -> Iterator[Place]:
     for places in (

@@ -11,12 +11,7 @@ from hypothesis import strategies as st
 from peft_taskmoe.uie import Entity, ReadError, Span, read_conll, read_jsonl, write_jsonl
 from peft_taskmoe.uie.data.conversion import READERS
 from peft_taskmoe.uie.data.tokens import join_tokens
-from peft_taskmoe.uie.extraction.windows import (
-    every_place,
-    merge_windows,
-    split_document,
-    split_windows,
-)
+from peft_taskmoe.uie.extraction.windows import every_place, merge_windows, split_windows
 from peft_taskmoe.uie.records import record_key, shift_record, spans_of
 from strategies import JSON, TEXTS, documents, spans
 
@@ -155,18 +150,6 @@ def test_records_of_windows_are_put_together_again(text, most, data):
     merged = merge_windows(found)
     assert {record_key(x) for x in merged} == {record_key(x) for part in inside for x in part}
     assert [x.span.start for x in merged] == sorted(x.span.start for x in merged)
-
-
-@given(documents(), st.integers(4, 40))
-def test_a_split_document_loses_no_record_in_silence(document, most):
-    parts, lost = split_document(document, most, overlap=5)
-    again = set()
-    for part in parts:
-        start = int(part.id.rpartition("#")[2]) if part is not document else 0
-        for record in part.records:
-            assert all(part.text[s.start : s.end] == s.text for s in spans_of(record))
-            again.add(record_key(shift_record(record, start)))
-    assert again | {record_key(x) for x in lost} == {record_key(x) for x in document.records}
 
 
 @given(TEXTS, st.data())

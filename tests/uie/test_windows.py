@@ -7,15 +7,10 @@ from itertools import pairwise
 import pytest
 
 from peft_taskmoe.uie.extraction.prompts import prompt_windows
-from peft_taskmoe.uie.extraction.windows import (
-    Window,
-    merge_windows,
-    split_document,
-    split_windows,
-)
+from peft_taskmoe.uie.extraction.windows import Window, merge_windows, split_windows
 from peft_taskmoe.uie.parse import parse_answer
 from peft_taskmoe.uie.prompt import PromptFormat, completion_text, prompt_text
-from peft_taskmoe.uie.records import Argument, Document, Entity, Event, Relation, Span, record_key
+from peft_taskmoe.uie.records import Argument, Entity, Event, Relation, Span
 from peft_taskmoe.uie.schema import Schema
 
 SCHEMA = Schema.of({"Word": "words", "Pair": {"head": [], "tail": []}, "Act": {"roles": ["Who"]}})
@@ -201,6 +196,33 @@ def test_mentions_that_an_edge_cuts_are_left_out():
     assert len(merge_windows([(Window("New York.", 0, 9), [whole, inner])])) == 2
 
 
+def test_mentions_inside_others_at_the_ends_of_a_text_are_kept():
+    text = "Bank of England Museum"
+    found = [Entity("Org", Span(text, 0, 22)), Entity("Org", Span("Bank of England", 0, 15))]
+    found.append(Entity("Org", Span("Museum", 16, 22)))
+    assert {*merge_windows([(Window(text, 0, 22), found)])} == {*found}
+
+
+def test_a_mention_that_one_window_cuts_and_another_has_whole_is_kept():
+    cut, whole = Entity("Word", Span("New", 7, 10)), Entity("Word", Span("New York", 0, 8))
+    inner = Entity("Word", Span("New", 0, 3))
+    windows = [(Window("He saw New", 0, 10), [cut]), (Window("New York", 7, 15), [whole, inner])]
+    assert [one.span.end for one in merge_windows(windows)] == [10, 15]
+
+
+def test_events_of_one_answer_with_the_same_trigger_stay_apart():
+    def attack(who, start, of="Who"):
+        return Event("Act", Span("hit", 4, 7), (Argument(of, Span(who, start, start + 3)),))
+
+    ann, bob = attack("Ann", 0), attack("Bob", 8)
+    whole, text = Window("Ann hit Bob", 0, 11), "Ann hit Bob and Cyd"
+    assert merge_windows([(whole, [ann, bob])]) == (ann, bob)
+    # The event of another window is the one that it shares arguments with.
+    more = Event("Act", ann.trigger, (*bob.arguments, *attack("Cyd", 16, "Whom").arguments))
+    assert merge_windows([(whole, [ann, bob]), (Window(text, 0, 19), [more])]) == (ann, more)
+    assert set(merge_windows([(whole, [ann, bob]), (Window(text, 0, 19), [bob, ann])])) == {ann, bob}
+
+
 def test_merging_is_linear_and_agrees_with_its_definition():
     rng = random.Random(4)
     for _ in range(200):
@@ -212,20 +234,25 @@ def test_merging_is_linear_and_agrees_with_its_definition():
             ]
             found.append((Window("x" * 15, start, start + 15), inside))
         places = {
-            (r.label, r.span.start + w.start, r.span.end + w.start) for w, rs in found for r in rs
+            (w, (r.label, r.span.start + w.start, r.span.end + w.start))
+            for w, rs in found
+            for r in rs
         }
-        inner = {  # found in the middle of a window
-            (r.label, r.span.start + w.start, r.span.end + w.start)
-            for w, rs in found for r in rs if r.span.start and r.span.end < 15
-        }  # fmt: skip
-        cut = {
-            one for one in places - inner
-            if any(
-                o[0] == one[0] and o[1] <= one[1] and one[2] <= o[2] and o != one for o in places
+        longer = {place for _, place in places}
+
+        def cuts(window, place, longer=longer):
+            covering = [
+                one
+                for one in longer
+                if one[0] == place[0] and one[1] <= place[1] and place[2] <= one[2]
+            ]
+            return (place[1] == window.start and any(o[1] < window.start for o in covering)) or (
+                place[2] == window.end and any(o[2] > window.end for o in covering)
             )
-        }  # fmt: skip
+
+        whole = {place for window, place in places if not cuts(window, place)}
         kept = {(r.label, r.span.start, r.span.end) for r in merge_windows(found)}
-        assert kept == places - cut
+        assert kept == whole
     many = [
         (
             Window("x" * 20, 10 * i, 10 * i + 20),
@@ -341,24 +368,3 @@ def test_more_given_events_than_a_prompt_can_hold_are_asked_about_in_several():
         text.split()[:-1]
     )
     assert [part.window.start for part in parts] == sorted(part.window.start for part in parts)
-
-
-def test_documents_split_for_training():
-    text = "Ann met Bob. " * 20
-    starts = range(0, len(text), 13)
-    near = [Relation("Pair", Span("Ann", s, s + 3), Span("Bob", s + 8, s + 11)) for s in starts]
-    far = Relation("Pair", Span("Ann", 0, 3), Span("Bob", 255, 258))
-    document = Document("d", text, "RE", SCHEMA.select([SCHEMA.labels[1]]), (*near, far))
-    parts, lost = split_document(document, 60, overlap=15)
-    assert lost == (far,) and len(parts) > 4
-    for part in parts:
-        start = int(part.id.removeprefix("d#"))
-        assert part.text == text[start : start + len(part.text)]
-        for record in part.records:
-            assert part.text[record.head.start : record.head.end] == "Ann"
-    assert split_document(document, 1000) == ((document,), ())
-    act = Event("Act", Span("met", 4, 7), (Argument("Who", Span("Ann", 0, 3)),))
-    events = Document("e", text, "EAE", SCHEMA.select([SCHEMA.labels[2]]), (act,))
-    (only,), lost = split_document(events, 60, overlap=15)  # no window without an event
-    assert (only.id, only.records, lost) == ("e#0", (act,), ())
-    assert len({record_key(r) for r in near}) == 20

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..alignment import LongestSpans, TextIndex
-from ..records import (
-    Argument,
-    Document,
-    Entity,
-    Event,
-    Record,
-    record_key,
-    shift_record,
-    spans_of,
-)
+from ..alignment import LongestSpans, Place, TextIndex
+from ..records import Argument, Entity, Event, Record, record_key, shift_record, spans_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,35 +77,53 @@ def merge_windows(found: Iterable[tuple[Window, Sequence[Record]]]) -> tuple[Rec
         The records, in the order of the text.
     """
     merged: dict[tuple[Any, ...], Record] = {}
-    at_edge: set[tuple[Any, ...]] = set()
+    events: dict[tuple[Any, ...], list[Event]] = {}
+    windows: dict[tuple[Any, ...], list[Window]] = {}
     for window, records in found:
-        for record in (shift_record(record, window.start) for record in records):
-            key = record_key(replace(record, arguments=()) if isinstance(record, Event) else record)
-            touches = (
-                {window.start, window.end} & {record.span.start, record.span.end}
-                if isinstance(record, Entity)
-                else ()
-            )
-            if key not in merged:
-                merged[key] = record
-                at_edge |= {key} if touches else set()
-                continue
-            if not touches:
-                at_edge.discard(key)
-            earlier = merged[key]
-            if isinstance(record, Event) and isinstance(earlier, Event):
-                arguments = dict.fromkeys((*earlier.arguments, *record.arguments))
-                merged[key] = replace(earlier, arguments=_distinct(arguments))
+        moved = [shift_record(record, window.start) for record in records]
+        _add_events((one for one in moved if isinstance(one, Event)), events)
+        for record in moved:
+            if not isinstance(record, Event):
+                key = record_key(record)
+                merged.setdefault(key, record)
+                windows.setdefault(key, []).append(window)
     longest: dict[str, LongestSpans] = {}
-    for key in merged:
-        if key[0] == "entity" and len(key[2]) == 2:
-            longest.setdefault(key[1], LongestSpans()).add(key[2])
-    kept = [
-        record
+    entities = {
+        key: record
         for key, record in merged.items()
-        if key not in at_edge or not longest[key[1]].covers(key[2])
-    ]
+        if isinstance(record, Entity) and record.span.start is not None
+    }
+    for key, entity in entities.items():
+        longest.setdefault(entity.label, LongestSpans()).add(key[2])
+    for key, entity in entities.items():
+        if all(_cuts(window, key[2], longest[entity.label]) for window in windows[key]):
+            del merged[key]
+    kept = [*merged.values(), *itertools.chain.from_iterable(events.values())]
     return tuple(sorted(kept, key=_first_place))
+
+
+def _add_events(found: Iterable[Event], merged: dict[tuple[Any, ...], list[Event]]) -> None:
+    """Take the events of one window: each into that of earlier windows with most in common."""
+    free: dict[tuple[Any, ...], list[int]] = {}
+    for event in found:
+        key = record_key(replace(event, arguments=()))
+        known = merged.setdefault(key, [])
+        earlier = free.setdefault(key, [*range(len(known))])
+        if not earlier:
+            known.append(event)
+            continue
+        ours = {*_distinct(event.arguments)}
+        best = max(earlier, key=lambda i: len(ours & {*_distinct(known[i].arguments)}))
+        earlier.remove(best)
+        arguments = (*known[best].arguments, *event.arguments)
+        known[best] = replace(known[best], arguments=tuple(_distinct(arguments).values()))
+
+
+def _cuts(window: Window, place: Place, longest: LongestSpans) -> bool:
+    """Whether a window's edge cuts a longer mention down to this one."""
+    return (place[0] == window.start and longest.reaches_before(place)) or (
+        place[1] == window.end and longest.reaches_behind(place)
+    )
 
 
 def every_place(text: str, records: Sequence[Record]) -> tuple[Record, ...]:
@@ -151,44 +161,6 @@ def every_place(text: str, records: Sequence[Record]) -> tuple[Record, ...]:
 def _first_place(record: Record) -> tuple[bool, int]:
     start = spans_of(record)[0].start
     return start is None, start or 0
-
-
-def split_document(
-    document: Document, max_length: int, *, length: Callable[[str], int] = len, overlap: int = 100
-) -> tuple[tuple[Document, ...], tuple[Record, ...]]:
-    """Cut a document with gold records into documents of a window each, for training.
-
-    Args:
-        document: The document; its records need offsets.
-        max_length: As for `split_windows`.
-        length: As for `split_windows`, of a window's text.
-        overlap: As for `split_windows`.
-
-    Returns:
-        The documents, with ids `<id>#<start>` and the records that are whole in them (of an EAE
-        document only those windows that have an event); and the records that no window has whole. A
-        document that fits is itself.
-    """
-    windows = split_windows(document.text, max_length, length=length, overlap=overlap)
-    if len(windows) == 1:
-        return (document,), ()
-    parts, placed = [], set()
-    for window in windows:
-        inside = [record for record in document.records if _inside(record, window)]
-        placed.update(inside)
-        if document.task == "EAE" and not inside:
-            continue
-        records = tuple(shift_record(record, -window.start) for record in inside)
-        entities = tuple(
-            Entity(entity.label, entity.span.shift(-window.start), entity.confidence)
-            for entity in document.entities
-            if _inside(entity, window)
-        )
-        name = f"{document.id}#{window.start}"
-        parts.append(
-            replace(document, id=name, text=window.text, records=records, entities=entities)
-        )
-    return tuple(parts), tuple(record for record in document.records if record not in placed)
 
 
 def _furthest(
@@ -256,16 +228,5 @@ def glued(text: str, at: int) -> bool:
     )
 
 
-def _inside(record: Record, window: Window) -> bool:
-    spans = spans_of(record)
-    return all(
-        s.start is not None
-        and s.end is not None
-        and window.start <= s.start
-        and s.end <= window.end
-        for s in spans
-    )
-
-
-def _distinct(arguments: Iterable[Argument]) -> tuple[Argument, ...]:
-    return tuple({(x.role, x.span.start, x.span.end, x.span.text): x for x in arguments}.values())
+def _distinct(arguments: Iterable[Argument]) -> dict[tuple[Any, ...], Argument]:
+    return {(x.role, x.span.start, x.span.end, x.span.text): x for x in arguments}
