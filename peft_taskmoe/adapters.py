@@ -30,7 +30,7 @@ class TaskMoELoraLayer(BaseTunerLayer):
 
     adapter_layer_names = (f"{PREFIX}A", f"{PREFIX}B", f"{PREFIX}router")
     other_param_names = (
-        "num_experts", "r", "lora_alpha", "scaling", "lora_dropout", "configs", "shapes",
+        "r", "lora_alpha", "scaling", "lora_dropout", "configs", "shapes",
     )  # fmt: skip
     cast_input_dtype_enabled = True  # PEFT's `disable_input_dtype_casting` sets it
 
@@ -40,7 +40,6 @@ class TaskMoELoraLayer(BaseTunerLayer):
         self.taskmoe_lora_A = nn.ModuleDict()
         self.taskmoe_lora_B = nn.ModuleDict()
         self.taskmoe_lora_router = nn.ModuleDict()
-        self.num_experts: dict[str, int] = {}
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
@@ -70,7 +69,6 @@ class TaskMoELoraLayer(BaseTunerLayer):
         router_in = self.in_features * shape.reads_token + config.task_dim * shape.reads_task
         rank = config.num_experts * r
         _check_size(self.in_features, self.out_features, rank, router_in * config.num_experts)
-        self.num_experts[adapter_name] = config.num_experts
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
         self.lora_dropout[adapter_name] = config.lora_dropout
@@ -110,9 +108,16 @@ class TaskMoELoraLayer(BaseTunerLayer):
         Like `LoraLayer.set_scale`: a layer without the adapter is left as it is.
         """
         if adapter in self.configs:
-            r = self.r[adapter]
-            divisor = math.sqrt(r) if self.configs[adapter].use_rslora else r
-            self.scaling[adapter] = scale * self.lora_alpha[adapter] / divisor
+            self.scaling[adapter] = scale * self._config_scaling(adapter)
+
+    def scale_of(self, adapter: str) -> float:
+        """`scaling` as a multiple of the config's; 1 unless it was set."""
+        return self.scaling[adapter] / self._config_scaling(adapter)
+
+    def _config_scaling(self, adapter: str) -> float:
+        r = self.r[adapter]
+        divisor = math.sqrt(r) if self.configs[adapter].use_rslora else r
+        return self.lora_alpha[adapter] / divisor
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the `scaling` of the active adapters, like `LoraLayer.scale_layer`."""
@@ -131,8 +136,9 @@ class TaskMoELoraLayer(BaseTunerLayer):
         """`s * sum_i g_i B_i A_i` for the task of the current `task_context`, like the base weight.
 
         Raises:
-            ValueError: If the router reads the token, so that the gates differ from token to token,
-                or if there is not exactly one task in scope.
+            ValueError: If no single weight equals the adapter, since the gates differ from token to
+                token or the layer is given positions, which a task's update leaves out; or if there
+                is not exactly one task in scope.
         """
         shape = self.shapes[adapter_name]
         if shape.reads_token:
@@ -140,6 +146,13 @@ class TaskMoELoraLayer(BaseTunerLayer):
                 f'Adapter "{adapter_name}" cannot be merged: its router reads the token '
                 f'(`router_inputs="{self.configs[adapter_name].router_inputs}"`), so no single '
                 "weight equals it. Keep it unmerged, or export a LoRA with `to_lora(model, ...)`."
+            )
+        if self.layout.given_positions:
+            raise ValueError(
+                f'Adapter "{adapter_name}" cannot be merged into `{self.layout.name}`: the layer '
+                "also projects relative positions, which the adapter leaves alone and a merged "
+                "weight would not. Keep it unmerged, or build it without these layers "
+                "(`exclude_modules`)."
             )
         task = self.task_of(adapter_name, current_state() or TaskState())
         if task is None or task.shape[0] != 1:
@@ -252,8 +265,8 @@ def missing_task_message(adapter_name: str) -> str:
     """The error for a forward without a task."""
     return (
         f'This forward has no task embedding, which the router of adapter "{adapter_name}" reads. '
-        "Pass task_embeds=..., name a `task_encoder` in the config, call "
-        "attach_task_encoder(model), or run inside `with task_context(task_embeds):`."
+        "Pass task_embeds=..., or run inside `with task_context(task_embeds):`. Where prompts are "
+        "`input_ids`, a `task_encoder` in the config or attach_task_encoder(model) reads them."
     )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch import nn
 
 from .conditioning import base_model_of, conditioner_of, wrap_outermost
+from .config import TaskMoELoraConfig
 from .encoder import TaskEncoder
 from .prompts import PromptReader
 from .task_encoders import check_width, load_tokenizer
@@ -53,7 +55,25 @@ def attach_task_encoder(
             if name not in active and config.task_dim != encoder.task_dim:
                 continue
             check_width(encoder, name, config)
+            _warn_of_other_reading(encoder, name, config)
             encoders.attach(name, encoder)
             config.task_encoder = encoder.config
     encoders.reader = PromptReader(tokenizer if tokenizer is not None else load_tokenizer(base))
     return model
+
+
+def _warn_of_other_reading(encoder: TaskEncoder, name: str, config: TaskMoELoraConfig) -> None:
+    """Warn where the config names an encoder that makes other vectors of a prompt."""
+    named: Any = config.task_encoder
+    if named is None:
+        return
+    for setting in ("text", "pooling", "overflow"):
+        ours, theirs = getattr(encoder.config, setting), getattr(named, setting)
+        if ours != theirs:
+            warnings.warn(
+                f'The config of adapter "{name}" names a task encoder with `{setting}="{theirs}"`, '
+                f'and the attached one has `{setting}="{ours}"`, which is kept from here on. Its '
+                "vectors are others than those that the router was trained with.",
+                UserWarning,
+                stacklevel=3,
+            )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,7 @@ class AuxLoss:
             accumulated batches) in this forward, so that weights of accumulated batches sum to 1.
         value: Sum of coefficient x loss over the layers that ran.
         weight: Gradient of the total loss with respect to `value`; None before backward.
+        unread: Called where backward comes and `weight` is still None.
     """
 
     coefficients: dict[str, float]
@@ -36,6 +38,7 @@ class AuxLoss:
     share: torch.Tensor | float = 1.0
     value: torch.Tensor | float = 0.0
     weight: torch.Tensor | None = None
+    unread: Callable[[AuxLoss], None] | None = None
 
     @torch.compiler.disable  # tracing would freeze `weight`, which backward reads
     def collect(self, logits: torch.Tensor, top_k: int | None, adapter: str) -> None:
@@ -49,6 +52,8 @@ class AuxLoss:
 
         def add(grad: torch.Tensor) -> torch.Tensor:
             if self.weight is None:
+                if self.unread is not None:
+                    self.unread(self)
                 return grad
             return grad + self.weight.to(gradient) * coefficient * gradient
 
@@ -87,6 +92,7 @@ class AuxLossLog:
         loss: Any = outputs[0] if isinstance(outputs, tuple) and outputs else named.get("loss")
         log_probs, counted = named.get("log_probs"), named.get("label_mask")
         added = isinstance(loss, torch.Tensor) and loss.dim() == 0
+        aux.unread = self._warn
         if added and named:
             outputs["loss"] = aux.added_to(loss)
         elif added:

@@ -23,6 +23,7 @@ _NOT_LINEAR = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.MultiheadAttent
 _READ_BY_SCAN_KERNELS = ("out_proj", "x_proj", "dt_proj")
 _SEQUENCE_FIRST = ("xlnet", "longformer", "led", "fsmt")
 _POSITIONS_ONLY = ("pos_proj", "pos_q_proj", "pos_key_proj", "pos_query_proj")
+_SHARED_WITH_POSITIONS = ("query_proj", "key_proj")  # in DeBERTa's with `share_att_key`
 _POSITION_BIAS = ("disentangled_att_bias", "disentangled_attention_bias")
 _EXPERT = re.compile(r"(^|\.)\w*experts\.(\w+\.|\w*\d$)")
 
@@ -161,4 +162,8 @@ def mark_positions(model: nn.Module, mark: bool = True) -> None:
 def layout_of(name: str, model: nn.Module) -> TokenLayout:
     """What is known of how a layer of a model is given tokens."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    return TokenLayout(name, bool(_EXPERT.search(name)), model_type in _SEQUENCE_FIRST)
+    parent = model.get_submodule(name.rpartition(".")[0])
+    positions = name.endswith(_SHARED_WITH_POSITIONS) and getattr(parent, "share_att_key", False)
+    return TokenLayout(
+        name, bool(_EXPERT.search(name)), model_type in _SEQUENCE_FIRST, bool(positions)
+    )

@@ -43,12 +43,26 @@ def note_shape(state: TaskState, call: dict[str, Any]) -> None:
         state.lengths = tuple(lengths)
     elif others:
         state.rows, state.lengths = others[0].shape[0], ()
-    mask = call.get("attention_mask")
     if state.recorder is not None:
-        state.token_mask = None
-        if isinstance(mask, torch.Tensor) and mask.dim() == 2:
-            # A cache's mask covers earlier tokens as well.
-            state.token_mask = (mask[:, -state.lengths[0] :] if state.lengths else mask).bool()
+        state.token_mask = _token_mask(call, state)
+
+
+def _token_mask(call: dict[str, Any], state: TaskState) -> torch.Tensor | None:
+    """Which tokens of a call are no padding, `(rows, length)`; None where all count."""
+    given = call.get("attention_mask")
+    mask = given.bool() if isinstance(given, torch.Tensor) and given.dim() == 2 else None
+    if call.get("input_ids") is None and call.get("inputs_embeds") is None:
+        return None if state.lengths else mask  # a decoder's step has the mask of the encoder
+    if mask is not None:
+        state.prompt_mask = mask
+        # A cache's mask covers earlier tokens as well.
+        return mask[:, -state.lengths[0] :] if state.lengths else mask
+    whole, rows = state.prompt_mask, state.rows
+    if given is None or whole is None or rows is None or not state.lengths:
+        return None
+    if whole.shape[1] != state.lengths[0] or rows % whole.shape[0]:  # a step behind the prompt
+        return None
+    return whole.repeat_interleave(rows // whole.shape[0], dim=0)
 
 
 def _is_encoder_decoder(model: nn.Module) -> bool:
@@ -62,6 +76,16 @@ def answers_are_in_input(model: nn.Module) -> bool:
     """
     can_generate = getattr(model, "can_generate", None)
     return not _is_encoder_decoder(model) and (can_generate is None or bool(can_generate()))
+
+
+def continues(call: dict[str, Any]) -> bool:
+    """Whether a call goes on from the state of earlier calls, so that it has no whole prompt."""
+    cache = call.get("past_key_values")
+    if cache is not None and hasattr(cache, "get_seq_length"):
+        return bool(cache.get_seq_length())
+    return bool(cache) or any(
+        call.get(name) is not None for name in ("cache_params", "mems", "state")
+    )
 
 
 def aux_loss_of(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .encoder import TaskEncoder
+from .prompts import task_texts
 
 TASK_COLUMNS = ("task_embeds", "task_text")
 
@@ -16,8 +17,9 @@ class TaskCollator:
     """Adds `task_embeds`, `(b, task_dim)` float32, to the batches of any collator.
 
     They come from the column `task_embeds` (see `TaskEncoder.encode_dataset`) or, where no example
-    has one, from encoding the column `task_text`. The wrapped collator sees neither. Both halves of
-    a batch of preference data (TRL's `DPOTrainer`: chosen, then rejected answers) get the tasks.
+    has one, from encoding the column `task_text` as `encode_dataset` does. The wrapped collator
+    sees neither. Both halves of a batch of preference data (TRL's `DPOTrainer`: chosen, then
+    rejected answers) get the tasks.
 
         collator = TaskCollator(DataCollatorForLanguageModeling(pad_token_id=0))
         args = SFTConfig(remove_unused_columns=False, ...)
@@ -76,7 +78,8 @@ class TaskCollator:
                 raise ValueError(
                     f"Example {i} has no task embedding (columns: {sorted(examples[i])}), which "
                     f'the router of adapter "{self.adapter_name}" reads. '
-                    "Pass task_embeds=..., or call attach_task_encoder(model)."
+                    "Add it with `encoder.encode_dataset(dataset)`, or leave `TaskCollator` out: "
+                    "an encoder that is attached or named in the config reads the prompts."
                 )
             if precomputed and embed is None:
                 raise ValueError(
@@ -90,7 +93,7 @@ class TaskCollator:
                 "The examples have a `task_text`, and there is no encoder to read it. Call "
                 "`TaskCollator(collator, encoder)`, or `encoder.encode_dataset(dataset)` before."
             )
-        return self.encoder(texts)
+        return self.encoder(task_texts(texts, self.encoder.config.text))
 
     def _stack(self, embeds: list[Any]) -> torch.Tensor:
         rows = [torch.as_tensor(embed, dtype=torch.float32) for embed in embeds]

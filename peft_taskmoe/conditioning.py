@@ -13,7 +13,7 @@ from torch import nn
 from .adapters import TaskMoELoraLayer, missing_task_message, wrong_dimension_message
 from .aux_loss import AuxLossLog
 from .base_layers import mark_positions
-from .call_arguments import answers_are_in_input, aux_loss_of, bind, note_shape
+from .call_arguments import answers_are_in_input, aux_loss_of, bind, continues, note_shape
 from .config import TaskMoELoraConfig
 from .continuous_batching import check_paged_generate, routed_batch, routed_manager
 from .prompts import packed_documents
@@ -243,7 +243,8 @@ def _state_for(
         ValueError: If a task is needed and missing, or does not fit the batch.
     """
     outer = outer or TaskState()
-    recorder = outer.recorder or conditioner.recorder
+    learns = model.training and torch.is_grad_enabled() and not generates
+    recorder = outer.recorder or (conditioner.recorder if learns else None)
     state = TaskState(adapter_names=outer.adapter_names, recorder=recorder, owner=conditioner)
     note_shape(state, call)
     readers = conditioner.task_readers(outer.adapter_names)
@@ -260,19 +261,25 @@ def _state_for(
     elif input_ids is not None and any(
         conditioner.encoders.known(name, config) for name, config in readers.items()
     ):
+        if continues(call) and not generates and answers_are_in_input(model):
+            raise ValueError(
+                "This forward goes on from a cache, so its `input_ids` are not the whole prompt. "
+                "Pass `task_embeds=encoder(prompts)` at each step, decode with `generate`, or run "
+                "the loop inside `with task_context(encoder(prompts)):`."
+            )
         prompts = conditioner.encoders.reader_for(model).read(
             input_ids,
             call.get("labels"),
             call.get("attention_mask"),
             call.get("position_ids"),
-            answers=answers_are_in_input(model),
+            answers=answers_are_in_input(model) and not generates,
             training=model.training and not generates,
         )
         state.token_tasks = prompts.token_tasks
         state.adapter_embeds = conditioner.encoders.embed(readers, prompts.texts, input_ids.device)
     if readers:
         _check_fit(state, readers, call)
-    if model.training and torch.is_grad_enabled() and not generates:
+    if learns:
         state.aux = aux_loss_of(model, call, conditioner.aux_coefficients())
     return state
 

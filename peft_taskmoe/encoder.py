@@ -21,6 +21,7 @@ from .encoder_chunks import Chunk, Chunker
 from .encoder_config import TaskEncoderConfig
 from .encoder_loading import load_encoder, width_of
 from .optional import needed
+from .prompts import task_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -192,6 +193,9 @@ class TaskEncoder:
     ) -> Any:
         """Add a column with the embedding of every row's text, so that training runs no encoder.
 
+        With `text="schema"`, of a prompt of `peft_taskmoe.uie` the part before the text is read,
+        and all of any other text.
+
         The same data and an encoder of the same `fingerprint` are not encoded again.
 
             dataset = encoder.encode_dataset(dataset, column="prompt")
@@ -225,9 +229,12 @@ class TaskEncoder:
                 f"The data has no column `{column}` (columns: {dataset.column_names}). "
                 "Pass `column=` with the one that holds the texts."
             )
-        made_from = [dataset._fingerprint, self.fingerprint(), column, output_column]
+        made_from = [
+            *(dataset._fingerprint, self.fingerprint(), self.config.text),
+            *(column, output_column),
+        ]
         return dataset.map(
-            lambda texts: {output_column: self(texts).numpy()},
+            lambda texts: {output_column: self(task_texts(texts, self.config.text)).numpy()},
             batched=True,
             batch_size=batch_size,
             input_columns=column,

@@ -116,6 +116,19 @@ def schema_part(prompt: str) -> str:
     return prompt[: end.start()]
 
 
+def task_texts(texts: Sequence[str], part: str) -> Sequence[str]:
+    """What an encoder reads of a column of prompts or schemas.
+
+    Args:
+        texts: The column.
+        part: The encoder's `text`. Of `"schema"`, a text that is no prompt of `peft_taskmoe.uie` is
+            a schema already.
+    """
+    if part != "schema":
+        return texts
+    return [schema_part(x) if isinstance(x, str) and SCHEMA_END.search(x) else x for x in texts]
+
+
 class PromptReader:
     """Turns the `input_ids` of a batch into the texts of its prompts.
 

@@ -34,6 +34,7 @@ class TaskState:
         aux: The load-balancing loss, if one is collected.
         recorder: Takes every layer's gates, if given.
         token_mask: `(rows, length)` bool, False for padding; filled for a recorder only.
+        prompt_mask: The last that a call had; a static cache's calls have masks of another form.
         positions: True while a layer is given relative positions, which belong to no row.
         owner: The `Conditioner` whose forward runs; None in a `task_context`.
     """
@@ -48,6 +49,7 @@ class TaskState:
     aux: AuxLoss | None = None
     recorder: GateRecorder | None = None
     token_mask: torch.Tensor | None = None
+    prompt_mask: torch.Tensor | None = None
     positions: bool = False
     owner: Any = None
     _normalized: dict[Hashable, torch.Tensor] = field(default_factory=dict)

@@ -80,14 +80,20 @@ class TokenLayout:
         name: The layer's name in the model.
         partial: Whether it is an expert of a sparse block, which is given a part of the tokens.
         may_be_sequence_first: Whether the architecture is known to transpose batch and tokens.
+        given_positions: Whether it is given relative positions as well, in calls of their own.
     """
 
     def __init__(
-        self, name: str = "", partial: bool = False, may_be_sequence_first: bool = False
+        self,
+        name: str = "",
+        partial: bool = False,
+        may_be_sequence_first: bool = False,
+        given_positions: bool = False,
     ) -> None:
         self.name = name
         self.partial = partial
         self.may_be_sequence_first = may_be_sequence_first
+        self.given_positions = given_positions
         self._sequence_first: bool | None = None
         self._assumed = False
 

@@ -22,6 +22,8 @@ _NOT_PLAIN = (
     "use_dora use_qalora use_bdlora alora_invocation_tokens layer_replication velora_config"
 )
 
+_SAME_BASE = ("gaussian", "eva", "orthogonal")  # starts of A and B that leave the base as it is
+
 
 def experts_from_loras(
     model: nn.Module,
@@ -128,6 +130,13 @@ def _read_lora(lora: Any, i: int) -> _Lora:
             "or `PeftModel`s."
         )
     kind = next((kind for kind in _NOT_PLAIN.split() if getattr(config, kind, None)), None)
+    start = getattr(config, "init_lora_weights", True)
+    if not kind and isinstance(start, str) and start.partition("_")[0] not in _SAME_BASE:
+        raise ValueError(
+            f'{name} has `init_lora_weights="{start}"`, which changes the base weights, so that it '
+            "is an update of another base. Save it as a plain LoRA with PEFT's "
+            "`path_initial_model_for_weight_conversion` first."
+        )
     if config.peft_type != PeftType.LORA or kind:
         found = f"has `{kind}`" if kind else f"has the PEFT type {config.peft_type.value}"
         raise ValueError(

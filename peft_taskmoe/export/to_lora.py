@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import _find_minimal_target_modules
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 
-from ..config import TaskMoELoraConfig
 from ..peft_type import PREFIX
 from ..router import gates_from_logits, normalize_task, task_logits
 from .calibration import average_gates, calibration_batches, measure_difference
@@ -25,8 +25,7 @@ from .chosen import ChosenAdapter, choose_adapter
 _REPORT_NAME = "export_report.json"
 _SHARED = (  # settings that mean the same for a LoRA
     "task_type base_model_name_or_path revision auto_mapping lora_dropout use_rslora "
-    "fan_in_fan_out target_modules exclude_modules layers_to_transform layers_pattern "
-    "modules_to_save trainable_token_indices"
+    "fan_in_fan_out modules_to_save trainable_token_indices"
 )
 
 
@@ -94,9 +93,9 @@ def to_lora(
 
     With gates g that are the same for all tokens, `s * sum_i g_i B_i A_i` is one LoRA: `A` stacked,
     and `B` stacked with the columns of expert i multiplied by `g_i`. So `router_inputs="task"` is
-    exported exactly. Gates that depend on the token are replaced by their mean over the calibration
-    tokens, layer by layer: an approximation, measured in the report. Biases, `modules_to_save` and
-    trainable tokens of the adapter go along.
+    exported exactly, but for the positions of DeBERTa v3. Gates that depend on the token are
+    replaced by their mean over the calibration tokens, layer by layer: an approximation, measured
+    in the report. Biases, `modules_to_save` and trainable tokens of the adapter go along.
 
     Args:
         model: A model with a Task-Aware MoELoRA adapter, wrapped in `PeftModel` or not. It is not
@@ -124,9 +123,9 @@ def to_lora(
         ```
     """
     adapter = choose_adapter(model, adapter_name)
-    exact = "token" not in adapter.config.router_inputs
+    reads_token = "token" in adapter.config.router_inputs
     task_embeds = _one_task(adapter, task_embeds)
-    if calibration is None and not exact:
+    if calibration is None and reads_token:
         raise ValueError(
             f'The router of adapter "{adapter.name}" reads the token '
             f'(`router_inputs="{adapter.config.router_inputs}"`): its gates can only be averaged '
@@ -135,13 +134,35 @@ def to_lora(
     batches = []
     if calibration is not None:
         batches = calibration_batches(adapter, calibration, tokenizer, task_embeds)
-    gates = _task_gates(adapter, task_embeds) if exact else average_gates(adapter, batches)
+    gates = average_gates(adapter, batches) if reads_token else _task_gates(adapter, task_embeds)
     measured = measure_difference(adapter, gates, batches) if batches else {}
     rank = adapter.config.num_experts * adapter.config.r
-    report = ExportReport(adapter.name, exact, rank, **measured)
-    if not exact:
+    positions = _given_positions(adapter)
+    report = ExportReport(adapter.name, not (reads_token or positions), rank, **measured)
+    if reads_token:
         warnings.warn(_approximation_message(report), stacklevel=2)
-    return LoraExport(_lora_config(adapter.config), _lora_state_dict(adapter, gates), report)
+    if positions:
+        warnings.warn(_positions_message(report, positions), stacklevel=2)
+    return LoraExport(_lora_config(adapter), _lora_state_dict(adapter, gates), report)
+
+
+def _given_positions(adapter: ChosenAdapter) -> list[str]:
+    """The layers whose update a LoRA adds to relative positions as well, and the adapter not."""
+    if not adapter.config.reads_task:
+        return []
+    return [name for name, layer in adapter.layers.items() if layer.layout.given_positions]
+
+
+def _positions_message(report: ExportReport, layers: list[str]) -> str:
+    found = report.logits_max_abs
+    logits = "Pass `calibration` to measure it"
+    if found is not None:
+        logits = f"Over {report.tokens} calibration tokens the logits differ by up to {found:.3g}"
+    return (
+        f"{len(layers)} layers, such as `{layers[0]}`, also project relative positions, which "
+        f'adapter "{report.adapter_name}" leaves alone and the LoRA does not. {logits}. Score it '
+        "on your task before you use it."
+    )
 
 
 def _approximation_message(report: ExportReport) -> str:
@@ -195,16 +216,18 @@ def _task_gates(adapter: ChosenAdapter, task_embeds: Any) -> dict[str, torch.Ten
     return gates
 
 
-def _lora_config(config: TaskMoELoraConfig) -> LoraConfig:
-    """The config of the LoRA of rank `E * r` whose scale is the adapter's.
+def _lora_config(adapter: ChosenAdapter) -> LoraConfig:
+    """The config of the LoRA of rank `E * r` of the same layers, whose scale is the adapter's.
 
     `lora_alpha / r` becomes `E * lora_alpha / (E * r)`, and `lora_alpha / sqrt(r)` becomes
     `sqrt(E) * lora_alpha / sqrt(E * r)`.
     """
+    config = adapter.config
     experts = config.num_experts
     factor = math.sqrt(experts) if config.use_rslora else experts
     return LoraConfig(
         **{name: getattr(config, name) for name in _SHARED.split()},
+        target_modules=_targets(adapter),
         inference_mode=True,
         r=experts * config.r,
         lora_alpha=_number(factor * config.lora_alpha),
@@ -212,6 +235,14 @@ def _lora_config(config: TaskMoELoraConfig) -> LoraConfig:
         alpha_pattern={n: _number(factor * a) for n, a in (config.alpha_pattern or {}).items()},
         bias="lora_only" if config.bias == "taskmoe_lora_only" else config.bias,
     )
+
+
+def _targets(adapter: ChosenAdapter) -> set[str]:
+    """The shortest names that mean the adapter's layers and no others."""
+    names = [name for name, _ in adapter.base.named_modules() if name]
+    inside = tuple(f"{name}." for name in adapter.layers)
+    others = {n for n in names if n not in adapter.layers and not n.startswith(inside)}
+    return _find_minimal_target_modules({*adapter.layers}, others)
 
 
 def _number(value: float) -> Any:
@@ -232,7 +263,8 @@ def _lora_state_dict(
             continue
         if part == "B.weight":
             columns = value.shape[1] // len(gates[name])
-            per_column = gates[name].repeat_interleave(columns).to(value.device)
+            scaled = gates[name] * adapter.layers[name].scale_of(adapter.name)
+            per_column = scaled.repeat_interleave(columns).to(value.device)
             value = (value * per_column).to(value.dtype)
         if part:
             key = f"{name}.lora_{part}"

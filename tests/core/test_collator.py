@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -92,6 +94,17 @@ def test_texts_are_encoded(collators, name, encoder):
     assert "task_text" not in batch
 
 
+def test_an_encoder_of_schemas_reads_a_prompts_schema_alone(collators, tiny_encoder):
+    tiny_encoder.config = dataclasses.replace(tiny_encoder.config, text="schema")
+    schema = "w4 w5\n"
+    texts = [f'{schema}# This is the text to analyze\ntext = "w9"\nresult =', schema, "w9"]
+    expected = tiny_encoder([schema, schema, "w9"])
+    batch = TaskCollator(collators["trl"], tiny_encoder)(examples("trl", task_text=texts))
+    assert torch.equal(batch["task_embeds"], expected)
+    data = tiny_encoder.encode_dataset(Dataset.from_dict({"prompt": texts}), column="prompt")
+    torch.testing.assert_close(torch.tensor(data["task_embeds"][:]), expected)
+
+
 def test_rows_of_a_data_set_encoded_beforehand(collators, encoder):
     rows = examples("trl", task_text=["find", "all", "cheeses"])
     data = encoder.encode_dataset(Dataset.from_list(rows))
@@ -112,8 +125,9 @@ def test_an_example_without_a_task_is_named():
         TaskCollator(default_data_collator)(rows)
     assert str(error.value) == (
         "Example 3 has no task embedding (columns: ['input_ids', 'labels', 'task_embeds']), which "
-        'the router of adapter "default" reads. Pass task_embeds=..., or call '
-        "attach_task_encoder(model)."
+        'the router of adapter "default" reads. Add it with `encoder.encode_dataset(dataset)`, or '
+        "leave `TaskCollator` out: an encoder that is attached or named in the config reads the "
+        "prompts."
     )
     rows = examples("trl", task_text=["find", None, "all"])
     with pytest.raises(

@@ -166,6 +166,24 @@ def test_generation_counts_prompt_and_new_tokens_without_padding(adapted):
     with record_gates(model) as beams, beams.task(["a", "b"]):
         model.generate(**inputs, task_embeds=embeds, num_beams=2, **settings)
     assert {s.task: s.tokens for s in beams.stats()} == {"a": 2 * 4, "b": 2 * 6}
+    with record_gates(model) as static, static.task(["a", "b"]):
+        model.generate(**inputs, task_embeds=embeds, cache_implementation="static", **settings)
+    assert {s.task: s.tokens for s in static.stats()} == {"a": 2 + 2, "b": 4 + 2}
+
+
+def test_padding_of_an_encoders_row_does_not_hide_the_decoders_tokens(adapted):
+    model, embeds = adapted("t5"), torch.randn(2, TASK_DIM)
+    inputs = {
+        "input_ids": torch.tensor([[5, 6, 0, 0], [7, 8, 9, 10]]),
+        "attention_mask": torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]),
+    }
+    with record_gates(model) as record, record.task(["a", "b"]):
+        model.generate(**inputs, task_embeds=embeds, max_new_tokens=3, min_new_tokens=3)
+    tokens = {
+        (s.layer.split(".")[0], s.task): s.tokens for s in record.stats() if "Self" in s.layer
+    }
+    assert tokens["encoder", "a"] == 2 and tokens["encoder", "b"] == 4
+    assert tokens["decoder", "a"] == tokens["decoder", "b"] == 3
 
 
 def test_packed_rows_are_told_apart_by_document(adapted):
@@ -256,7 +274,7 @@ def logged(model, *micro_batches, gates=True) -> dict[str, float]:
     args = SimpleNamespace(logging_first_step=False, logging_strategy="steps")
     state = SimpleNamespace(global_step=1, logging_steps=2, log_history=[{}])
     callback, logs = RoutingCallback(gates), {"loss": 1.0}
-    callback.on_step_begin(args, state, None, model=model)
+    callback.on_step_begin(args, state, None, model=model.train())
     for inputs, embeds in micro_batches:
         model(**inputs, task_embeds=embeds)
         callback.on_substep_end(args, state, None, model=model)
@@ -307,11 +325,23 @@ def test_the_callback_adds_to_the_entry_where_a_trainer_keeps_none(adapted):
     model, callback, logs = adapted(), RoutingCallback(), {"loss": 1.0}
     args = SimpleNamespace(logging_first_step=True, logging_strategy="steps")
     state = SimpleNamespace(global_step=0, logging_steps=5, log_history=[])
-    callback.on_step_begin(args, state, None, model=model)
+    callback.on_step_begin(args, state, None, model=model.train())
     model(**batch(), task_embeds=torch.randn(2, TASK_DIM))
     callback.on_step_end(args, state, None, model=model)
     callback.on_log(args, state, None, model=model, logs=logs)
     assert "gate_entropy" in logs and state.log_history == []
+
+
+def test_a_training_that_ends_in_a_logged_step_leaves_nothing_recorded(adapted):
+    model, callback = adapted(), RoutingCallback()
+    args = SimpleNamespace(logging_first_step=True, logging_strategy="steps")
+    state = SimpleNamespace(global_step=0, logging_steps=5, log_history=[])
+    callback.on_step_begin(args, state, None, model=model.train())  # and an exception ends the step
+    model.eval()(**batch(), task_embeds=torch.randn(2, TASK_DIM))
+    model.generate(**batch(), task_embeds=torch.randn(2, TASK_DIM), max_new_tokens=2)
+    logs = {"loss": 1.0}
+    callback.on_log(args, state, None, model=model, logs=logs)
+    assert set(logs) == {"loss"}
 
 
 def test_tokens_of_unknown_rows_are_padding_where_the_mask_has_as_many():

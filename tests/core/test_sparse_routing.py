@@ -322,6 +322,15 @@ def test_a_model_that_is_not_trained_has_the_loss_and_no_gradient(adapted) -> No
     assert found["log_probs"] is outputs["log_probs"] and log.take_mean() == 0.5
 
 
+def test_a_loss_of_the_models_logits_warns_that_it_has_no_effect(adapted) -> None:
+    model = adapted(router_aux_loss_coef=COEF).train()
+    with pytest.warns(UserWarning, match=NO_EFFECT):
+        model(**BATCH).logits.square().mean().backward()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*router_aux_loss_coef")
+        adapted(router_aux_loss_coef=COEF).train()(**BATCH).loss.backward()
+
+
 def test_label_smoothing_warns_that_it_has_no_effect(
     adapted, tiny_encoder, word_tokenizer, tmp_path
 ) -> None:

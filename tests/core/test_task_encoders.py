@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from peft import get_peft_model
+from transformers import MambaConfig, MambaForCausalLM
 
 from peft_taskmoe import TaskEncoderConfig, TaskMoELoraConfig, attach_task_encoder, task_context
-from tiny import TASK_DIM, FakeTokenizer
+from tiny import TASK_DIM, VOCAB, FakeTokenizer, randomise
 
 
 @dataclass
@@ -80,6 +81,37 @@ def test_labels_seen_with_the_same_batch_count(attached) -> None:
     ids[0, 0] = 20  # changed in place: no longer the batch that the labels came with
     with pytest.raises(ValueError, match="without `labels`"):
         model(input_ids=ids)
+
+
+def test_generate_takes_all_of_a_batch_that_came_with_labels(attached) -> None:
+    model, encoder = attached()
+    model(input_ids=IDS, labels=torch.tensor([[PAD, PAD, 6, 7, 8], [PAD, PAD, PAD, PAD, 13]]))
+    model.generate(input_ids=IDS, max_new_tokens=1)
+    assert encoder.calls[1:] == [["t4 t5 t6 t7 t8", "t9 t10 t11 t12 t13"]]
+
+
+@pytest.mark.parametrize("cache", ["past_key_values", "cache_params"])
+@torch.no_grad()
+def test_a_loop_over_a_cache_has_no_whole_prompt(attached, cache: str) -> None:
+    model, encoder = attached()
+    if cache == "cache_params":
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4, "vocab_size": VOCAB}
+        config = TaskMoELoraConfig(task_dim=TASK_DIM, num_experts=3, target_modules=["in_proj"])
+        base = MambaForCausalLM(MambaConfig(**sizes))
+        model = randomise(get_peft_model(base, config)).eval()
+        attach_task_encoder(model, encoder, FakeTokenizer())
+    task_embeds = encoder.vectors("t4 t5 t6 t7 t8", "t9 t10 t11 t12 t13")
+    output = model(input_ids=IDS, use_cache=True)
+    tokens = output.logits[:, -1:].argmax(-1)
+    step = {"input_ids": tokens, cache: output[cache], "use_cache": True}
+    with pytest.raises(ValueError, match=r"goes on from a cache.* Pass `task_embeds=encoder"):
+        model(**step)
+    with task_context(task_embeds):
+        logits = model(**copy.deepcopy(step)).logits
+    assert torch.equal(model(**copy.deepcopy(step), task_embeds=task_embeds).logits, logits)
+    again = torch.cat((IDS, tokens), dim=1)
+    expected = model(input_ids=again, task_embeds=task_embeds).logits[:, -1:]
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_examples_without_a_prompt_warn_once(attached) -> None:
@@ -219,6 +251,17 @@ def test_a_schema_encoder_reads_the_part_before_the_text(adapted) -> None:
     model = attach_task_encoder(adapted(), encoder, Prompt())
     model(input_ids=IDS[:1])
     assert encoder.calls == [["class A:\n    pass\n"]]
+
+
+def test_an_encoder_that_reads_otherwise_than_the_configs_warns(attached) -> None:
+    named = TaskEncoderConfig(name_or_path="fake", pooling="max", text="schema")
+    with pytest.warns(UserWarning, match="others than those that the router") as caught:
+        attached(task_encoder=named)
+    found = [str(one.message) for one in caught if "task encoder with" in str(one.message)]
+    assert [text.split("`")[1] for text in found] == ['text="schema"', 'pooling="max"']
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*task encoder with")
+        attached(task_encoder=TaskEncoderConfig(name_or_path="another place"))
 
 
 def test_what_cannot_be_attached_says_so(adapted, tiny_model, tiny_encoder, word_tokenizer) -> None:

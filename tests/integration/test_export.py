@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -153,6 +154,36 @@ def test_measuring_an_exact_export_finds_rounding_only(adapted, task):
     assert report.exact and report.tokens == 10 and len(report.layer_errors) == 14
     assert max(report.layer_errors.values()) < 1e-5
     assert report.logits_max_abs < 1e-3 and report.logits_kl < 1e-6
+
+
+def test_a_scale_that_was_set_goes_along(adapted, tiny_model, task, tmp_path):
+    model = adapted(router_inputs="task")
+    for layer in model.modules():
+        if isinstance(layer, TaskMoELoraLayer):
+            layer.set_scale("default", 0.25)
+    to_lora(model, task).save_pretrained(tmp_path)
+    close(
+        logits(PeftModel.from_pretrained(tiny_model(), tmp_path).eval()), logits(model, task), 1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"layers_to_transform": [1]},
+        {"exclude_modules": r".*layers\.0.*"},
+        {"target_modules": ["v_proj"]},
+    ],
+)
+def test_the_lora_has_the_layers_of_the_adapter(adapted, tiny_model, task, tmp_path, settings):
+    model = adapted(router_inputs="task", **settings)
+    to_lora(model, task).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path)
+    found, own = (
+        {name for name, layer in one.get_base_model().named_modules() if isinstance(layer, kind)}
+        for one, kind in ((loaded, LoraLayer), (model, TaskMoELoraLayer))
+    )
+    assert found == own
 
 
 def test_bare_model_of_inject_adapter(tiny_model, task, tmp_path):
@@ -449,6 +480,8 @@ def test_errors_of_experts_from_loras(adapted, lora, tiny_model):
         ({"modules_to_save": ["lm_head"]}, r"LoRA 1 .*also holds `lm_head.weight`.*no expert"),
         ({"lora_alpha": float("inf")}, infinite),
         ({"lora_alpha": True}, infinite),
+        ({"init_lora_weights": "pissa"}, r'LoRA 1 .*="pissa"`, which changes the base weights'),
+        ({"init_lora_weights": "olora"}, r'LoRA 1 .*="olora"`, which changes the base weights'),
     ):
         refused(message, [first, lora(2, **settings)])
     refused(r"LoRA 0 .*has the PEFT type TASKMOE_LORA", [model, first])

@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from cases import SMALL, louder, tasks
-from peft_taskmoe import TaskMoELoraConfig
+from peft_taskmoe import TaskMoELoraConfig, task_context, to_lora
 from peft_taskmoe.layer import TaskMoELoraLayer
 from tiny import randomise
 
@@ -123,6 +123,24 @@ def test_deberta_trains(name, router_inputs) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[2] < losses[1] < losses[0]
+
+
+def test_no_weight_equals_an_adapter_that_leaves_positions_alone() -> None:
+    """DeBERTa v3 gives its query and key projections positions as well, which no task owns."""
+    model, task = adapt(BASES["deberta-v3"](), router_inputs="task"), tasks(1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with task_context(task), pytest.raises(ValueError, match="also projects relative positions"):
+        model.merge_adapter()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.warns(UserWarning, match=r"2 layers, such as `\S*query_proj`, also.*to measure it"):
+        assert not to_lora(model, task).report.exact
+    without = {"exclude_modules": ["query_proj", "key_proj"], "router_inputs": "task"}
+    model = adapt(BASES["deberta-v3"](), **without)
+    expected = model(**batch_of(1, 8), task_embeds=task)[0]
+    assert to_lora(model, task).report.exact
+    with task_context(task):
+        model.merge_adapter()
+    torch.testing.assert_close(model(**batch_of(1, 8))[0], expected, atol=1e-4, rtol=1e-4)
 
 
 # --- Experts that are linear layers
