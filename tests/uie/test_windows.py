@@ -220,7 +220,10 @@ def test_events_of_one_answer_with_the_same_trigger_stay_apart():
     # The event of another window is the one that it shares arguments with.
     more = Event("Act", ann.trigger, (*bob.arguments, *attack("Cyd", 16, "Whom").arguments))
     assert merge_windows([(whole, [ann, bob]), (Window(text, 0, 19), [more])]) == (ann, more)
-    assert set(merge_windows([(whole, [ann, bob]), (Window(text, 0, 19), [bob, ann])])) == {ann, bob}
+    assert set(merge_windows([(whole, [ann, bob]), (Window(text, 0, 19), [bob, ann])])) == {
+        ann,
+        bob,
+    }
 
 
 def test_merging_is_linear_and_agrees_with_its_definition():
