@@ -139,6 +139,16 @@ def test_brat_in_one_pass(tmp_path):
     assert documents[0].schema == Schema.from_dict("RE", {"knows": "acquaintance"})
 
 
+def test_a_brat_line_with_the_id_of_another_is_an_error(tmp_path):
+    lines = ["T1\tPER 0 3\tAnn", "T2\tMeet 4 7\tmet", "T1\tPER 8 11\tBob"]
+    lines += ["E1\tMeet:T2 Who:T1", "E1\tMeet:T2 Whom:T1"]
+    report = read_brat(brat(tmp_path, "Ann met Bob", *lines), on_error="collect")
+    assert kinds(report) == [("brat", 3), ("brat", 5)]
+    assert "An earlier line has the id `T1`" in report.problems[0].message
+    person, event = report.documents[0].records
+    assert (person.span.text, event.arguments[0].role) == ("Ann", "Who")
+
+
 @pytest.mark.parametrize("schema", [{"PER": "people"}, {"entities": {"PER": ""}}, {}])
 def test_relations_with_a_schema_of_entities_are_refused(tmp_path, schema):
     path = brat(tmp_path, "Ann met Bob", "T1\tPER 0 3\tAnn")
@@ -208,6 +218,25 @@ def test_doccano(tmp_path):
     assert found(report.documents[0]) == [("Launcher", "Ariane 5")]
     (document,) = read_doccano(tmp_path / "a.jsonl", task="RE", schema={"built": "made"}).documents
     assert [entity.label for entity in document.entities] == ["Launcher", "Firm", "Place"]
+
+
+def test_mentions_that_share_an_id_are_all_kept_and_the_first_has_the_relations(tmp_path):
+    entities = [(0, 8, "Launcher"), (14, 25, "Firm"), (0, 8, "Launcher")]
+    line = {"text": ROCKET, "relations": [{"from_id": 1, "to_id": 1, "type": "is"}]}
+    line["entities"] = [
+        {"id": 1, "label": label, "start_offset": start, "end_offset": end}
+        for start, end, label in entities
+    ]
+    report = read_doccano(write(tmp_path / "a.jsonl", line))
+    both = [("Launcher", "Ariane 5"), ("Firm", "Arianespace")]
+    assert found(report.documents[0]) == [*both, ("is", "Ariane 5", "Ariane 5")]
+    regions = [region("a", 0, 8, "Launcher"), region("a", 0, 8, "Vehicle")]
+    report = read_label_studio(write(tmp_path / "b.jsonl", studio(*regions, text=ROCKET)))
+    assert found(report.documents[0]) == [("Launcher", "Ariane 5"), ("Vehicle", "Ariane 5")]
+    spans = [FIRST | {"label": "Launcher"}, FIRST | {"label": "Vehicle"}]
+    report = read_spacy(write(tmp_path / "c.jsonl", {"text": ROCKET, "spans": spans}))
+    assert found(report.documents[0]) == [("Launcher", "Ariane 5"), ("Vehicle", "Ariane 5")]
+    assert report.problems == []
 
 
 def studio(*results, text="Ann"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,8 @@ def _take(line: str, number: int, graph: Graph) -> None:
         message = f"The {_OTHER[line[0]]} `{shown(line)}` has no place in a document."
         graph.reading.note(message, number, graph.file)
     elif line[0] == "T" and (match := _MENTION.fullmatch(line)):
-        if (mention := _mention(match, number, graph)) is not None:
+        mention = _mention(match, number, graph)
+        if mention is not None and _is_new(match[1], graph.mentions, number, graph):
             graph.mentions[match[1]] = mention
     elif line[0] == "R" and (match := _RELATION.fullmatch(line)):
         graph.links.append(Link(match[2], match[3], match[4], number))
@@ -113,10 +115,19 @@ def _take(line: str, number: int, graph: Graph) -> None:
         for role, argument in pairs:
             unnumbered = role.rstrip("0123456789")
             arguments.append((unnumbered if unnumbered in bare else role, argument))
-        graph.events[match[1]] = GraphEvent(match[2], match[3], arguments, number)
+        if _is_new(match[1], graph.events, number, graph):
+            graph.events[match[1]] = GraphEvent(match[2], match[3], arguments, number)
     else:
         message = f"Cannot read `{shown(line)}`. Expected a T, R or E line of BRAT."
         graph.reading.error("brat", message, number, graph.file)
+
+
+def _is_new(name: str, known: Container[str], number: int, graph: Graph) -> bool:
+    """Whether no earlier line has the id; an error if one has."""
+    if name in known:
+        message = f"An earlier line has the id `{name}`. Give every line its own; it is left out."
+        graph.reading.error("brat", message, number, graph.file)
+    return name not in known
 
 
 def _mention(match: re.Match[str], number: int, graph: Graph) -> dict[str, Any] | None:
