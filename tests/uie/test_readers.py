@@ -139,6 +139,14 @@ def test_brat_in_one_pass(tmp_path):
     assert documents[0].schema == Schema.from_dict("RE", {"knows": "acquaintance"})
 
 
+def test_brat_relations_lead_from_arg1_to_arg2(tmp_path):
+    lines = ["T1\tPER 0 3\tAnn", "T2\tPER 8 11\tBob"]
+    links = ["R1\tmet Arg2:T2 Arg1:T1", "R2\tsaw Arg1:T1 Arg2:T2", "R3\tled Who:T2 Whom:T1"]
+    (document,) = read_brat(brat(tmp_path, "Ann met Bob", *lines, *links), "RE").documents
+    pairs = [("met", "Ann", "Bob"), ("saw", "Ann", "Bob"), ("led", "Bob", "Ann")]
+    assert found(document) == pairs
+
+
 def test_a_brat_line_with_the_id_of_another_is_an_error(tmp_path):
     lines = ["T1\tPER 0 3\tAnn", "T2\tMeet 4 7\tmet", "T1\tPER 8 11\tBob"]
     lines += ["E1\tMeet:T2 Who:T1", "E1\tMeet:T2 Whom:T1"]
