@@ -224,6 +224,11 @@ def test_doccano(tmp_path):
     report = read_doccano(write(tmp_path / "old.jsonl", *old))
     assert [document.id for document in report.documents] == ["old-1", "old-2"]
     assert found(report.documents[0]) == [("Launcher", "Ariane 5")]
+    report = read_doccano(write(tmp_path / "both.jsonl", line | {"label": [], "id": 1}))
+    assert len(report.documents[0].records) == 4
+    report = read_doccano(write(tmp_path / "two.jsonl", {**line, **old[0], "relations": []}))
+    assert len(report.documents[0].records) == 1
+    assert "only the first is read" in report.problems[0].message
     (document,) = read_doccano(tmp_path / "a.jsonl", task="RE", schema={"built": "made"}).documents
     assert [entity.label for entity in document.entities] == ["Launcher", "Firm", "Place"]
 
