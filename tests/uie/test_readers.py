@@ -252,6 +252,16 @@ def test_mentions_that_share_an_id_are_all_kept_and_the_first_has_the_relations(
     assert report.problems == []
 
 
+def test_utf_16_offsets_are_told_from_characters_by_all_regions_of_a_text(tmp_path):
+    text = "\N{ROCKET}\N{ROCKET} haha and Bob"
+    regions = [region("a", 5, 7, "laugh", "ha"), region("b", 14, 17, "person", "Bob")]
+    path = write(tmp_path / "a.jsonl", studio(*regions, text=text))
+    spans = [record.span for record in read_label_studio(path).documents[0].records]
+    assert [(span.text, span.start) for span in spans] == [("ha", 3), ("Bob", 12)]
+    path = write(tmp_path / "b.jsonl", studio(regions[0], text=text))
+    assert read_label_studio(path).documents[0].records[0].span.start == 5
+
+
 def studio(*results, text="Ann"):
     return {"data": {"text": text}, "annotations": [{"result": list(results)}]}
 

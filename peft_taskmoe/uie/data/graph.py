@@ -48,6 +48,7 @@ class Graph:
         links: Relations between mentions.
         events: Events by id; an argument may be an event.
         extra: Other keys of the row.
+        units: Whether offsets that fit both ways count UTF-16 units, not characters.
     """
 
     id: Any
@@ -59,6 +60,7 @@ class Graph:
     links: list[Link] = field(default_factory=list)
     events: dict[str, GraphEvent] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+    units: bool = False
 
     @cached_property
     def _placer(self) -> Placer:
@@ -78,7 +80,7 @@ class Graph:
         if start is None and end is None and isinstance(words, str):
             found = self._placer.span(words, label)
         elif type(start) is int and type(end) is int and 0 <= start < end:
-            found = span_at(self.text, start, end, words)
+            found = span_at(self.text, start, end, words, self.units)
         if found is not None:
             mention = {"label": label} | found
             # Of several mentions with one id the first has the relations.
