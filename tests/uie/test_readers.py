@@ -312,6 +312,12 @@ def test_spacy_and_prodigy_lines(tmp_path):
         [("Launcher", "Ariane 5"), ("Firm", "Arianespace"), ("built", "Arianespace", "Ariane 5")],
         [("Launcher", "Ariane 5")],
     ]
+    groups = {"sc": [SECOND | {"label": "Firm"}], "empty": []}
+    lines = [lines[2] | {"spans": groups}, [ROCKET, {"entities": [], "spans": groups}], TASK]
+    report = read_spacy(write(tmp_path / "groups.jsonl", *lines))
+    assert kinds(report) == [("unsupported", 1), ("unsupported", 2)]
+    assert "The span groups `sc` are not read" in report.problems[0].message
+    assert [len(document.records) for document in report.documents] == [1, 0, 3]
     example = [ROCKET, {"entities": [[0, 8, "Launcher"]]}]
     for lines in ([example], [example, example], [[example, example]]):
         report = read_spacy(write(tmp_path / "train.jsonl", *lines))
@@ -331,9 +337,11 @@ def test_spacy_doc_bins(tmp_path):
         ("Launcher", "Ariane 5"), ("Firm", "Arianespace"), ("built", "Arianespace", "Ariane 5"),
     ]  # fmt: skip
     doc.user_data["._.", "rel", None, None] = [3]
+    doc.spans["sc"] = [Span(doc, 4, 5, "Firm")]
     DocBin(docs=[doc], store_user_data=True).to_disk(tmp_path / "a.spacy")
     report = read_spacy(tmp_path / "a.spacy")
-    assert kinds(report) == [("unsupported", 1)] and len(report.documents[0].records) == 2
+    assert kinds(report) == [("unsupported", 1)] * 2 and len(report.documents[0].records) == 2
+    assert "The span groups `sc` are not read" in report.problems[0].message
     with pytest.raises(ValueError, match="is no DocBin"):
         read_spacy(write(tmp_path / "b.spacy", "x"))
 
