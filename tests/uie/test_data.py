@@ -591,6 +591,12 @@ def test_a_configuration_of_the_hub_is_named_and_one_without_rows_is_reported(hu
     assert [problem.kind for problem in report.errors] == ["empty"]
 
 
+@pytest.mark.parametrize("tag", [-1, -100, 3])
+def test_a_number_without_a_name_is_no_tag(tag):
+    with pytest.raises(ValueError, match=f"the tag {tag} is none of the 3 names"):
+        TokenTags({"PER": ""}, TAG_NAMES)({"tokens": ["Ann"], "ner_tags": [tag]})
+
+
 def test_hub_calls_that_cannot_work(hub):
     with pytest.raises(ValueError, match=r"A stream is read in one process. Leave num_proc out"):
         read_hub("json", split="test", streaming=True, num_proc=2, **hub)

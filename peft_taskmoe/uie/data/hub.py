@@ -150,6 +150,12 @@ class TokenTags:
                 'tags are numbers: pass names=dataset.features["ner_tags"].feature.names'
             )
         if self.names is not None:
+            for tag in tags:
+                if not 0 <= tag < len(self.names):
+                    raise ValueError(
+                        f"the tag {tag} is none of the {len(self.names)} names; -1 and -100 stand "
+                        "for missing tags. Read a split that is tagged, or leave the row out"
+                    )
             tags = [self.names[tag] for tag in tags]
         text, annotations, faults = annotated(tokens, tags, self.scheme, self.detokenize)
         if faults:
