@@ -190,8 +190,10 @@ def test_fingerprint_depends_on_all_that_is_shown():
         Schema.of({"Person": "people"}),
         Schema.of({"Person": "People"}),
         Schema.of({"Person": {"roles": []}}),
+        Schema.of({"Person": {"roles": {"who": "x", "whom": "y"}}}),
+        Schema.of({"Person": {"roles": {"whom": "y", "who": "x"}}}),
     ]
-    assert len({schema.fingerprint(), *(other.fingerprint() for other in others)}) == 6
+    assert len({schema.fingerprint(), *(other.fingerprint() for other in others)}) == 8
 
 
 # --- Pydantic

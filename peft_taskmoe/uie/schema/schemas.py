@@ -154,7 +154,7 @@ class Schema:
     def fingerprint(self) -> str:
         """SHA-256, as hex, of everything a prompt could show of the schema, its order included."""
         content = [[label.kind, label.name, label.to_dict()] for label in self.labels]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode("ascii")).hexdigest()
+        return hashlib.sha256(json.dumps(content).encode("ascii")).hexdigest()
 
     @property
     def tasks(self) -> tuple[Task, ...]:
