@@ -26,7 +26,8 @@ def read_label_studio(
     Of several annotations of a text the first that was not cancelled is read, and a text without
     one is left out, since a text where nothing is marked teaches to find nothing. A relation to the
     left is turned round. Offsets that count UTF-16 units, as a browser does, are converted
-    where more of a text's regions fit so. A region without offsets is placed where the text has its words. JSON-MIN has no relations.
+    where more of a text's regions fit so. A region without offsets is placed where the text has its
+    words. JSON-MIN has no relations.
 
     Arguments and errors are those of `read_doccano`.
     """
