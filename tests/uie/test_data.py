@@ -17,6 +17,7 @@ from peft_taskmoe.uie import (
     TokenTags,
     convert,
     mix,
+    prompt_text,
     read_brat,
     read_conll,
     read_datasets,
@@ -712,6 +713,14 @@ def test_prompt_completion_rows(num_proc):
         ValueError, match=r'Found task_text="text". The task encoder reads the "pro'
     ):
         to_prompt_completion(documents, task_text="text")
+
+
+def test_prompts_of_several_tasks_are_those_of_an_extractor():
+    pytest.importorskip("datasets")
+    schema = Schema.of({"met": {"head": ["person"]}}, {"person": ""})
+    document = Document("1", "Ada met Bob.", "UIE", schema)
+    rows = to_prompt_completion([("a", document)])
+    assert rows[0]["prompt"] == prompt_text(document.text, schema)
 
 
 def test_prompt_completion_takes_regularisers_and_seeds():

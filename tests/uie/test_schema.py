@@ -104,11 +104,22 @@ def test_sources_can_be_mixed_and_a_label_is_kept_once():
         "Person",
         "Place",
         "Thing",
-        "Attack",
         "creative-work",
+        "Attack",
     ]
     assert schema.get("entity", "Place") == Label("entity", "Place", "places")
     assert schema.get("event", "Place") is None
+
+
+def test_labels_come_in_the_order_that_documents_keep():
+    for make in (
+        lambda met, person: Schema.of(met, person),
+        lambda met, person: Schema.from_dict("UIE", met | person),
+        lambda met, person: Schema.from_dict("UIE", {"relations": met, "entities": person}),
+    ):
+        schema = make({"met": {"head": ["person"]}}, {"person": ""})
+        assert [label.name for label in schema.labels] == ["person", "met"]
+        assert Schema.from_dict("UIE", schema.to_dict()) == schema
 
 
 JOINT = {
