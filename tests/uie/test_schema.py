@@ -260,6 +260,7 @@ def test_pydantic_models():
         Label("entity", "creative-work", "Things."),
         Label("entity", "red"),
         Label("entity", "dark-blue"),
+        Label("entity", "title", "titles"),
         Label(
             "relation",
             "Works",
@@ -276,7 +277,6 @@ def test_pydantic_models():
                 Slot("place", "where"),
             ),
         ),
-        Label("entity", "title", "titles"),
     )
 
 
