@@ -146,6 +146,7 @@ def test_a_text_file_is_a_text_a_line(loads):
     found = rows()
     assert [row.get("text") for row in found] == ["Ada", "", '"Zoe" {', "", None]
     assert [len(row.get("records", "error")) for row in found] == [1, 0, 1, 0, 5]
+    assert found[-1]["error"] == "Byte 0 (0xff) of the line is no UTF-8. Save the file as UTF-8."
 
 
 STRANGE = [
