@@ -314,7 +314,7 @@ def test_conll_without_documents_or_labels(tmp_path):
         read_conll(path)
     conll(path, ["Ann O"])
     with pytest.raises(
-        ReadError, match=r"has no label for NER. Pass schema=\{label: description\}"
+        ReadError, match=r"has no label for NER. Pass a schema, \{label: description\}"
     ):
         read_conll(path)
     assert read_conll(path, schema={"LOC": ""}).documents[0].records == ()
@@ -403,7 +403,7 @@ def test_brat_folders(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ReadError, match="The file has no document"):
         read_brat(tmp_path / "empty", "NER")
-    with pytest.raises(ReadError, match=r"The file has no label for RE. Pass schema="):
+    with pytest.raises(ReadError, match=r"The file has no label for RE. Pass a schema, "):
         read_brat(tmp_path / "a/two.v1.txt", "RE")
     with pytest.raises(ValueError, match=r'Found task="EAE". BRAT files hold NER, RE and EE'):
         read_brat(tmp_path, "EAE")
