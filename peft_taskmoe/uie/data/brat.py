@@ -126,7 +126,7 @@ def _take(line: str, number: int, graph: Graph) -> None:
         graph.reading.error("brat", message, number, graph.file)
 
 
-def _is_new(name: str, known: Container[str], number: int, graph: Graph) -> bool:
+def _is_new(name: str, known: Container[Any], number: int, graph: Graph) -> bool:
     """Whether no earlier line has the id; an error if one has."""
     if name in known:
         message = f"An earlier line has the id `{name}`. Give every line its own; it is left out."
