@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -71,11 +70,12 @@ def run(args: argparse.Namespace) -> Exit:
 
 
 def _write(args: argparse.Namespace, report: ScoreReport, curve: Reliability | None) -> None:
+    from ..uie.tables import json_text
+
     if args.json:
         figures = report.to_dict(documents=True)
         figures |= {"reliability": curve.to_dict()} if curve else {}
-        text = json.dumps(figures, ensure_ascii=False, indent=1, allow_nan=False)
-        args.json.write_bytes(text.encode("utf-8", "backslashreplace") + b"\n")
+        args.json.write_bytes(json_text(figures).encode() + b"\n")
     if args.reliability_plot and curve:
         curve.plot(args.reliability_plot)
         say(f"Wrote {args.reliability_plot}.")
