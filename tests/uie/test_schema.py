@@ -196,8 +196,8 @@ def test_fingerprint_depends_on_all_that_is_shown():
         schema.fingerprint() == Schema.from_dict("UIE", json.loads(json.dumps(JOINT))).fingerprint()
     )
     others = [
-        schema.select(reversed(schema.labels)),
-        schema.select(schema.labels[:-1]),
+        Schema(schema.labels[::-1]),
+        Schema(schema.labels[:-1]),
         Schema.of({"Person": "people"}),
         Schema.of({"Person": "People"}),
         Schema.of({"Person": {"roles": []}}),
@@ -455,7 +455,7 @@ def test_any_label_name_survives():
     assert by_name["creative_work"] == "creative_work"  # a name that is an identifier keeps it
     assert by_name["人物"] == "人物"
     assert by_name["class"] == "class_"
-    reordered = schema.select(reversed(schema.labels)).names
+    reordered = Schema(schema.labels[::-1]).names
     assert [reordered.class_of(label) for label in schema.labels] == identifiers
 
 

@@ -166,10 +166,6 @@ class Schema:
         kinds = {label.kind for label in self.labels}
         return tuple(task for task in TASKS[:3] if KIND_OF_TASK[task] in kinds)
 
-    def select(self, labels: Iterable[Label]) -> Schema:
-        """The schema of these labels, in their order."""
-        return Schema(tuple(labels))
-
     def get(self, kind: str, name: str) -> Label | None:
         """The label of this kind and name, or `None`."""
         return self._by_key.get((kind, name))
