@@ -36,11 +36,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Exit:
     """Convert, and report what could not be read."""
-    from ..uie import convert
+    from ..uie import ReadError, convert
 
     inside = args.source.rglob("*") if args.source.is_dir() else [args.source]
     check_output(args.target, args.schema, *inside)
-    report = convert(args.source, args.target, args.source_format, **_options(args))
+    options = _options(args)
+    try:
+        report = convert(args.source, args.target, args.source_format, **options)
+    except ReadError as error:
+        advice = "Pass --keep-going to leave out and report what cannot be read."
+        raise ValueError(f"{error.problem}\n{advice}") from error
     for problem in report.problems:
         say(str(problem))
     say(f"Wrote {args.target}: {report}.")
@@ -51,7 +56,8 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of the reader.
 
     Raises:
-        ValueError: The reader has no such argument, or the schema is no JSON object.
+        ValueError: The reader has no such argument, needs a schema and has none, or the schema is
+            no JSON object.
     """
     from ..uie.data.conversion import READERS
     from ..uie.strict_json import parse_json
@@ -67,6 +73,8 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
             f"--{name.replace('_', '-')} says nothing about the format `{args.source_format}`. "
             "Leave it out."
         )
+    if args.source_format == "text" and args.schema is None:
+        raise ValueError("A text file has no labels. Pass --schema FILE.")
     if args.schema is not None:
         try:
             options["schema"] = parse_json(args.schema.read_text("utf-8-sig"))

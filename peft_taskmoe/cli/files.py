@@ -1,9 +1,13 @@
-"""Lines of the files that commands read, and outputs that must not be one of them."""
+"""Lines and documents of the files that commands read, and outputs that must not be one of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..uie import Document
 
 
 def lines(path: Path) -> Iterator[bytes]:
@@ -18,6 +22,23 @@ def lines(path: Path) -> Iterator[bytes]:
             yield from [b""] * blank
             yield line.removesuffix(b"\n").removesuffix(b"\r")
             blank = 0
+
+
+def gold_documents(path: Path) -> list[Document]:
+    """The documents of a JSONL file.
+
+    Raises:
+        ValueError: The first error in it.
+    """
+    from ..uie import ReadError, read_jsonl
+
+    try:
+        return read_jsonl(path).documents
+    except ReadError as error:
+        raise ValueError(
+            f"{error.problem}\nMend the line, or write a file without such lines: `peft-taskmoe "
+            f"convert --source-format jsonl --keep-going {path} NEW_FILE`."
+        ) from error
 
 
 def check_output(output: Path, *inputs: Path | None) -> None:

@@ -47,6 +47,10 @@ def _row(line: bytes, is_text: bool) -> dict[str, Any]:
 
     try:
         text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        found = f"Byte {error.start} (0x{line[error.start]:02x}) of the line is no UTF-8"
+        raise ValueError(f"{found}. Save the file as UTF-8.") from error
+    try:
         row = text if is_text else parse_json(text)
     except ValueError as error:
         raise ValueError(f'The line is no JSON ({error}). Write {{"text": ...}}.') from error

@@ -45,8 +45,10 @@ def write_parquet(source: Path, target: Path) -> None:
 
 def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a file that `write_parquet` wrote, without what is null."""
+    from ..uie.strict_json import without_nulls
+
     for batch in needed("pyarrow.parquet", "uie").ParquetFile(path).iter_batches():
-        yield from map(_without_nulls, batch.to_pylist())
+        yield from map(without_nulls, batch.to_pylist())
 
 
 def read_finished(path: Path, sources: Sequence[str], job: str) -> list[dict[str, Any]]:
@@ -62,9 +64,3 @@ def read_finished(path: Path, sources: Sequence[str], job: str) -> list[dict[str
             "settings and this model. Write to another file, or pass --overwrite."
         )
     return rows
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
-    return [_without_nulls(part) for part in value] if isinstance(value, list) else value

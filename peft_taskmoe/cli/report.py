@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .files import check_output
+from .files import check_output, gold_documents
 from .messages import Exit, say
 from .model_options import add_model_options, count, load
 
@@ -23,7 +23,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Exit:
     """Extract from the documents, score, look at the routing, and write the page."""
-    from ..uie import read_jsonl
     from ..uie.data.conversion import dataset_name
     from ..uie.extraction.loading import load_centroids
     from ..uie.extraction.report import write_report
@@ -33,7 +32,7 @@ def run(args: argparse.Namespace) -> Exit:
     for path in args.gold:
         if (name := dataset_name(path)) in documents:
             raise ValueError(f"Two gold files are called `{name}`. Give them names of their own.")
-        documents[name] = read_jsonl(path).documents[: args.max_documents]
+        documents[name] = gold_documents(path)[: args.max_documents]
     extractor, centroids = load(args, args.adapter), load_centroids(args.adapter)
     name = Path(args.adapter).name
     write_report(args.output, extractor, documents, name=name, centroids=centroids)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..optional import needed
-from .files import check_output, lines
+from .files import check_output, gold_documents, lines
 from .messages import Exit, say, show
 from .parquet import is_parquet, read_parquet
 
@@ -71,11 +70,12 @@ def run(args: argparse.Namespace) -> Exit:
 
 
 def _write(args: argparse.Namespace, report: ScoreReport, curve: Reliability | None) -> None:
+    from ..uie.tables import json_text
+
     if args.json:
         figures = report.to_dict(documents=True)
         figures |= {"reliability": curve.to_dict()} if curve else {}
-        text = json.dumps(figures, ensure_ascii=False, indent=1, allow_nan=False)
-        args.json.write_bytes(text.encode("utf-8", "backslashreplace") + b"\n")
+        args.json.write_bytes(json_text(figures).encode() + b"\n")
     if args.reliability_plot and curve:
         curve.plot(args.reliability_plot)
         say(f"Wrote {args.reliability_plot}.")
@@ -97,7 +97,6 @@ def _read(
     gold_files: Sequence[Path], predicted_files: Sequence[Path]
 ) -> tuple[dict[str, list[Document]], dict[str, dict[str, _Answer]], int]:
     """Gold documents and answers by data set, and the number of lines that could not be used."""
-    from ..uie import read_jsonl
     from ..uie.data.conversion import dataset_name
 
     if len(gold_files) != len(predicted_files):
@@ -112,7 +111,7 @@ def _read(
         name = dataset_name(path)
         if name in gold:
             raise ValueError(f"Two gold files are called `{name}`. Give them names of their own.")
-        gold[name] = read_jsonl(path).documents
+        gold[name] = gold_documents(path)
         answers[name], errors = _read_predicted(predicted)
         bad += len(errors)
         for number, message in errors:

@@ -27,8 +27,8 @@ from peft_taskmoe.uie.records import (
     Record,
     Relation,
     Span,
+    first_place,
     record_key,
-    spans_of,
 )
 from peft_taskmoe.uie.regularisers import MentionPool, Regularisers, key_of, regularise
 from peft_taskmoe.uie.schema import Label, Names, Schema, Slot
@@ -174,7 +174,7 @@ def completion_text(
     unique: dict[object, Record] = {}
     for record in records:
         unique.setdefault(record_key(record), record)
-    ordered = sorted(unique.values(), key=_first_place)
+    ordered = sorted(unique.values(), key=first_place)
     return f" [{', '.join(writer.call(record) for record in ordered)}]"
 
 
@@ -401,13 +401,8 @@ def _given_text(
     writer = _Writer(
         TextIndex(text), schema, names, replace(format, occurrences=True), numbered_triggers=True
     )
-    events = [replace(event, arguments=()) for event in sorted(given, key=_first_place)]
+    events = [replace(event, arguments=()) for event in sorted(given, key=first_place)]
     return f"[{', '.join(map(writer.call, events))}]"
-
-
-def _first_place(record: Record) -> tuple[bool, int]:
-    start = spans_of(record)[0].start
-    return (start is None, start or 0)
 
 
 def _place(span: Span) -> Place | None:

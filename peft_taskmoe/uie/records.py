@@ -251,6 +251,12 @@ def spans_of(record: Record) -> tuple[Span, ...]:
     return (record.trigger, *(argument.span for argument in record.arguments))
 
 
+def first_place(record: Record) -> tuple[bool, int]:
+    """Where a record's first span begins, to sort by; records without offsets come last."""
+    start = spans_of(record)[0].start
+    return start is None, start or 0
+
+
 def shift_record(record: Record, by: int) -> Record:
     """The same record with every offset `by` characters further on."""
     if isinstance(record, Entity):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 MAX_NESTING = 100
@@ -25,6 +26,13 @@ def parse_json(text: str) -> Any:
     if text.count("[") + text.count("{") > MAX_NESTING and _is_deeper(value, MAX_NESTING):
         raise ValueError("it is nested too deeply")
     return value
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without keys that are None: Arrow gives every row of a column the keys of all."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

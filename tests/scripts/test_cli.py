@@ -146,6 +146,7 @@ def test_a_text_file_is_a_text_a_line(loads):
     found = rows()
     assert [row.get("text") for row in found] == ["Ada", "", '"Zoe" {', "", None]
     assert [len(row.get("records", "error")) for row in found] == [1, 0, 1, 0, 5]
+    assert found[-1]["error"] == "Byte 0 (0xff) of the line is no UTF-8. Save the file as UTF-8."
 
 
 STRANGE = [
@@ -698,7 +699,9 @@ def test_convert(tmp_path, capsys, monkeypatch):
     Path("labels.json").write_text('{"person": "people"}')
     command = ["conll", "--schema", "labels.json", "in.conll", "out.jsonl"]
     assert convert(*command) == Exit.NOTHING_DONE
-    assert "in.conll:4: tags" in capsys.readouterr().err and not Path("out.jsonl").exists()
+    said = capsys.readouterr().err
+    assert "in.conll:4: tags" in said and not Path("out.jsonl").exists()
+    assert "Pass --keep-going" in said and "on_error" not in said
     assert convert(*command, "--keep-going") == Exit.SOME_LINES_BAD
     assert [row["text"] for row in rows()] == ["Ada met", "Bob"]
     assert rows()[0]["schema"] == {"person": "people"}
@@ -711,10 +714,24 @@ def test_convert(tmp_path, capsys, monkeypatch):
         (["paper"], "--source-format is 'paper'. Choose one of jsonl, conll, brat, iepile"),
         (["conll", "--schema", "list.json"], "`list.json` holds no schema. Write {label"),
         (["conll", "--schema", "in.conll"], "`in.conll` holds no schema: "),
+        (["text"], "A text file has no labels. Pass --schema FILE."),
     ):
         Path("list.json").write_text("[1]")
         assert convert(*command, "out.jsonl", "x.jsonl") == Exit.NOTHING_DONE
         assert message in capsys.readouterr().err and not Path("x.jsonl").exists()
+
+
+def test_gold_documents_that_cannot_be_read_are_named_with_the_way_out(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("gold.jsonl").write_text("{\n")
+    others = {"score": ["--predicted", "gold.jsonl"], "report": ["--adapter", "a", "--output", "o"]}
+    for command, more in others.items():
+        assert cli.main([command, "--gold", "gold.jsonl", *more]) == Exit.NOTHING_DONE
+        said = capsys.readouterr().err
+        assert "Error: gold.jsonl:1: json" in said and "on_error" not in said
+        assert "convert --source-format jsonl --keep-going gold.jsonl NEW_FILE" in said
 
 
 def test_convert_reads_the_columns_that_are_named(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from peft_taskmoe.uie import (
     TokenTags,
     convert,
     mix,
+    prompt_text,
     read_brat,
     read_conll,
     read_datasets,
@@ -313,7 +314,7 @@ def test_conll_without_documents_or_labels(tmp_path):
         read_conll(path)
     conll(path, ["Ann O"])
     with pytest.raises(
-        ReadError, match=r"has no label for NER. Pass schema=\{label: description\}"
+        ReadError, match=r"has no label for NER. Pass a schema, \{label: description\}"
     ):
         read_conll(path)
     assert read_conll(path, schema={"LOC": ""}).documents[0].records == ()
@@ -402,7 +403,7 @@ def test_brat_folders(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ReadError, match="The file has no document"):
         read_brat(tmp_path / "empty", "NER")
-    with pytest.raises(ReadError, match=r"The file has no label for RE. Pass schema="):
+    with pytest.raises(ReadError, match=r"The file has no label for RE. Pass a schema, "):
         read_brat(tmp_path / "a/two.v1.txt", "RE")
     with pytest.raises(ValueError, match=r'Found task="EAE". BRAT files hold NER, RE and EE'):
         read_brat(tmp_path, "EAE")
@@ -591,6 +592,12 @@ def test_a_configuration_of_the_hub_is_named_and_one_without_rows_is_reported(hu
     assert [problem.kind for problem in report.errors] == ["empty"]
 
 
+@pytest.mark.parametrize("tag", [-1, -100, 3])
+def test_a_number_without_a_name_is_no_tag(tag):
+    with pytest.raises(ValueError, match=f"the tag {tag} is none of the 3 names"):
+        TokenTags({"PER": ""}, TAG_NAMES)({"tokens": ["Ann"], "ner_tags": [tag]})
+
+
 def test_hub_calls_that_cannot_work(hub):
     with pytest.raises(ValueError, match=r"A stream is read in one process. Leave num_proc out"):
         read_hub("json", split="test", streaming=True, num_proc=2, **hub)
@@ -706,6 +713,14 @@ def test_prompt_completion_rows(num_proc):
         ValueError, match=r'Found task_text="text". The task encoder reads the "pro'
     ):
         to_prompt_completion(documents, task_text="text")
+
+
+def test_prompts_of_several_tasks_are_those_of_an_extractor():
+    pytest.importorskip("datasets")
+    schema = Schema.of({"met": {"head": ["person"]}}, {"person": ""})
+    document = Document("1", "Ada met Bob.", "UIE", schema)
+    rows = to_prompt_completion([("a", document)])
+    assert rows[0]["prompt"] == prompt_text(document.text, schema)
 
 
 def test_prompt_completion_takes_regularisers_and_seeds():

@@ -823,6 +823,8 @@ def test_given_events_that_do_not_fit_the_question_are_errors():
         extractor(["Bob hit", "Bob hit"], EVENTS, given=given)
     with pytest.raises(ValueError, match="given events for 1 texts, but more texts"):
         list(extractor.iterate(iter(["Bob hit", "Bob hit"]), EVENTS, given=given))
+    with pytest.raises(ValueError, match="There are more lists of given events than texts"):
+        list(extractor.iterate(iter(["Bob hit"]), EVENTS, given=given * 2))
     with pytest.raises(ValueError, match="given event `Attack` of text 0 is in no schema"):
         extractor(["Bob hit"], WORDS, given=given)
 

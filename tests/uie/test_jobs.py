@@ -286,3 +286,5 @@ def test_given_events_are_a_part_of_what_is_asked(tmp_path):
     assert one().to_jsonl(texts, schema, path, given=iter(events)) == 0
     with pytest.raises(ValueError, match="does not belong to text 2"):
         one().to_jsonl(texts, schema, path, given=[events[0], events[0]])
+    with pytest.raises(ValueError, match="more lists of given events than texts"):
+        one().to_jsonl(texts, schema, path, given=[*events, events[0]])

@@ -157,7 +157,7 @@ def test_gold_without_offsets_is_written_in_words():
 def test_given_events_are_shown_without_their_arguments():
     text = "It flew, then it flew from Kourou."
     event = Event("Launch", span(text, "flew", 2), (Argument("Launch.Site", span(text, "Kourou")),))
-    schema = SCHEMA.select([SCHEMA.labels[-1]])
+    schema = Schema(SCHEMA.labels[-1:])
     document = Document("d", text, "EAE", schema, (event,))
     example = build_example(document, COMPACT)
     assert 'given = [Launch("flew", trigger_nth=2)]\nresult =' in example.prompt
@@ -227,7 +227,7 @@ TEXT = " ".join(WORDS)
 
 
 FLEW = Event("Launch", span("It flew.", "flew"))
-LAUNCHED = Document("e", "It flew.", "EAE", SCHEMA.select([SCHEMA.labels[-1]]), (FLEW,))
+LAUNCHED = Document("e", "It flew.", "EAE", Schema(SCHEMA.labels[-1:]), (FLEW,))
 
 
 def document(number, labels=(0, 3)):

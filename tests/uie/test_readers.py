@@ -139,6 +139,24 @@ def test_brat_in_one_pass(tmp_path):
     assert documents[0].schema == Schema.from_dict("RE", {"knows": "acquaintance"})
 
 
+def test_brat_relations_lead_from_arg1_to_arg2(tmp_path):
+    lines = ["T1\tPER 0 3\tAnn", "T2\tPER 8 11\tBob"]
+    links = ["R1\tmet Arg2:T2 Arg1:T1", "R2\tsaw Arg1:T1 Arg2:T2", "R3\tled Who:T2 Whom:T1"]
+    (document,) = read_brat(brat(tmp_path, "Ann met Bob", *lines, *links), "RE").documents
+    pairs = [("met", "Ann", "Bob"), ("saw", "Ann", "Bob"), ("led", "Bob", "Ann")]
+    assert found(document) == pairs
+
+
+def test_a_brat_line_with_the_id_of_another_is_an_error(tmp_path):
+    lines = ["T1\tPER 0 3\tAnn", "T2\tMeet 4 7\tmet", "T1\tPER 8 11\tBob"]
+    lines += ["E1\tMeet:T2 Who:T1", "E1\tMeet:T2 Whom:T1"]
+    report = read_brat(brat(tmp_path, "Ann met Bob", *lines), on_error="collect")
+    assert kinds(report) == [("brat", 3), ("brat", 5)]
+    assert "An earlier line has the id `T1`" in report.problems[0].message
+    person, event = report.documents[0].records
+    assert (person.span.text, event.arguments[0].role) == ("Ann", "Who")
+
+
 @pytest.mark.parametrize("schema", [{"PER": "people"}, {"entities": {"PER": ""}}, {}])
 def test_relations_with_a_schema_of_entities_are_refused(tmp_path, schema):
     path = brat(tmp_path, "Ann met Bob", "T1\tPER 0 3\tAnn")
@@ -206,8 +224,42 @@ def test_doccano(tmp_path):
     report = read_doccano(write(tmp_path / "old.jsonl", *old))
     assert [document.id for document in report.documents] == ["old-1", "old-2"]
     assert found(report.documents[0]) == [("Launcher", "Ariane 5")]
+    report = read_doccano(write(tmp_path / "both.jsonl", line | {"label": [], "id": 1}))
+    assert len(report.documents[0].records) == 4
+    report = read_doccano(write(tmp_path / "two.jsonl", {**line, **old[0], "relations": []}))
+    assert len(report.documents[0].records) == 1
+    assert "only the first is read" in report.problems[0].message
     (document,) = read_doccano(tmp_path / "a.jsonl", task="RE", schema={"built": "made"}).documents
     assert [entity.label for entity in document.entities] == ["Launcher", "Firm", "Place"]
+
+
+def test_mentions_that_share_an_id_are_all_kept_and_the_first_has_the_relations(tmp_path):
+    entities = [(0, 8, "Launcher"), (14, 25, "Firm"), (0, 8, "Launcher")]
+    line = {"text": ROCKET, "relations": [{"from_id": 1, "to_id": 1, "type": "is"}]}
+    line["entities"] = [
+        {"id": 1, "label": label, "start_offset": start, "end_offset": end}
+        for start, end, label in entities
+    ]
+    report = read_doccano(write(tmp_path / "a.jsonl", line))
+    both = [("Launcher", "Ariane 5"), ("Firm", "Arianespace")]
+    assert found(report.documents[0]) == [*both, ("is", "Ariane 5", "Ariane 5")]
+    regions = [region("a", 0, 8, "Launcher"), region("a", 0, 8, "Vehicle")]
+    report = read_label_studio(write(tmp_path / "b.jsonl", studio(*regions, text=ROCKET)))
+    assert found(report.documents[0]) == [("Launcher", "Ariane 5"), ("Vehicle", "Ariane 5")]
+    spans = [FIRST | {"label": "Launcher"}, FIRST | {"label": "Vehicle"}]
+    report = read_spacy(write(tmp_path / "c.jsonl", {"text": ROCKET, "spans": spans}))
+    assert found(report.documents[0]) == [("Launcher", "Ariane 5"), ("Vehicle", "Ariane 5")]
+    assert report.problems == []
+
+
+def test_utf_16_offsets_are_told_from_characters_by_all_regions_of_a_text(tmp_path):
+    text = "\N{ROCKET}\N{ROCKET} haha and Bob"
+    regions = [region("a", 5, 7, "laugh", "ha"), region("b", 14, 17, "person", "Bob")]
+    path = write(tmp_path / "a.jsonl", studio(*regions, text=text))
+    spans = [record.span for record in read_label_studio(path).documents[0].records]
+    assert [(span.text, span.start) for span in spans] == [("ha", 3), ("Bob", 12)]
+    path = write(tmp_path / "b.jsonl", studio(regions[0], text=text))
+    assert read_label_studio(path).documents[0].records[0].span.start == 5
 
 
 def studio(*results, text="Ann"):
@@ -260,6 +312,12 @@ def test_spacy_and_prodigy_lines(tmp_path):
         [("Launcher", "Ariane 5"), ("Firm", "Arianespace"), ("built", "Arianespace", "Ariane 5")],
         [("Launcher", "Ariane 5")],
     ]
+    groups = {"sc": [SECOND | {"label": "Firm"}], "empty": []}
+    lines = [lines[2] | {"spans": groups}, [ROCKET, {"entities": [], "spans": groups}], TASK]
+    report = read_spacy(write(tmp_path / "groups.jsonl", *lines))
+    assert kinds(report) == [("unsupported", 1), ("unsupported", 2)]
+    assert "The span groups `sc` are not read" in report.problems[0].message
+    assert [len(document.records) for document in report.documents] == [1, 0, 3]
     example = [ROCKET, {"entities": [[0, 8, "Launcher"]]}]
     for lines in ([example], [example, example], [[example, example]]):
         report = read_spacy(write(tmp_path / "train.jsonl", *lines))
@@ -279,9 +337,11 @@ def test_spacy_doc_bins(tmp_path):
         ("Launcher", "Ariane 5"), ("Firm", "Arianespace"), ("built", "Arianespace", "Ariane 5"),
     ]  # fmt: skip
     doc.user_data["._.", "rel", None, None] = [3]
+    doc.spans["sc"] = [Span(doc, 4, 5, "Firm")]
     DocBin(docs=[doc], store_user_data=True).to_disk(tmp_path / "a.spacy")
     report = read_spacy(tmp_path / "a.spacy")
-    assert kinds(report) == [("unsupported", 1)] and len(report.documents[0].records) == 2
+    assert kinds(report) == [("unsupported", 1)] * 2 and len(report.documents[0].records) == 2
+    assert "The span groups `sc` are not read" in report.problems[0].message
     with pytest.raises(ValueError, match="is no DocBin"):
         read_spacy(write(tmp_path / "b.spacy", "x"))
 

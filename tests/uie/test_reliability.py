@@ -98,6 +98,16 @@ def test_an_event_is_right_if_all_that_it_says_is():
     assert (silent.count, silent.without) == (0, 1)
 
 
+@pytest.mark.parametrize("match", ["text", "offsets"])
+@pytest.mark.parametrize("task", ["EE", "EAE"])
+def test_two_events_of_one_trigger_make_two_records_right(task, match):
+    gold = [Event("E", MET, (Argument("x", span),)) for span in (ANN, BOB)]
+    found = [replace(event, confidence=0.9) for event in gold]
+    assert curve(task, gold, found, match=match).precision == 1.0
+    assert curve(task, [*gold, gold[0]], [*found, found[0]], match=match).count == 2
+    assert curve(task, gold[:1], found, match=match).precision == 0.5
+
+
 def test_relations_and_spans_that_are_not_in_the_text():
     gold = [Relation("R", ANN, BOB)]
     lost = Relation("R", ANN, Span("Zoe", alignment="not_found"), confidence=0.9)

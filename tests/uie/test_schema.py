@@ -104,11 +104,22 @@ def test_sources_can_be_mixed_and_a_label_is_kept_once():
         "Person",
         "Place",
         "Thing",
-        "Attack",
         "creative-work",
+        "Attack",
     ]
     assert schema.get("entity", "Place") == Label("entity", "Place", "places")
     assert schema.get("event", "Place") is None
+
+
+def test_labels_come_in_the_order_that_documents_keep():
+    for make in (
+        lambda met, person: Schema.of(met, person),
+        lambda met, person: Schema.from_dict("UIE", met | person),
+        lambda met, person: Schema.from_dict("UIE", {"relations": met, "entities": person}),
+    ):
+        schema = make({"met": {"head": ["person"]}}, {"person": ""})
+        assert [label.name for label in schema.labels] == ["person", "met"]
+        assert Schema.from_dict("UIE", schema.to_dict()) == schema
 
 
 JOINT = {
@@ -185,13 +196,15 @@ def test_fingerprint_depends_on_all_that_is_shown():
         schema.fingerprint() == Schema.from_dict("UIE", json.loads(json.dumps(JOINT))).fingerprint()
     )
     others = [
-        schema.select(reversed(schema.labels)),
-        schema.select(schema.labels[:-1]),
+        Schema(schema.labels[::-1]),
+        Schema(schema.labels[:-1]),
         Schema.of({"Person": "people"}),
         Schema.of({"Person": "People"}),
         Schema.of({"Person": {"roles": []}}),
+        Schema.of({"Person": {"roles": {"who": "x", "whom": "y"}}}),
+        Schema.of({"Person": {"roles": {"whom": "y", "who": "x"}}}),
     ]
-    assert len({schema.fingerprint(), *(other.fingerprint() for other in others)}) == 6
+    assert len({schema.fingerprint(), *(other.fingerprint() for other in others)}) == 8
 
 
 # --- Pydantic
@@ -247,6 +260,7 @@ def test_pydantic_models():
         Label("entity", "creative-work", "Things."),
         Label("entity", "red"),
         Label("entity", "dark-blue"),
+        Label("entity", "title", "titles"),
         Label(
             "relation",
             "Works",
@@ -263,7 +277,6 @@ def test_pydantic_models():
                 Slot("place", "where"),
             ),
         ),
-        Label("entity", "title", "titles"),
     )
 
 
@@ -442,7 +455,7 @@ def test_any_label_name_survives():
     assert by_name["creative_work"] == "creative_work"  # a name that is an identifier keeps it
     assert by_name["人物"] == "人物"
     assert by_name["class"] == "class_"
-    reordered = schema.select(reversed(schema.labels)).names
+    reordered = Schema(schema.labels[::-1]).names
     assert [reordered.class_of(label) for label in schema.labels] == identifiers
 
 

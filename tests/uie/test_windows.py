@@ -9,8 +9,8 @@ import pytest
 from peft_taskmoe.uie.extraction.prompts import prompt_windows
 from peft_taskmoe.uie.extraction.windows import Window, merge_windows, split_windows
 from peft_taskmoe.uie.parse import parse_answer
-from peft_taskmoe.uie.prompt import PromptFormat, completion_text, prompt_text
-from peft_taskmoe.uie.records import Argument, Entity, Event, Relation, Span
+from peft_taskmoe.uie.prompt import PromptFormat, build_example, completion_text, prompt_text
+from peft_taskmoe.uie.records import Argument, Document, Entity, Event, Relation, Span
 from peft_taskmoe.uie.schema import Schema
 
 SCHEMA = Schema.of({"Word": "words", "Pair": {"head": [], "tail": []}, "Act": {"roles": ["Who"]}})
@@ -278,6 +278,21 @@ def test_each_given_event_is_asked_about_once():
         (event,) = part.given
         assert part.window.start + event.trigger.start == start and len(part.prompt) <= 500
         assert 'given = [Act("flew")]' in part.prompt
+
+
+def test_equal_given_events_are_asked_about_as_in_training():
+    text = "Ann and Bob flew."
+    records = [
+        Event("Act", Span("flew", 12, 16), (Argument("who", Span(who, at, at + 3)),))
+        for who, at in (("Ann", 0), ("Bob", 8))
+    ]
+    schema = Schema.from_dict("EE", {"Act": {"roles": ["who"]}})
+    document = Document("1", text, "EAE", schema, tuple(records))
+    example = build_example(document)
+    (part,) = prompt_windows(text, schema, 5000, given=document.given)
+    assert part.prompt == example.prompt
+    parsed = parse_answer(example.completion, schema, text, given=part.given)
+    assert (list(parsed.records), parsed.problems) == (records, ())
 
 
 def test_a_trigger_longer_than_the_overlap_gets_a_window_of_its_own():

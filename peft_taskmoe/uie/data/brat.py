@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from peft_taskmoe.uie.data.reading import OnError, Reading, ReadReport
 from peft_taskmoe.uie.wording import shown
 
 _MENTION = re.compile(r"(T\S+)\t(\S+) (\d+ \d+(?:;\d+ \d+)*)(?:\t(.*))?")
-_RELATION = re.compile(r"(R\S+)\t(\S+) \S+?:(\S+) \S+?:(\S+)\s*")
+_RELATION = re.compile(r"(R\S+)\t(\S+) (\S+?):(\S+) (\S+?):(\S+)\s*")
 _EVENT = re.compile(r"(E\S+)\t(\S+?):(\S+)((?: \S+?:\S+)*)\s*")
 _OTHER = {
     **{"A": "attribute", "M": "attribute", "N": "normalisation"},
@@ -29,7 +30,8 @@ def read_brat(
 ) -> ReadReport:
     r"""Read BRAT standoff: pairs of `name.txt` and `name.ann`, one document each.
 
-    Read are T lines (mentions), R lines (relations, first argument to second) and E lines (events).
+    Read are T lines (mentions), R lines (relations, from `Arg1` to `Arg2`, whichever is
+    written first; of other names from the first to the second) and E lines (events).
     NER takes the mentions that are no event's trigger, RE the relations with those mentions as
     `entities`, EE the events, UIE all of them. A number behind a role (`Theme2`) is left out where
     the event also has the role without it; an event as argument stands for its trigger. What the
@@ -102,10 +104,14 @@ def _take(line: str, number: int, graph: Graph) -> None:
         message = f"The {_OTHER[line[0]]} `{shown(line)}` has no place in a document."
         graph.reading.note(message, number, graph.file)
     elif line[0] == "T" and (match := _MENTION.fullmatch(line)):
-        if (mention := _mention(match, number, graph)) is not None:
+        mention = _mention(match, number, graph)
+        if mention is not None and _is_new(match[1], graph.mentions, number, graph):
             graph.mentions[match[1]] = mention
     elif line[0] == "R" and (match := _RELATION.fullmatch(line)):
-        graph.links.append(Link(match[2], match[3], match[4], number))
+        ends = [(match[3], match[4]), (match[5], match[6])]
+        if ends[0][0] == "Arg2" and ends[1][0] == "Arg1":
+            ends.reverse()
+        graph.links.append(Link(match[2], ends[0][1], ends[1][1], number))
     elif line[0] == "E" and (match := _EVENT.fullmatch(line)):
         pairs = [pair.split(":", 1) for pair in match[4].split()]
         bare = {role for role, _ in pairs}
@@ -113,10 +119,19 @@ def _take(line: str, number: int, graph: Graph) -> None:
         for role, argument in pairs:
             unnumbered = role.rstrip("0123456789")
             arguments.append((unnumbered if unnumbered in bare else role, argument))
-        graph.events[match[1]] = GraphEvent(match[2], match[3], arguments, number)
+        if _is_new(match[1], graph.events, number, graph):
+            graph.events[match[1]] = GraphEvent(match[2], match[3], arguments, number)
     else:
         message = f"Cannot read `{shown(line)}`. Expected a T, R or E line of BRAT."
         graph.reading.error("brat", message, number, graph.file)
+
+
+def _is_new(name: str, known: Container[Any], number: int, graph: Graph) -> bool:
+    """Whether no earlier line has the id; an error if one has."""
+    if name in known:
+        message = f"An earlier line has the id `{name}`. Give every line its own; it is left out."
+        graph.reading.error("brat", message, number, graph.file)
+    return name not in known
 
 
 def _mention(match: re.Match[str], number: int, graph: Graph) -> dict[str, Any] | None:

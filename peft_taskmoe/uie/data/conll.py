@@ -159,7 +159,7 @@ class _Columns:
             return _Token(number, fields[self.token_column], fields[self.tag_column])
         wanted = f"asked for token_column={asked[0]} and tag_column={asked[1]}"
         if len(fields) != width:
-            wanted = f"its sentence begins with {width}. Pass separator= if a token has blanks"
+            wanted = f"its sentence begins with {width}. Pass a separator if a token has blanks"
         message = f"Found `{shown(line)}`: {len(fields)} columns, {wanted}."
         self.reading.error("columns", message, number)
         return None

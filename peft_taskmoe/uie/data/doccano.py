@@ -43,9 +43,13 @@ def read_doccano(
 
 def _graph(data: Mapping[str, Any], line: int, reading: Reading) -> Graph:
     graph = graph_of(data, data["text" if "text" in data else "data"], line, reading)
-    marked = next((data[key] for key in ("label", "labels", "entities") if key in data), None)
+    given = [data[key] for key in ("label", "labels", "entities") if key in data]
+    filled = [marked for marked in given if marked]
+    marked = next(iter(filled or given), None)
     if not isinstance(marked, list) or any(isinstance(one, str) for one in marked):
         raise ValueError(f"its labels are `{shown(marked)}`, not places in the text")
+    if len(filled) > 1:
+        reading.note("Of `label`, `labels` and `entities` only the first is read.", line)
     for one in marked:
         if isinstance(one, Mapping):
             start, end = one.get("start_offset"), one.get("end_offset")

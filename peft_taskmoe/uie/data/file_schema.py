@@ -35,7 +35,7 @@ def schema_of_file(
     own = occurring if task == "UIE" else occurring.get(_GROUPS[task], {})
     if given is None:
         if rows and not own:
-            message = f"The file has no label for {task}. Pass schema={{label: description}}."
+            message = f"The file has no label for {task}. Pass a schema, {{label: description}}."
             reading.error("schema", message)
             return None
         return own

@@ -44,10 +44,11 @@ class Graph:
         reading: Where problems go.
         line: Line of the file, or number of the item, where it stands.
         file: The file, if it is not the one that is read.
-        mentions: By id: `{"label", "text", "start", "end"}`.
+        mentions: `{"label", "text", "start", "end"}` by id; by a number where no relation has it.
         links: Relations between mentions.
         events: Events by id; an argument may be an event.
         extra: Other keys of the row.
+        units: Whether offsets that fit both ways count UTF-16 units, not characters.
     """
 
     id: Any
@@ -55,10 +56,11 @@ class Graph:
     reading: Reading
     line: int | None = None
     file: Path | None = None
-    mentions: dict[str, dict[str, Any]] = field(default_factory=dict)
+    mentions: dict[str | int, dict[str, Any]] = field(default_factory=dict)
     links: list[Link] = field(default_factory=list)
     events: dict[str, GraphEvent] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+    units: bool = False
 
     @cached_property
     def _placer(self) -> Placer:
@@ -78,10 +80,12 @@ class Graph:
         if start is None and end is None and isinstance(words, str):
             found = self._placer.span(words, label)
         elif type(start) is int and type(end) is int and 0 <= start < end:
-            found = span_at(self.text, start, end, words)
+            found = span_at(self.text, start, end, words, self.units)
         if found is not None:
-            name = str(name) if name is not None else f"#{len(self.mentions)}"
-            self.mentions[name] = {"label": label} | found
+            mention = {"label": label} | found
+            # Of several mentions with one id the first has the relations.
+            if name is None or self.mentions.setdefault(str(name), mention) != mention:
+                self.mentions[len(self.mentions)] = mention
             return
         kind = "not_in_text" if start is None else "offsets"
         said = "" if words is None else f" `{shown(words)}`"

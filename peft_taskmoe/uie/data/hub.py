@@ -12,6 +12,7 @@ from peft_taskmoe.optional import needed
 from peft_taskmoe.uie.data.reading import OnError, Reading, ReadReport
 from peft_taskmoe.uie.data.tags import TagScheme, annotated
 from peft_taskmoe.uie.data.tokens import Detokenize
+from peft_taskmoe.uie.strict_json import without_nulls
 
 RowMapping = Callable[[Mapping[str, Any]], "Mapping[str, Any] | None"]
 """From a row of some data set to one of the JSONL format, with or without `id`; None: left out."""
@@ -99,17 +100,10 @@ def _loaded(
 def _mapped(row: Mapping[str, Any], mapping: RowMapping | None) -> dict[str, str]:
     """A row as JSON, which Arrow holds whatever keys its schema has; or what went wrong."""
     try:
-        outcome = _without_nulls(row) if mapping is None else mapping(row)
+        outcome = without_nulls(row) if mapping is None else mapping(row)
         return {"row": json.dumps(outcome), "error": ""}
     except Exception as error:  # whatever a user's function raises
         return {"row": "", "error": f"The mapping raised {type(error).__name__}: {error}."}
-
-
-def _without_nulls(value: Any) -> Any:
-    """The value without keys that are None: Arrow gives every row of a column the keys of all."""
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)
@@ -150,6 +144,12 @@ class TokenTags:
                 'tags are numbers: pass names=dataset.features["ner_tags"].feature.names'
             )
         if self.names is not None:
+            for tag in tags:
+                if not 0 <= tag < len(self.names):
+                    raise ValueError(
+                        f"the tag {tag} is none of the {len(self.names)} names; -1 and -100 stand "
+                        "for missing tags. Read a split that is tagged, or leave the row out"
+                    )
             tags = [self.names[tag] for tag in tags]
         text, annotations, faults = annotated(tokens, tags, self.scheme, self.detokenize)
         if faults:

@@ -9,6 +9,7 @@ from typing import Any
 from peft_taskmoe.uie.data.exported import graph_of, read_export
 from peft_taskmoe.uie.data.file_schema import GivenSchema
 from peft_taskmoe.uie.data.graph import Graph, GraphTask
+from peft_taskmoe.uie.data.placing import counts_units
 from peft_taskmoe.uie.data.reading import OnError, Reading, ReadReport
 from peft_taskmoe.uie.wording import shown
 
@@ -24,8 +25,9 @@ def read_label_studio(
 
     Of several annotations of a text the first that was not cancelled is read, and a text without
     one is left out, since a text where nothing is marked teaches to find nothing. A relation to the
-    left is turned round. Offsets that count UTF-16 units, as a browser does, are converted. A
-    region without offsets is placed where the text has its words. JSON-MIN has no relations.
+    left is turned round. Offsets that count UTF-16 units, as a browser does, are converted
+    where more of a text's regions fit so. A region without offsets is placed where the text has its
+    words. JSON-MIN has no relations.
 
     Arguments and errors are those of `read_doccano`.
     """
@@ -43,6 +45,7 @@ def _graph(data: Mapping[str, Any], line: int, reading: Reading) -> Graph | None
     if results is None:
         reading.note("Nobody annotated the text, or it was skipped; it is left out.", line)
         return None
+    graph.units = counts_units(text, map(_place, results))
     for result in results:
         if result.get("type") == "relation":
             head, tail = result["from_id"], result["to_id"]
@@ -61,10 +64,15 @@ def _take_region(result: Mapping[str, Any], graph: Graph) -> None:
     if not labels:
         kind = shown(result.get("type"))
         graph.reading.note(f"The result `{kind}` marks no words of the text.", graph.line)
-    place = value.get("globalOffsets", value)
     for n, label in enumerate(labels or ()):
-        name = result.get("id") if n == 0 else None
-        graph.add_mention(name, label, place.get("start"), place.get("end"), value.get("text"))
+        graph.add_mention(result.get("id") if n == 0 else None, label, *_place(result))
+
+
+def _place(result: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """Start, end and words of a region."""
+    value = result.get("value", result)
+    place = value.get("globalOffsets", value)
+    return place.get("start"), place.get("end"), value.get("text")
 
 
 def _results(

@@ -12,6 +12,7 @@ from peft_taskmoe.uie.data.exported import graph_of, read_export
 from peft_taskmoe.uie.data.file_schema import GivenSchema
 from peft_taskmoe.uie.data.graph import Graph, GraphTask, Link, add_graphs
 from peft_taskmoe.uie.data.reading import OnError, Reading, ReadReport
+from peft_taskmoe.uie.wording import listed
 
 _RELATIONS = ("._.", "rel", None, None)  # where a document keeps its extension `rel`
 
@@ -29,6 +30,7 @@ def read_spacy(
     extension `rel`, `{(first token of head, first token of tail): {label: score}}`, of which those
     with a score of at least 0.5 are read. A JSONL line is `Doc.to_json()`, a training example
     `[text, {"entities": [[start, end, label]]}]` or a task of Prodigy, read if it was accepted.
+    Span groups (`doc.spans`) are not read; a note says where a text has some.
 
     Arguments and errors are those of `read_doccano`.
 
@@ -46,12 +48,13 @@ def read_spacy(
 def _graph(data: Any, line: int, reading: Reading) -> Graph | None:
     if isinstance(data, list):
         text, marked = data
-        data = {"text": text, "ents": marked["entities"]}
+        data = {"text": text, "ents": marked["entities"], "spans": marked.get("spans")}
     if data.get("answer", "accept") != "accept":
         reading.note(f"The answer is `{data['answer']}`; the text is left out.", line)
         return None
     graph = graph_of(data, data["text"], line, reading)
     spans = data.get("spans")
+    _note_groups(spans if isinstance(spans, Mapping) else {}, line, reading)
     for one in spans if isinstance(spans, list) else data.get("ents", ()):
         mapped = isinstance(one, Mapping)
         start, end, label = (one.get(k) for k in ("start", "end", "label")) if mapped else one
@@ -61,6 +64,12 @@ def _graph(data: Any, line: int, reading: Reading) -> Graph | None:
         ends = [f"{link[end]['start']}:{link[end]['end']}" for end in ("head_span", "child_span")]
         graph.add_link(link["label"], *ends)
     return graph
+
+
+def _note_groups(groups: Mapping[str, Any], line: int, reading: Reading) -> None:
+    if names := [name for name, spans in groups.items() if len(spans)]:
+        message = f"The span groups {listed(names)} are not read; mentions are the entities."
+        reading.note(message, line)
 
 
 def _docs(path: Path, reading: Reading) -> Any:
@@ -74,6 +83,7 @@ def _docs(path: Path, reading: Reading) -> Any:
 
 def _doc_graph(doc: Any, number: int, reading: Reading) -> Graph:
     graph = Graph(f"{Path(reading.source).stem}-{number}", doc.text, reading, number)
+    _note_groups(doc.spans, number, reading)
     for span in doc.ents:
         place = {"text": span.text, "start": span.start_char, "end": span.end_char}
         graph.mentions[str(span.start)] = {"label": span.label_} | place

@@ -60,7 +60,7 @@ def mentions_of_tags(
                 label, first = name, i
                 if prefix in "IEL" and scheme != "IOB1":
                     message = f"The tag `{tag}` continues no entity in {scheme}. It is read as"
-                    advice = 'the start of one; pass scheme="IOB1" if that is what the file has.'
+                    advice = "the start of one; pass the scheme IOB1 if that is what the file has."
                     faults.append((i, f"{message} {advice}"))
             if prefix in "ESLU":
                 mentions.append(Tagged(name, first, i + 1))

@@ -278,7 +278,8 @@ class Extractor:
 
         Raises:
             ValueError: The file is there and is not that of this job, or another process is
-                writing it. It is left as it is. Or there are more or fewer `ids` than texts.
+                writing it. It is left as it is. Or there are more or fewer `ids`, or lists of
+                `given` events, than texts.
         """
         texts = [texts] if isinstance(texts, str) else texts
         schemas = self.check(schema, thresholds)

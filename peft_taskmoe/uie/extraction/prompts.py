@@ -68,11 +68,11 @@ def prompt_windows(
         )
     if not given:
         return tuple(PromptWindow(one, asking.prompt(one.text)) for one in asking.windows())
-    places: dict[Event, Place] = {}
+    places: list[tuple[Event, Place]] = []  # two given events may be equal
     for event in given:
         place, why_not = asking.place_of(event)
         if not why_not:
-            places[event] = place
+            places.append((event, place))
             continue
         message = f"The given event `{event.label}` cannot be asked about. {why_not}"
         if problems is None:
@@ -139,34 +139,30 @@ class _Asking:
             "shorter trigger."
         )
 
-    def about(self, places: dict[Event, Place]) -> list[PromptWindow]:
+    def about(self, places: Sequence[tuple[Event, Place]]) -> list[PromptWindow]:
         """The prompts about given events, each in one window."""
-        events = list(places)
         # Any window may have to show all of them.
-        worst = [Event(e.label, replace(e.trigger, start=None, end=None)) for e in events]
-        if len(events) > 1 and self.length(self.prompt("", worst)) >= self.max_length:
-            middle = len(events) // 2
-            halves = (events[:middle], events[middle:])
-            return [part for half in halves for part in self.about({e: places[e] for e in half})]
+        worst = [Event(e.label, replace(e.trigger, start=None, end=None)) for e, _ in places]
+        if len(places) > 1 and self.length(self.prompt("", worst)) >= self.max_length:
+            middle = len(places) // 2
+            return self.about(places[:middle]) + self.about(places[middle:])
         try:
             windows = self.windows(worst)
         except ValueError:  # a trigger leaves no room for more than itself
             windows = ()
-        asked: dict[Window | None, list[Event]] = {}
-        for event in events:
-            asked.setdefault(_window_around(places[event], windows), []).append(event)
+        asked: dict[Window | None, list[tuple[Event, Place]]] = {}
+        for event, place in places:
+            asked.setdefault(_window_around(place, windows), []).append((event, place))
         alone = asked.pop(None, [])
         parts = []
         for window, inside in asked.items():
             assert window is not None
-            part = self.part(window, inside)
+            part = self.part(window, [event for event, _ in inside])
             if self.fits(part):
                 parts.append(part)
             else:  # the numbers of repeated triggers were not reckoned with
                 alone += inside
-        return parts + [
-            self.part(self.own_window(event, places[event]), [event]) for event in alone
-        ]
+        return parts + [self.part(self.own_window(*one), [one[0]]) for one in alone]
 
     def own_window(self, event: Event, place: Place) -> Window:
         """The widest window with a place in its middle that fits; the place alone does."""

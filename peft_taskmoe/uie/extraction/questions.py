@@ -102,6 +102,11 @@ def questions_of(
                     "the schema."
                 )
         yield [Question(text, schema, _given_to(schema, of_text)) for schema in schemas]
+    if events is not None and next(events, None) is not None:
+        raise ValueError(
+            "There are more lists of given events than texts. Pass one list of events for each "
+            "text."
+        )
 
 
 def _given_to(schema: Schema, events: Sequence[Event] | None) -> tuple[Event, ...] | None:

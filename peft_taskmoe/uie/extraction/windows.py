@@ -9,7 +9,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..alignment import LongestSpans, Place, TextIndex
-from ..records import Argument, Entity, Event, Record, record_key, shift_record, spans_of
+from ..records import (
+    Argument,
+    Entity,
+    Event,
+    Record,
+    first_place,
+    record_key,
+    shift_record,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +107,7 @@ def merge_windows(found: Iterable[tuple[Window, Sequence[Record]]]) -> tuple[Rec
         if all(_cuts(window, key[2], longest[entity.label]) for window in windows[key]):
             del merged[key]
     kept = [*merged.values(), *itertools.chain.from_iterable(events.values())]
-    return tuple(sorted(kept, key=_first_place))
+    return tuple(sorted(kept, key=first_place))
 
 
 def _add_events(found: Iterable[Event], merged: dict[tuple[Any, ...], list[Event]]) -> None:
@@ -155,12 +163,7 @@ def every_place(text: str, records: Sequence[Record]) -> tuple[Record, ...]:
                 span = index.span(entity.span.text, place)
                 added = Entity(entity.label, span, entity.confidence)
                 found.setdefault(record_key(added), added)
-    return tuple(sorted(found.values(), key=_first_place))
-
-
-def _first_place(record: Record) -> tuple[bool, int]:
-    start = spans_of(record)[0].start
-    return start is None, start or 0
+    return tuple(sorted(found.values(), key=first_place))
 
 
 def _furthest(

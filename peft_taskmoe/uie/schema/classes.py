@@ -239,9 +239,7 @@ def _read_pydantic(cls: Any, outer: tuple[type, ...]) -> list[Label]:
     title = getattr(cls, "model_config", {}).get("title")
     name = getattr(cls, "label", None) or title or cls.__name__
     labels = _choices(choices[0].annotation) if choices else (name,)
-    examples = strings(
-        getattr(cls, "examples", ()) if "examples" not in names else (), "`examples`"
-    )
+    examples = getattr(cls, "examples", ()) if "examples" not in names else ()
     rest = [f for f in fields if f not in choices]
     said = strings(examples, f"`{cls.__name__}.examples`")
     return [_build_label(kind, label, said, rest, cls) for label in labels]

@@ -31,6 +31,10 @@ from peft_taskmoe.uie.wording import listed, shown
 class Schema:
     """An immutable, ordered set of labels. `Schema.of(...)` builds one from whatever a user has.
 
+    `Schema.of` and `from_dict` put entities first, then relations, then events: documents keep no
+    other order between kinds. A schema made from labels keeps theirs, for training may shuffle
+    them across kinds (`Regularisers`); in a file it gets the order of the kinds.
+
     Attributes:
         labels: The labels, in the order in which prompts show them.
     """
@@ -56,7 +60,7 @@ class Schema:
 
     @classmethod
     def of(cls, *sources: Any) -> Schema:
-        """Build a schema of everything that is passed, in that order.
+        """Build a schema of everything that is passed: in that order, kind by kind.
 
         Args:
             sources: Any of: subclasses of `EntityType`, `RelationType`, `EventType`; Pydantic
@@ -76,7 +80,7 @@ class Schema:
         labels: dict[Label, None] = {}
         for source in flat:
             labels.update(dict.fromkeys(cls._read(source, classes)))
-        return cls(tuple(labels))
+        return cls(_by_kind(labels))
 
     @classmethod
     def _read(cls, source: Any, classes: Mapping[str, type]) -> Iterable[Label]:
@@ -108,12 +112,12 @@ class Schema:
                 names stands for labels without description.
 
         Returns:
-            The schema, in the order of the dict.
+            The schema: in the order of the dict, kind by kind.
 
         Raises:
             SchemaError: The task is unknown, or a value cannot be read.
         """
-        return cls(labels_from_dict(task, data))
+        return cls(_by_kind(labels_from_dict(task, data)))
 
     @classmethod
     def from_json(cls, path: str | Path) -> Schema:
@@ -154,17 +158,13 @@ class Schema:
     def fingerprint(self) -> str:
         """SHA-256, as hex, of everything a prompt could show of the schema, its order included."""
         content = [[label.kind, label.name, label.to_dict()] for label in self.labels]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode("ascii")).hexdigest()
+        return hashlib.sha256(json.dumps(content).encode("ascii")).hexdigest()
 
     @property
     def tasks(self) -> tuple[Task, ...]:
         """The tasks that the labels ask for: some of `"NER"`, `"RE"`, `"EE"`."""
         kinds = {label.kind for label in self.labels}
         return tuple(task for task in TASKS[:3] if KIND_OF_TASK[task] in kinds)
-
-    def select(self, labels: Iterable[Label]) -> Schema:
-        """The schema of these labels, in their order."""
-        return Schema(tuple(labels))
 
     def get(self, kind: str, name: str) -> Label | None:
         """The label of this kind and name, or `None`."""
@@ -178,6 +178,12 @@ class Schema:
     def names(self) -> Names:
         """The identifiers of the schema's own names."""
         return Names.of(self)
+
+
+def _by_kind(labels: Iterable[Label]) -> tuple[Label, ...]:
+    """The labels with entities first, then relations, then events."""
+    kinds = tuple(PLURALS.values())
+    return tuple(sorted(labels, key=lambda label: kinds.index(label.kind)))
 
 
 def _flatten(sources: Iterable[Any]) -> Iterable[Any]:

@@ -9,7 +9,8 @@ out, and records that were not written, have no part in this: it is about precis
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
@@ -22,7 +23,7 @@ from ..records import Document, Record, record_key, spans_of
 from ..tables import Table, none_if_nan
 from ..tabular import Tabular
 from .bootstrap import Interval, check_resampling, percentile_interval, resampled_sums
-from .matching import Answers, Documents, Match, items_of, parts_of, tasks_of, usable
+from .matching import Answers, Documents, Items, Match, items_of, parts_of, tasks_of, usable
 
 Binning = Literal["width", "count"]
 
@@ -244,21 +245,27 @@ def _ece(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.divide(gaps, n, out=np.full(n.shape, np.nan), where=n > 0)
 
 
+def _distinct(records: Iterable[Record]) -> Iterator[Record]:
+    """The records without repetitions; without offsets none is known to be one."""
+    seen = set()
+    for record in records:
+        key = record_key(record)
+        if any(span.start is None for span in spans_of(record)) or key not in seen:
+            seen.add(key)
+            yield record
+
+
 def _judged(
     records: Sequence[Record], document: Document, match: Match
 ) -> list[tuple[Record, bool | None]]:
     """For each record that counts, whether it is right; None where the task has no item of it."""
     kept, _, _ = usable(records, document, count_not_found=False)
-    gold = {
-        task: items_of(document.records, task, match, document.id) for task in tasks_of(document)
-    }
+    gold: dict[str, Items] = {task: Counter() for task in tasks_of(document)}
+    for record in _distinct(document.records):
+        for task, items in gold.items():
+            items += items_of([record], task, match, document.id)
     judged: list[tuple[Record, bool | None]] = []
-    seen = set()
-    for record in kept:
-        if all(span.start is not None for span in spans_of(record)):
-            if (key := record_key(record)) in seen:
-                continue
-            seen.add(key)
+    for record in _distinct(kept):
         said = {task: items_of([record], task, match, document.id) for task in gold}
         right = all(items <= gold[task] for task, items in said.items())
         if right:
