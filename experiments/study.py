@@ -21,7 +21,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from comparing import by_seed, compare_likelihood, over_trainings
 from formats import bounds, signed, spread, table
-from outcomes import Outcome, measured, pair, pairs, selections
+from outcomes import BEST, Outcome, measured, pair, pairs, selections
 from report import planned
 
 from peft_taskmoe.uie.scoring.comparison import Difference
@@ -240,13 +240,15 @@ def _plot(grouped: dict[tuple[str, float], list[dict[str, Any]]], path: Path) ->
 
 def against(folders: Sequence[Path], a_and_b: Sequence[tuple[str, str]]) -> Path:
     """Draw zero-shot differences against the number of training schemas, into the last folder."""
+    studies = [json.loads((one / "figures.json").read_text(encoding="utf-8")) for one in folders]
+    counts = {figures["training_schemas"] for figures in studies}
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
     for j, (a, b) in enumerate(a_and_b):
-        for folder in folders:
-            figures = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
-            schemas = figures["training_schemas"] * (1 + 0.06 * j)
+        for figures in studies:
+            schemas = figures["training_schemas"] * (1 + 0.08 * j)
             for one in figures["differences"]:
-                if (one["a"], one["b"], one["part"]) == (a, b, "zero_shot") and one["trainings"]:
+                which = (one["a"], one["b"], one["part"]) == (a, b, "zero_shot")
+                if which and one["trainings"] and one["selection"] != BEST:
                     middle, low, high = one["trainings"]
                     error = [[middle - low], [high - middle]]
                     axis.errorbar(schemas, middle, yerr=error, fmt="o", color=f"C{j}", capsize=3)
@@ -255,8 +257,12 @@ def against(folders: Sequence[Path], a_and_b: Sequence[tuple[str, str]]) -> Path
         axis.plot([], [], "o", color=f"C{j}", label=f"{a} - {b}")
     axis.axhline(0, color="grey", linewidth=0.8)
     axis.set_xscale("log")
+    axis.set_xticks(sorted(counts), [str(count) for count in sorted(counts)])
+    axis.minorticks_off()
+    axis.set_xlim(min(counts) / 2, max(counts) * 2)
     axis.set_xlabel("distinct schemas of the training documents")
-    axis.set_ylabel("difference of zero-shot NLL (95 % over trainings; dots: seeds)")
+    axis.set_ylabel("difference of zero-shot NLL, below 0 is better")
+    axis.set_title("means and 95 % intervals over trainings; small dots: seeds", fontsize=9)
     axis.legend(fontsize=8)
     path = folders[-1] / "schemas.png"
     figure.savefig(path, dpi=100)
