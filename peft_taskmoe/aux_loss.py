@@ -67,9 +67,8 @@ class AuxLoss:
 
     def added_to(self, loss: torch.Tensor) -> torch.Tensor:
         """`loss + share * value`, whose backward leaves the weight for the layers."""
-        total = loss + torch.as_tensor(
-            self.share * self.value, dtype=loss.dtype, device=loss.device
-        )
+        share = torch.as_tensor(self.share * self.value, dtype=loss.dtype, device=loss.device)
+        total = loss + share
         if total.requires_grad:
             total.register_hook(self._take_weight)
         return total

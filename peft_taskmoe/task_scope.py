@@ -68,11 +68,9 @@ class TaskState:
         if torch.compiler.is_compiling() or embeds.requires_grad:  # trained: a graph a layer
             return normalize_task(embeds.to(device), task_norm, in_features)
         key = (id(embeds), task_norm, in_features, device)
-        found = self._normalized.get(key)
-        if found is None:
-            found = normalize_task(embeds.to(device), task_norm, in_features)
-            self._normalized[key] = found
-        return found
+        if key not in self._normalized:
+            self._normalized[key] = normalize_task(embeds.to(device), task_norm, in_features)
+        return self._normalized[key]
 
 
 class _Local(threading.local):
@@ -115,9 +113,6 @@ def user_scope(state: TaskState) -> Iterator[None]:
     """Run a block under a state, in this thread or coroutine.
 
     In a coroutine compiled code does not see the scope: another coroutine may run in between.
-
-    Args:
-        state: The state that forwards in the block start from.
     """
     running, traced = _LOCAL.running, _LOCAL.traced
     _LOCAL.running = None  # inside of a forward the scope wins
@@ -153,7 +148,6 @@ def task_context(task_embeds: torch.Tensor) -> Iterator[None]:
         ```
     """
     check_task_embeds(task_embeds)
-    outer = current_state()
-    recorder = None if outer is None else outer.recorder
-    with user_scope(TaskState(task_embeds=task_embeds, recorder=recorder)):
+    outer = current_state() or TaskState()
+    with user_scope(TaskState(task_embeds=task_embeds, recorder=outer.recorder)):
         yield

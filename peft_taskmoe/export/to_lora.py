@@ -139,10 +139,8 @@ def to_lora(
     rank = adapter.config.num_experts * adapter.config.r
     positions = _given_positions(adapter)
     report = ExportReport(adapter.name, not (reads_token or positions), rank, **measured)
-    if reads_token:
-        warnings.warn(_approximation_message(report), stacklevel=2)
-    if positions:
-        warnings.warn(_positions_message(report, positions), stacklevel=2)
+    for message in _reservations(report, reads_token, positions):
+        warnings.warn(message, stacklevel=2)
     return LoraExport(_lora_config(adapter), _lora_state_dict(adapter, gates), report)
 
 
@@ -151,6 +149,12 @@ def _given_positions(adapter: ChosenAdapter) -> list[str]:
     if not adapter.config.reads_task:
         return []
     return [name for name, layer in adapter.layers.items() if layer.layout.given_positions]
+
+
+def _reservations(report: ExportReport, reads_token: bool, positions: list[str]) -> list[str]:
+    """What a user has to know of a LoRA that is not exact."""
+    messages = [_approximation_message(report)] if reads_token else []
+    return messages + ([_positions_message(report, positions)] if positions else [])
 
 
 def _positions_message(report: ExportReport, layers: list[str]) -> str:
