@@ -136,9 +136,9 @@ def to_lora(
         batches = calibration_batches(adapter, calibration, tokenizer, task_embeds)
     gates = average_gates(adapter, batches) if reads_token else _task_gates(adapter, task_embeds)
     measured = measure_difference(adapter, gates, batches) if batches else {}
-    rank = adapter.config.num_experts * adapter.config.r
     positions = _given_positions(adapter)
-    report = ExportReport(adapter.name, not (reads_token or positions), rank, **measured)
+    exact, rank = not (reads_token or positions), adapter.config.num_experts * adapter.config.r
+    report = ExportReport(adapter.name, exact, rank, **measured)
     for message in _reservations(report, reads_token, positions):
         warnings.warn(message, stacklevel=2)
     return LoraExport(_lora_config(adapter), _lora_state_dict(adapter, gates), report)
