@@ -266,7 +266,7 @@ def missing_task_message(adapter_name: str) -> str:
     return (
         f'This forward has no task embedding, which the router of adapter "{adapter_name}" reads. '
         "Pass task_embeds=..., or run inside `with task_context(task_embeds):`. Where prompts are "
-        "`input_ids`, a `task_encoder` in the config or attach_task_encoder(model) reads them."
+        "`input_ids`, name a `task_encoder` in the config or call attach_task_encoder(model)."
     )
 
 
