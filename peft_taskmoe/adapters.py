@@ -112,7 +112,8 @@ class TaskMoELoraLayer(BaseTunerLayer):
 
     def scale_of(self, adapter: str) -> float:
         """`scaling` as a multiple of the config's; 1 unless it was set."""
-        return self.scaling[adapter] / self._config_scaling(adapter)
+        own = self._config_scaling(adapter)
+        return self.scaling[adapter] / own if own else 1.0  # an alpha of 0 stays 0
 
     def _config_scaling(self, adapter: str) -> float:
         r = self.r[adapter]

@@ -156,6 +156,13 @@ def test_measuring_an_exact_export_finds_rounding_only(adapted, task):
     assert report.logits_max_abs < 1e-3 and report.logits_kl < 1e-6
 
 
+def test_an_alpha_of_zero_is_exported(adapted, tiny_model, task, tmp_path):
+    to_lora(adapted(router_inputs="task", lora_alpha=0), task).save_pretrained(tmp_path)
+    close(
+        logits(PeftModel.from_pretrained(tiny_model(), tmp_path).eval()), logits(tiny_model()), 1e-5
+    )
+
+
 def test_a_scale_that_was_set_goes_along(adapted, tiny_model, task, tmp_path):
     model = adapted(router_inputs="task")
     for layer in model.modules():
